@@ -1,0 +1,207 @@
+"""Configuration of MicroVLM: one section per part, the shapes of every variant in one place.
+
+A variant is a config, not a code path: `configs/microvlm-m.json` (BitNet b1.58 2B-4T), `configs/microvlm-v.json` (Qwen2.5-0.5B)
+and `configs/microvlm-nano.json` (what ships) differ in numbers only.
+"""
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_microvlm.MicroVLMConfig",
+    "AutoModel": "modeling_microvlm.MicroVLMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_microvlm.MicroVLMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_microvlm.MicroVLMForConditionalGeneration",
+}
+
+
+class MicroVLMAdapterConfig(PreTrainedConfig):
+    """How 196 patches become 25 prefix tokens.
+
+    Args:
+        vision_hidden_size: width of a patch feature of the vision tower (192 in DeiT-Tiny).
+        num_patches: patches the vision tower gives (196 = 14 x 14).
+        num_prefix_tokens: P, learned pooling queries and image placeholders a picture takes.
+        mlp_hidden_size: hidden units of the MLP from vision to text width.
+        num_attention_heads: heads of the pooling cross-attention; must divide the text width.
+        dropout: in the MLP, training only.
+        hidden_act: the MLP's activation.
+    """
+
+    model_type = "microvlm_adapter"
+    base_config_key = "adapter_config"
+
+    vision_hidden_size: int = 192
+    num_patches: int = 196
+    num_prefix_tokens: int = 25
+    mlp_hidden_size: int = 512
+    num_attention_heads: int = 8
+    dropout: float = 0.1
+    hidden_act: str = "gelu"
+
+
+class MicroVLMMemoryConfig(PreTrainedConfig):
+    """Shapes of the episodic memory (docs/architecture.md): used when `use_memory` is set.
+
+    Args:
+        num_slots: K, rows of the memory matrix.
+        code_size: C, width of a key and of a content vector.
+        num_memory_tokens: S, memory tokens per decoder layer.
+        scope_hidden_size: hidden width of ScopeNet.
+    """
+
+    model_type = "microvlm_memory"
+    base_config_key = "memory_config"
+
+    num_slots: int = 512
+    code_size: int = 896
+    num_memory_tokens: int = 7
+    scope_hidden_size: int = 256
+
+
+class MicroVLMAlignmentConfig(PreTrainedConfig):
+    """Contrastive alignment of pictures and texts, and the optional cross-modal fusion block.
+
+    Args:
+        projection_size: width of the shared space.
+        temperature: of the InfoNCE softmax.
+        fusion_num_layers: layers of the cross-modal block, built when `use_fusion` is set.
+        fusion_num_attention_heads: heads of the cross-modal block.
+    """
+
+    model_type = "microvlm_alignment"
+    base_config_key = "alignment_config"
+
+    projection_size: int = 512
+    temperature: float = 0.07
+    fusion_num_layers: int = 2
+    fusion_num_attention_heads: int = 8
+
+
+class MicroVLMQuantizationConfig(PreTrainedConfig):
+    """Quantisation-aware training. (`quantization_config` is transformers' own name, for weights that are stored packed.)
+
+    Args:
+        ternary_modules: regular expressions on names of linear layers inside `MicroVLMModel` (`language_model.layers.0.mlp.up_proj`)
+            whose weights are rounded to {-1, 0, 1} times a scale in every forward pass (BitNet b1.58, arXiv 2402.17764).
+        ternary_weights: `absmean` rounds the weights; `none` leaves them, for weights that are ternary already.
+        activation_bits: width of the per-token activation quantisation in front of those layers, 8 or `None` for none.
+    """
+
+    model_type = "microvlm_quantization"
+    base_config_key = "qat_config"
+
+    ternary_modules: list[str] | None = None
+    ternary_weights: str = "absmean"
+    activation_bits: int | None = 8
+
+
+class MicroVLMConfig(PreTrainedConfig):
+    """Configuration of `MicroVLMModel` and `MicroVLMForConditionalGeneration`.
+
+    Args:
+        vision_config: a `timm_wrapper` configuration, default DeiT-Tiny.
+        text_config: configuration of any causal decoder of transformers, default Qwen2.
+        adapter_config: see `MicroVLMAdapterConfig`.
+        memory_config: see `MicroVLMMemoryConfig`.
+        alignment_config: see `MicroVLMAlignmentConfig`.
+        qat_config: see `MicroVLMQuantizationConfig`.
+        image_token_id: id of the image placeholder; must be inside the text vocabulary.
+        default_prompt_ids: the prompt of `generate(pixel_values=...)` without `input_ids`: token ids in which `image_token_id`
+            stands once for the picture. `None`: the placeholder alone.
+        use_memory: attach the memory cache to generation.
+        use_fusion: build the cross-modal fusion block.
+        tie_word_embeddings: share input and output embeddings; taken from `text_config` when not given.
+
+    Raises:
+        ValueError: unknown text model, or sizes that contradict one another.
+    """
+
+    model_type = "microvlm"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="timm_wrapper",
+            init_kwargs={"architecture": "deit_tiny_patch16_224", "do_pooling": False},
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+        "adapter_config": SubConfigSpec(config_class=MicroVLMAdapterConfig),
+        "memory_config": SubConfigSpec(config_class=MicroVLMMemoryConfig),
+        "alignment_config": SubConfigSpec(config_class=MicroVLMAlignmentConfig),
+        "qat_config": SubConfigSpec(config_class=MicroVLMQuantizationConfig),
+    }
+    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "image_hidden_states"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    adapter_config: dict | PreTrainedConfig | None = None
+    memory_config: dict | PreTrainedConfig | None = None
+    alignment_config: dict | PreTrainedConfig | None = None
+    qat_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 0
+    default_prompt_ids: list[int] | None = None
+    use_memory: bool = False
+    use_fusion: bool = False
+    tie_word_embeddings: bool | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.text_config, dict):
+            text_type = self.text_config.get("model_type", "qwen2")
+            if text_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"text_config.model_type is {text_type!r}, which this version of transformers does not know. "
+                    "Use the model_type of a causal decoder such as 'qwen2', 'bitnet' or 'llama'."
+                )
+        super().__post_init__(**kwargs)
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        adapter, text = self.adapter_config, self.text_config
+        if text.hidden_size % adapter.num_attention_heads:
+            raise ValueError(
+                f"adapter_config.num_attention_heads ({adapter.num_attention_heads}) must divide "
+                f"text_config.hidden_size ({text.hidden_size})."
+            )
+        if not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(
+                f"image_token_id ({self.image_token_id}) must be inside the text vocabulary of {text.vocab_size} tokens."
+            )
+        heads = self.alignment_config.fusion_num_attention_heads
+        if self.use_fusion and text.hidden_size % heads:
+            raise ValueError(
+                f"alignment_config.fusion_num_attention_heads ({heads}) must divide text_config.hidden_size "
+                f"({text.hidden_size})."
+            )
+        if self.default_prompt_ids is not None and self.default_prompt_ids.count(self.image_token_id) != 1:
+            raise ValueError(
+                f"default_prompt_ids must hold image_token_id ({self.image_token_id}) exactly once, "
+                f"got {self.default_prompt_ids}."
+            )
+        if self.qat_config.ternary_weights not in ("absmean", "none"):
+            raise ValueError(
+                f"qat_config.ternary_weights must be 'absmean' or 'none', got {self.qat_config.ternary_weights!r}."
+            )
+
+    def to_dict(self) -> dict:
+        # every saved folder carries the code, so the map points at files beside it, wherever this config came from
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Image placeholders per picture."""
+        return self.adapter_config.num_prefix_tokens
+
+
+MicroVLMConfig.register_for_auto_class()
+
+__all__ = [
+    "MicroVLMAdapterConfig",
+    "MicroVLMAlignmentConfig",
+    "MicroVLMConfig",
+    "MicroVLMMemoryConfig",
+    "MicroVLMQuantizationConfig",
+]

@@ -1,0 +1,562 @@
+"""MicroVLM: a tiny vision-language model.
+
+The way of the data, top to bottom (B rows, N pictures, T text positions, P = 25 prefix tokens, D text width, V vocabulary):
+
+    pixel_values (N, 3, 224, 224)
+      -> vision tower    196 patch features                (N, 196, 192)
+      -> adapter         MLP, then P learned queries pool   (N, P, D)
+      -> sequence        take the image placeholders' place (B, T, D)
+      -> language model  any causal decoder                 (B, T, D)
+      -> lm_head                                            (B, T, V)
+
+Pictures of all rows lie one after the other in `pixel_values`; a row has as many as `input_ids` has runs of P placeholders. The
+alignment head beside this path projects pictures and texts into one space for the contrastive loss; it never touches the logits.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig
+from .quantization_microvlm import replace_with_ternary
+
+# A decoder whose head does more than one linear map would give wrong logits here, so it is refused.
+UNSUPPORTED_HEAD_ATTRIBUTES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+@dataclass
+class MicroVLMImageFeatures(BaseModelOutputWithPooling):
+    """Output of `get_image_features`.
+
+    Args:
+        last_hidden_state: vision features, class token first, (N, 1 + patches, vision width).
+        pooler_output: prefix tokens, a tuple of N tensors (P, D).
+        pooling_attentions: attention of the P queries over the patches, (N, heads, P, patches), with `output_attentions`.
+    """
+
+    pooling_attentions: torch.FloatTensor | None = None
+
+
+@dataclass
+class MicroVLMModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `MicroVLMModel`.
+
+    Args:
+        image_hidden_states: prefix tokens (N, P, D) of the pictures in this call.
+        pooling_attentions: see `MicroVLMImageFeatures`.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    pooling_attentions: torch.FloatTensor | None = None
+
+
+@dataclass
+class MicroVLMCausalLMOutputWithPast(ModelOutput):
+    """Output of `MicroVLMForConditionalGeneration`.
+
+    Args:
+        loss: language-modelling loss (), when `labels` are given.
+        logits: (B, T or logits_to_keep, V).
+        image_hidden_states: prefix tokens (N, P, D) of the pictures in this call.
+        pooling_attentions: attention of the P queries over the patches, (N, heads, P, patches), with `output_attentions`.
+        image_embeds: pictures in the shared space, unit length, one per row that has a picture and a text (R, projection), with
+            `return_alignment`.
+        text_embeds: texts of those rows, unit length, (R, projection).
+        match_logits: logit of "text r belongs to picture c" (R, 2): the pair itself, and the text with the most similar other
+            picture of the batch; with `use_fusion` and two such rows or more.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    pooling_attentions: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    match_logits: torch.FloatTensor | None = None
+
+
+def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Symmetric InfoNCE (CLIP, arXiv 2103.00020) of R pairs; the other rows are the negatives.
+
+    Args:
+        image_embeds: unit vectors (R, C).
+        text_embeds: unit vectors (R, C).
+        temperature: the similarities are divided by it.
+
+    Returns:
+        The mean loss (), float32.
+    """
+    similarity = image_embeds.float() @ text_embeds.float().mT / temperature  # (R, R)
+    target = torch.arange(len(similarity), device=similarity.device)
+    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.mT, target)) / 2
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over positions of (R, T, C) where mask (R, T) is set; every row needs one position."""
+    weight = mask.to(x.dtype).unsqueeze(-1)
+    return (x * weight).sum(1) / weight.sum(1)
+
+
+class MicroVLMAdapter(nn.Module):
+    """Patch features (N, patches, vision width) -> prefix tokens (N, P, D).
+
+    The features are standardised per channel with statistics of the training pictures (`patch_mean`, `patch_std`, set once by
+    `calibrate`), go through an MLP and are pooled by P learned queries. The queries begin small, so that each starts as
+    the mean of all patches and training sharpens it; with unit-variance queries a decoder learns to ignore the picture first.
+    """
+
+    def __init__(self, config: MicroVLMAdapterConfig, hidden_size: int):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = hidden_size // config.num_attention_heads
+        self.num_patches = config.num_patches
+        self.register_buffer("patch_mean", torch.zeros(config.vision_hidden_size))
+        self.register_buffer("patch_std", torch.ones(config.vision_hidden_size))
+        self.fc1 = nn.Linear(config.vision_hidden_size, config.mlp_hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout)
+        self.fc2 = nn.Linear(config.mlp_hidden_size, hidden_size)
+        self.query_tokens = nn.Parameter(torch.empty(config.num_prefix_tokens, hidden_size))
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    @torch.no_grad()
+    def calibrate(self, patch_features: torch.Tensor) -> None:
+        """Take mean and standard deviation per channel from sample features (..., vision width)."""
+        flat = patch_features.reshape(-1, patch_features.shape[-1]).float()
+        self.patch_mean.copy_(flat.mean(0))
+        self.patch_std.copy_(flat.std(0).clamp(min=1e-4))
+
+    def forward(
+        self, patches: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the prefix tokens (N, P, D) and, if asked, the attention (N, heads, P, patches)."""
+        N = patches.shape[0]
+        x = (patches - self.patch_mean) / self.patch_std
+        x = self.fc2(self.dropout(self.act(self.fc1(x))))  # (N, patches, D)
+
+        split = lambda t: t.view(t.shape[0], -1, self.num_heads, self.head_dim).transpose(1, 2)  # noqa: E731
+        q = split(self.q_proj(self.query_tokens).unsqueeze(0)).expand(N, -1, -1, -1)  # (N, heads, P, head_dim)
+        k, v = split(self.k_proj(x)), split(self.v_proj(x))  # (N, heads, patches, head_dim)
+        attention = None
+        if output_attentions:
+            attention = (q @ k.mT / math.sqrt(self.head_dim)).softmax(-1)
+            pooled = attention.to(v.dtype) @ v
+        else:
+            pooled = F.scaled_dot_product_attention(q, k, v)
+        pooled = pooled.transpose(1, 2).reshape(N, -1, self.num_heads * self.head_dim)
+        return self.norm(self.query_tokens + self.out_proj(pooled)), attention
+
+
+class MicroVLMFusionLayer(nn.Module):
+    """Pre-norm cross-attention of text over prefix tokens, then an MLP."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size)
+        self.attention = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(hidden_size)
+        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
+
+    def forward(self, text: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        text = text + self.attention(self.norm1(text), prefix, prefix, need_weights=False)[0]
+        return text + self.fc2(F.gelu(self.fc1(self.norm2(text))))
+
+
+class MicroVLMFusion(nn.Module):
+    """Cross-modal block that judges whether a text belongs to a picture (image-text matching, ALBEF, arXiv 2107.07651)."""
+
+    def __init__(self, hidden_size: int, num_layers: int, num_heads: int):
+        super().__init__()
+        self.layers = nn.ModuleList([MicroVLMFusionLayer(hidden_size, num_heads) for _ in range(num_layers)])
+        self.norm = nn.LayerNorm(hidden_size)
+        self.match = nn.Linear(hidden_size, 1)
+
+    def forward(self, text: torch.Tensor, text_mask: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        """Logits (R,) for texts (R, T, D) with mask (R, T) and prefix tokens (R, P, D)."""
+        for layer in self.layers:
+            text = layer(text, prefix)
+        return self.match(masked_mean(self.norm(text), text_mask)).squeeze(-1)
+
+
+class MicroVLMAlignment(nn.Module):
+    """Projects pooled prefix tokens and pooled text embeddings (R, D) to unit vectors (R, projection)."""
+
+    def __init__(self, hidden_size: int, projection_size: int):
+        super().__init__()
+        self.image_norm = nn.LayerNorm(hidden_size)
+        self.image_proj = nn.Linear(hidden_size, projection_size)
+        self.text_norm = nn.LayerNorm(hidden_size)
+        self.text_proj = nn.Linear(hidden_size, projection_size)
+
+    def embed_image(self, pooled: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.image_proj(self.image_norm(pooled)), dim=-1)
+
+    def embed_text(self, pooled: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.text_proj(self.text_norm(pooled)), dim=-1)
+
+
+class MicroVLMPreTrainedModel(PreTrainedModel):
+    config_class = MicroVLMConfig
+    config: MicroVLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MicroVLMAdapter"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MicroVLMAdapter):
+            init.zeros_(module.patch_mean)
+            init.ones_(module.patch_std)
+            init.normal_(module.query_tokens, std=self.config.initializer_range)
+            for linear in (module.fc1, module.fc2, module.v_proj, module.out_proj):
+                init.xavier_uniform_(linear.weight)
+        elif isinstance(module, nn.MultiheadAttention):
+            init.xavier_uniform_(module.in_proj_weight)
+            init.zeros_(module.in_proj_bias)
+
+
+class MicroVLMModel(MicroVLMPreTrainedModel):
+    """Vision tower, adapter, language model without its head, and the alignment modules."""
+
+    def __init__(self, config: MicroVLMConfig):
+        super().__init__(config)
+        for name in UNSUPPORTED_HEAD_ATTRIBUTES:
+            if getattr(config.text_config, name, None) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"text model {config.text_config.model_type!r} has {name}={getattr(config.text_config, name)}: "
+                    "its head is more than one linear map, which MicroVLM does not support."
+                )
+        hidden_size = config.text_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        vision_width = self.vision_tower.timm_model.num_features
+        if vision_width != config.adapter_config.vision_hidden_size:
+            raise ValueError(
+                f"adapter_config.vision_hidden_size is {config.adapter_config.vision_hidden_size}, but "
+                f"{config.vision_config.architecture} has features of width {vision_width}."
+            )
+        self.adapter = MicroVLMAdapter(config.adapter_config, hidden_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.alignment = MicroVLMAlignment(hidden_size, config.alignment_config.projection_size)
+        self.fusion = None
+        if config.use_fusion:
+            alignment = config.alignment_config
+            self.fusion = MicroVLMFusion(hidden_size, alignment.fusion_num_layers, alignment.fusion_num_attention_heads)
+        if config.qat_config.ternary_modules:
+            replace_with_ternary(
+                self,
+                config.qat_config.ternary_modules,
+                ternary_weights=config.qat_config.ternary_weights == "absmean",
+                activation_bits=config.qat_config.activation_bits,
+            )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> MicroVLMImageFeatures:
+        """Prefix tokens of pictures.
+
+        Args:
+            pixel_values: (N, 3, height, width), normalised by the image processor.
+            output_attentions: also return the pooling attention.
+            output_hidden_states: also return the feature maps of the vision tower's layers.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must have the shape (pictures, channels, height, width), got {tuple(pixel_values.shape)}."
+            )
+        vision = self.vision_tower(
+            pixel_values, output_hidden_states=bool(output_hidden_states), do_pooling=False, return_dict=True
+        )
+        skip = self.vision_tower.timm_model.num_prefix_tokens  # the class token
+        prefix, attention = self.adapter(vision.last_hidden_state[:, skip:], output_attentions=bool(output_attentions))
+        return MicroVLMImageFeatures(
+            last_hidden_state=vision.last_hidden_state,
+            pooler_output=tuple(prefix),
+            hidden_states=vision.hidden_states,
+            pooling_attentions=attention,
+        )
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor,
+        image_features: torch.FloatTensor | None = None,
+    ) -> torch.BoolTensor:
+        """Mask (B, T, 1) of the image placeholders.
+
+        Raises:
+            ValueError: their number is not the number of prefix tokens in `image_features` (N, P, D).
+        """
+        if input_ids is None:
+            token = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        if image_features is not None and not torch.compiler.is_compiling():
+            found, needed = int(mask.sum()), image_features.shape[0] * image_features.shape[1]
+            if found != needed:
+                raise ValueError(
+                    f"Image features and image tokens do not match: {image_features.shape[0]} pictures need {needed} "
+                    f"placeholders ({image_features.shape[1]} each), the text has {found}."
+                )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, MicroVLMImageFeatures] | None = None,
+        **kwargs,
+    ) -> MicroVLMModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if inputs_embeds.shape[0] == 0:
+            raise ValueError("The batch is empty: input_ids has no rows.")
+
+        image = (mm_encoder_outputs or {}).get("image")
+        if image is None and pixel_values is not None:
+            image = self.get_image_features(
+                pixel_values, output_attentions=kwargs.get("output_attentions"), return_dict=True
+            )
+        prefix = pooling_attentions = None
+        if image is not None:
+            prefix = torch.stack(tuple(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)  # (N, P, D)
+            pooling_attentions = image.pooling_attentions
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, prefix)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, prefix)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        return MicroVLMModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=prefix,
+            pooling_attentions=pooling_attentions,
+        )
+
+    def get_alignment(
+        self,
+        input_ids: torch.LongTensor,
+        image_hidden_states: torch.FloatTensor,
+        text_mask: torch.BoolTensor,
+        use_fusion: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Pictures and texts of the rows that have both, in the shared space.
+
+        The text side reads token *embeddings*: a hidden state of the decoder has seen the picture and would give the answer away.
+
+        Args:
+            input_ids: (B, T), with P placeholders per picture.
+            image_hidden_states: prefix tokens (N, P, D).
+            text_mask: positions (B, T) of the text that describes the row's pictures.
+            use_fusion: also judge pairs with the fusion block.
+
+        Returns:
+            image_embeds (R, projection), text_embeds (R, projection) and match_logits (R, 2) or None.
+        """
+        per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.num_prefix_tokens  # pictures (B,)
+        owner = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(per_row)  # (N,)
+        rows = torch.nonzero((per_row > 0) & text_mask.any(1)).flatten()  # (R,)
+        shape = (len(input_ids), *image_hidden_states.shape[1:])
+        prefix = image_hidden_states.new_zeros(shape).index_add(0, owner, image_hidden_states)[rows]
+        prefix = prefix / per_row[rows].view(-1, 1, 1)  # several pictures of a row: their mean
+        text, mask = self.get_input_embeddings()(input_ids)[rows], text_mask[rows]
+        image_embeds = self.alignment.embed_image(prefix.mean(1))
+        text_embeds = self.alignment.embed_text(masked_mean(text, mask))
+        match_logits = None
+        if use_fusion and len(rows) > 1:
+            similarity = (text_embeds @ image_embeds.mT).detach()
+            similarity.fill_diagonal_(-torch.inf)
+            hardest = similarity.argmax(1)
+            match_logits = torch.stack(
+                [self.fusion(text, mask, prefix), self.fusion(text, mask, prefix[hardest])], dim=-1
+            )
+        return image_embeds, text_embeds, match_logits
+
+
+class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin):
+    """MicroVLM with its language-modelling head: captions through `generate()`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MicroVLMConfig):
+        super().__init__(config)
+        self.model = MicroVLMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> MicroVLMImageFeatures | tuple:
+        """See `MicroVLMModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, MicroVLMImageFeatures] | None = None,
+        return_alignment: bool | None = None,
+        use_fusion: bool | None = None,
+        **kwargs,
+    ) -> MicroVLMCausalLMOutputWithPast:
+        """One pass.
+
+        Args:
+            input_ids: (B, T); P placeholders `image_token_id` stand for a picture.
+            pixel_values: pictures of all rows in order, (N, 3, height, width).
+            attention_mask: (B, T), 0 on padding.
+            labels: (B, T), -100 where no loss is wanted; shifted inside.
+            logits_to_keep: only the last so many logits, 0 for all; or positions.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+            return_alignment: also return `image_embeds` and `text_embeds`; the text of a row is where `labels` are set, without
+                labels all that is neither padding nor placeholder.
+            use_fusion: also return `match_logits`; default: the config's.
+
+        Raises:
+            ValueError: placeholders and pictures do not match, or `use_fusion` on a model built without the block.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+
+        image_embeds = text_embeds = match_logits = None
+        use_fusion = self.config.use_fusion if use_fusion is None else use_fusion
+        if use_fusion and self.model.fusion is None:
+            raise ValueError("use_fusion=True needs a model built with config.use_fusion=True; this one has no block.")
+        if return_alignment and outputs.image_hidden_states is not None:
+            if input_ids is None:
+                raise ValueError("return_alignment needs input_ids.")
+            text_mask = labels != -100 if labels is not None else input_ids != self.config.image_token_id
+            if attention_mask is not None:
+                text_mask = text_mask & attention_mask.bool()
+            image_embeds, text_embeds, match_logits = self.model.get_alignment(
+                input_ids, outputs.image_hidden_states, text_mask, use_fusion
+            )
+        return MicroVLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            pooling_attentions=outputs.pooling_attentions,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            match_logits=match_logits,
+        )
+
+    def alignment_loss(self, outputs: MicroVLMCausalLMOutputWithPast) -> torch.Tensor | None:
+        """InfoNCE of a forward with `return_alignment`, plus the matching loss when the fusion block ran; () or None without pairs."""
+        if outputs.image_embeds is None or not len(outputs.image_embeds):
+            return None
+        loss = contrastive_loss(outputs.image_embeds, outputs.text_embeds, self.config.alignment_config.temperature)
+        if outputs.match_logits is not None:
+            target = torch.zeros_like(outputs.match_logits)
+            target[:, 0] = 1
+            loss = loss + F.binary_cross_entropy_with_logits(outputs.match_logits.float(), target.float())
+        return loss
+
+    def default_prompt(self, batch_size: int, device: torch.device | None = None) -> torch.LongTensor:
+        """The prompt of `generate(pixel_values=...)`: `config.default_prompt_ids`, one picture a row, (batch_size, length)."""
+        token, P = self.config.image_token_id, self.config.num_prefix_tokens
+        ids = [i for t in self.config.default_prompt_ids or [token] for i in ([t] * P if t == token else [t])]
+        return torch.tensor([ids], dtype=torch.long, device=device or self.device).expand(batch_size, -1).contiguous()
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        pixel_values = model_kwargs.get("pixel_values")
+        if (
+            inputs is None
+            and pixel_values is not None
+            and model_kwargs.get("input_ids") is None
+            and model_kwargs.get("inputs_embeds") is None
+        ):
+            inputs = self.default_prompt(len(pixel_values), pixel_values.device)
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k != "input_ids"}
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+
+MicroVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["MicroVLMForConditionalGeneration", "MicroVLMModel", "MicroVLMPreTrainedModel"]
