@@ -161,6 +161,10 @@ class MicroVLMConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         adapter, text = self.adapter_config, self.text_config
+        if self.vision_config.model_type != "timm_wrapper":
+            raise ValueError(
+                f"vision_config.model_type must be 'timm_wrapper' (any timm model), got {self.vision_config.model_type!r}."
+            )
         if text.hidden_size % adapter.num_attention_heads:
             raise ValueError(
                 f"adapter_config.num_attention_heads ({adapter.num_attention_heads}) must divide "

@@ -1,15 +1,253 @@
-"""Reading picture-caption pairs."""
+"""Picture-caption pairs for training and evaluation: parquet, image folders with `metadata.jsonl`, webdataset tars.
 
+All three come through `datasets`, with pictures left as bytes: one that cannot be decoded is then skipped, named and counted by the
+collator instead of ending the run, until more than a stated share of the rows is bad.
+"""
+
+import io
+import logging
+import math
 import re
+from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, Image, load_dataset
+from PIL import Image as PILImage
+
+logger = logging.getLogger(__name__)
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
+CAPTION_COLUMNS = ("caption", "text", "txt")
+FORMATS = ("parquet", "imagefolder", "webdataset")
+MIN_ROWS_BEFORE_STOP = 100  # a share over fewer rows says little
+
+
+class UnreadableRowError(ValueError):
+    """A training row without a caption or without a picture that can be decoded."""
 
 
 def is_copyleft(licence: str) -> bool:
-    """True for licences that weights which ship must not be trained on (GPL family, CC-BY-SA)."""
+    """True for licences that weights which ship are not trained on (GPL family, CC-BY-SA)."""
     return bool(re.search(r"GPL|GFDL|-SA\b", licence))
 
 
-def load_pairs(path):
-    from datasets import load_dataset
+def guess_format(path: str) -> str:
+    """The reader for a path: a folder is an image folder, `.tar` is webdataset, `.parquet` is parquet."""
+    if Path(path).is_dir():
+        return "imagefolder"
+    for suffix, name in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if path.endswith(suffix):
+            return name
+    raise ValueError(
+        f"{path}: expected a .parquet file, a .tar of webdataset or a folder of pictures with metadata.jsonl."
+    )
 
+
+def load_rows(
+    path: str | list[str], format: str | None = None, exclude_copyleft: bool = False, limit: int | None = None
+) -> Dataset:
+    """Rows with the columns `image` (undecoded: {"bytes", "path"}) and `caption`, and what else the source has.
+
+    Args:
+        path: a file, a glob, a list of files, or the folder of an image folder.
+        format: one of `parquet`, `imagefolder`, `webdataset`; by default from the path.
+        exclude_copyleft: drop rows whose `licence` column states none or a copyleft one.
+        limit: keep only the first so many rows.
+
+    Raises:
+        FileNotFoundError: no such file, or no file that matches a glob.
+        ValueError: unknown format, several image folders, or no picture, caption or (to exclude by) licence column.
+    """
+    paths = [str(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
+    format = format or guess_format(paths[0])
+    if format not in FORMATS:
+        raise ValueError(f"data format {format!r} is not one of {', '.join(FORMATS)}.")
+    for p in paths:
+        if not Path(p).exists() and not glob(p, recursive=True):
+            raise FileNotFoundError(f"training data {p} does not exist.")
+    if format == "imagefolder":
+        if len(paths) > 1:
+            raise ValueError(f"an image folder is one path, got {len(paths)}: {', '.join(paths)}.")
+        rows = load_dataset("imagefolder", data_dir=paths[0], split="train")
+    else:
+        rows = load_dataset(format, data_files=paths, split="train")
+    names = {}
+    for target, candidates in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
+        names[target] = next((c for c in candidates if c in rows.column_names), None)
+        if names[target] is None:
+            raise ValueError(
+                f"{paths[0]} has no {target} column: expected one of {', '.join(candidates)}, "
+                f"found {', '.join(rows.column_names)}."
+            )
+    rows = rows.rename_columns({old: new for new, old in names.items() if old != new})
+    rows = rows.cast_column("image", Image(decode=False))
+    if exclude_copyleft:
+        if "licence" not in rows.column_names:
+            raise ValueError(
+                f"exclude_copyleft needs a licence column; {paths[0]} has only {', '.join(rows.column_names)}."
+            )
+        keep = [i for i, licence in enumerate(rows["licence"]) if licence and not is_copyleft(licence)]
+        rows = rows.select(keep)
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def row_name(row: dict) -> str:
+    """How an error message calls a row."""
+    names = (row.get("id"), row.get("__key__"), (row.get("image") or {}).get("path"))
+    return str(next((name for name in names if name not in (None, "")), "without a name"))
+
+
+def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
+    """Picture (3, height, width) uint8 and caption of a row of `load_rows`.
+
+    Raises:
+        UnreadableRowError: no caption, no picture, or a picture that cannot be decoded; the message names the row.
+    """
+    caption = row.get("caption")
+    caption = caption.decode(errors="replace") if isinstance(caption, bytes) else caption
+    if not isinstance(caption, str) or not caption.strip():
+        raise UnreadableRowError(f"row {row_name(row)} has no caption.")
+    image = row.get("image") or {}
+    if not image.get("bytes") and not image.get("path"):
+        raise UnreadableRowError(f"row {row_name(row)} has no picture.")
+    try:
+        source = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+        with PILImage.open(source) as picture:
+            return image_processor.process_image(picture, do_convert_rgb=True), caption.strip()
+    except (OSError, ValueError, PILImage.DecompressionBombError) as error:
+        raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {error}") from error
+
+
+def load_pairs(path: str) -> Iterator[dict]:
+    """Rows of a trusted parquet file with decoded pictures."""
     yield from load_dataset("parquet", data_files=str(path), split="train")
+
+
+class CaptionCollator:
+    """Rows -> batch: `<prompt with the picture><caption><eos>`, loss on the caption and the end only.
+
+    Args:
+        processor: a `MicroVLMProcessor`.
+        prompt_ids: the prompt with all placeholders, from `model.default_prompt`.
+        augment: a function on a batch of pictures (B, 3, height, width) in [0, 1], training only.
+        image_size: side of the pictures, the processor's own by default.
+        max_unreadable_share: training stops when more rows than this cannot be read.
+
+    Attributes:
+        seen, unreadable: rows so far, counted over all workers of a data loader.
+
+    Raises:
+        RuntimeError: too many unreadable rows, or a batch with none that can be read.
+    """
+
+    def __init__(
+        self, processor, prompt_ids: list[int], augment=None, image_size=None, max_unreadable_share: float = 0.01
+    ):
+        self.processor = processor
+        self.prompt_ids = list(prompt_ids)
+        self.augment = augment
+        self.size = None if image_size is None else {"height": image_size, "width": image_size}
+        self.max_unreadable_share = max_unreadable_share
+        self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # a data loader's workers hold copies of self
+
+    @property
+    def seen(self) -> int:
+        return int(self.counts[0])
+
+    @property
+    def unreadable(self) -> int:
+        return int(self.counts[1])
+
+    def _read(self, row: dict) -> tuple[torch.Tensor, str] | None:
+        self.counts[0] += 1
+        try:
+            return decode_row(row, self.processor.image_processor)
+        except UnreadableRowError as error:
+            self.counts[1] += 1
+            logger.warning("skipped (%d of %d rows so far): %s", self.unreadable, self.seen, error)
+            share = self.unreadable / self.seen
+            if self.seen >= MIN_ROWS_BEFORE_STOP and share > self.max_unreadable_share:
+                raise RuntimeError(
+                    f"{self.unreadable} of {self.seen} training rows cannot be read, more than the allowed share of "
+                    f"{self.max_unreadable_share:g}. The last one: {error}"
+                ) from error
+            return None
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        pairs = [pair for pair in map(self._read, rows) if pair is not None]
+        if not pairs:
+            raise RuntimeError(f"none of the {len(rows)} rows of a batch can be read.")
+        tokenizer = self.processor.tokenizer
+        # a caption that says "<image>" is text: as the placeholder it would ask for another picture
+        captions = tokenizer([c for _, c in pairs], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        answers = [ids + [tokenizer.eos_token_id] for ids in captions]
+        length = len(self.prompt_ids) + max(map(len, answers))
+        input_ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
+        labels = torch.full((len(pairs), length), -100)
+        attention_mask = torch.zeros(len(pairs), length, dtype=torch.long)
+        for i, answer in enumerate(answers):  # padding on the left, as in generation
+            input_ids[i, length - len(answer) - len(self.prompt_ids) :] = torch.tensor(self.prompt_ids + answer)
+            labels[i, length - len(answer) :] = torch.tensor(answer)
+            attention_mask[i, length - len(answer) - len(self.prompt_ids) :] = 1
+        image_processor = self.processor.image_processor
+        kwargs = {"return_tensors": "pt"} | ({} if self.size is None else {"size": self.size})
+        pictures = [picture for picture, _ in pairs]
+        if self.augment is None:
+            pixel_values = image_processor(pictures, **kwargs)["pixel_values"]
+        else:
+            small = image_processor(pictures, do_normalize=False, **kwargs)["pixel_values"]
+            mean, std = image_processor.image_mean, image_processor.image_std
+            pixel_values = image_processor.normalize(self.augment(small), mean, std)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "pixel_values": pixel_values,
+        }
+
+
+def random_affine(
+    n: int, degrees: float, shift: float, scale: float, aspect: float = 0.15, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Maps (n, 2, 3) from crop to picture coordinates, both in [-1, 1]: rotation, shift, zoom and stretch drawn evenly."""
+    uniform = lambda *size: torch.rand(*size, generator=generator) * 2 - 1  # noqa: E731
+    angle = uniform(n) * math.radians(degrees)
+    zoom, stretch = torch.exp(uniform(n) * math.log1p(scale)), torch.exp(uniform(n) * aspect)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * zoom * stretch, -angle.sin() * zoom
+    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * zoom, angle.cos() * zoom / stretch
+    theta[:, :, 2] = uniform(n, 2) * shift
+    return theta
+
+
+def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] with random saturation, contrast, brightness, ground, an erased patch and noise."""
+    B, _, H, W = x.shape
+    rand = lambda *size: torch.rand(*size, generator=generator)  # noqa: E731
+    gray = x.mean(1, keepdim=True)
+    saturation = 1 + 2 * strength * (2 * rand(B, 1, 1, 1) - 1)
+    x = gray + (x - gray) * torch.where(rand(B, 1, 1, 1) < 0.3 * strength, torch.zeros(()), saturation)
+    x = (x - 0.5) * (1 + strength * (2 * rand(B, 1, 1, 1) - 1)) + 0.5 + 0.35 * strength * (rand(B, 1, 1, 1) - 0.5)
+    # pictograms come on white: for one in three the ground is another pale colour
+    ground = torch.where(rand(B, 1, 1, 1) < 0.33, 1 - strength * rand(B, 3, 1, 1), torch.ones(()))
+    x = torch.where(gray > 0.97, x * ground, x)
+    for i in torch.nonzero(rand(B) < strength).flatten().tolist():
+        h, w = int(H * (0.1 + 0.25 * rand(1))), int(W * (0.1 + 0.25 * rand(1)))
+        top, left = int((H - h) * rand(1)), int((W - w) * rand(1))
+        x[i, :, top : top + h, left : left + w] = rand(3, 1, 1)
+    return (x + 0.06 * strength * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+
+
+def picture_augmentation(degrees: float = 10, shift: float = 0.1, scale: float = 0.2, color: float = 0.25):
+    """A function on a batch of pictures (B, 3, H, W) in [0, 1]: small affine maps and colour changes; no flips: captions
+    say left and right. Outside the picture its border goes on."""
+
+    def augment(x: torch.Tensor) -> torch.Tensor:
+        grid = F.affine_grid(random_affine(len(x), degrees, shift, scale), list(x.shape), align_corners=False)
+        x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        return change_colors(x, color) if color else x
+
+    return augment

@@ -14,15 +14,17 @@ alignment head beside this path projects pictures and texts into one space for t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel, TimmWrapperModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig
@@ -30,6 +32,8 @@ from .quantization_microvlm import replace_with_ternary
 
 # A decoder whose head does more than one linear map would give wrong logits here, so it is refused.
 UNSUPPORTED_HEAD_ATTRIBUTES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+# What `forward` hands on to the language model and the loss; any other name is a mistake, and is refused.
+FORWARD_KWARGS = TransformersKwargs.__optional_keys__ | {"use_cache", "token_type_ids", "shift_labels", "ignore_index"}
 
 
 @dataclass
@@ -211,6 +215,17 @@ class MicroVLMAlignment(nn.Module):
         return F.normalize(self.text_proj(self.text_norm(pooled)), dim=-1)
 
 
+class MicroVLMVisionTower(TimmWrapperModel):
+    """A timm model (N, 3, height, width) -> (N, 1 + patches, vision width)."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in ("weight", "bias"):  # class token, position embedding: the parent leaves them as allocated
+                init.normal_(parameter, std=self.config.initializer_range)
+
+
 class MicroVLMPreTrainedModel(PreTrainedModel):
     config_class = MicroVLMConfig
     config: MicroVLMConfig
@@ -244,6 +259,8 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
 
     def __init__(self, config: MicroVLMConfig):
         super().__init__(config)
+        if config.use_memory:
+            raise ValueError("use_memory=True: this version of MicroVLM has no episodic memory; set it to False.")
         for name in UNSUPPORTED_HEAD_ATTRIBUTES:
             if getattr(config.text_config, name, None) not in (None, 1, 1.0):
                 raise ValueError(
@@ -251,7 +268,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                     "its head is more than one linear map, which MicroVLM does not support."
                 )
         hidden_size = config.text_config.hidden_size
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = MicroVLMVisionTower._from_config(config.vision_config)
         vision_width = self.vision_tower.timm_model.num_features
         if vision_width != config.adapter_config.vision_hidden_size:
             raise ValueError(
@@ -286,24 +303,31 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         pixel_values: torch.FloatTensor,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
     ) -> MicroVLMImageFeatures:
         """Prefix tokens of pictures.
 
         Args:
             pixel_values: (N, 3, height, width), normalised by the image processor.
-            output_attentions: also return the pooling attention.
-            output_hidden_states: also return the feature maps of the vision tower's layers.
+            output_attentions: also return the pooling attention; default: the config's.
+            output_hidden_states: also return the feature maps of the vision tower's layers; default: the config's.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values must have the shape (pictures, channels, height, width), got {tuple(pixel_values.shape)}."
             )
         vision = self.vision_tower(
-            pixel_values, output_hidden_states=bool(output_hidden_states), do_pooling=False, return_dict=True
+            pixel_values,
+            output_attentions=False,  # timm has none
+            output_hidden_states=output_hidden_states,
+            do_pooling=False,
+            return_dict=True,
         )
         skip = self.vision_tower.timm_model.num_prefix_tokens  # the class token
-        prefix, attention = self.adapter(vision.last_hidden_state[:, skip:], output_attentions=bool(output_attentions))
+        prefix, attention = self.adapter(vision.last_hidden_state[:, skip:], output_attentions=output_attentions)
         return MicroVLMImageFeatures(
             last_hidden_state=vision.last_hidden_state,
             pooler_output=tuple(prefix),
@@ -352,6 +376,8 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if unknown := sorted(kwargs.keys() - FORWARD_KWARGS):
+            raise TypeError(f"forward() got unexpected keyword arguments: {', '.join(unknown)}")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if inputs_embeds.shape[0] == 0:
@@ -488,11 +514,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             return_dict=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-        else:
-            hidden_states = hidden_states[:, logits_to_keep]
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
 
         loss = None

@@ -1,65 +1,131 @@
 """Image processor and processor of MicroVLM.
 
-Pictures come in every shape people have: EXIF-rotated, palette, CMYK, 16-bit, animated, transparent, 1 x 1. All end as RGB on white,
-resized to 224 x 224 and normalised as the vision tower wants it. A picture whose header claims more than `max_pixels` is refused
-before its pixels are decoded.
+Pictures come in every shape people have: EXIF-rotated, palette, CMYK, 16-bit, animated, transparent, 1 x 1. All end as
+RGB on white, resized to 224 x 224 and normalised as the vision tower wants it. A picture whose header claims more than
+`max_pixels` is refused before its pixels are decoded, wherever it comes from.
 """
 
+import base64
+import os
+from http.client import HTTPException
+from io import BytesIO
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import PILImageResampling, load_image
+from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, Unpack
 
 DEFAULT_MAX_PIXELS = 64_000_000  # 8000 x 8000
+DOWNLOAD_TIMEOUT = 60  # seconds
+AUTO_MAP = {
+    "AutoImageProcessor": "processing_microvlm.MicroVLMImageProcessor",
+    "AutoProcessor": "processing_microvlm.MicroVLMProcessor",
+}
 
 
-def open_picture(path: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Open a picture file, check its header, decode it to RGB.
+def open_picture(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Picture as upright RGB, its size checked before its pixels are decoded. See `fetch_picture` and `to_rgb`."""
+    return to_rgb(fetch_picture(source), max_pixels)
+
+
+def fetch_picture(source: str | os.PathLike) -> Image.Image:
+    """Read the bytes and the header of a picture; decode nothing, leave nothing open.
+
+    Args:
+        source: a path, a `file:`, `http:`, `https:` or `data:` URL, or the bare base64 text of a picture.
 
     Raises:
-        ValueError: not a picture, more than `max_pixels` pixels by its header, or broken pixel data; the message names the file.
         FileNotFoundError: no such file.
+        OSError: a file or a URL that cannot be read.
+        ValueError: not a picture that Pillow can read.
     """
+    source = os.fspath(source)
+    name = source if len(source) <= 200 else f"{source[:60]}... ({len(source)} characters)"
+    missing = None
+    if source.startswith(("http://", "https://", "file://", "data:")):
+        try:
+            request = Request(source, headers={"User-Agent": "MicroVLM"})  # some sites refuse Python's own
+            with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+                data = response.read()
+        except (OSError, HTTPException, ValueError) as error:
+            raise OSError(f"{name} cannot be opened: {error}") from error
+    elif os.path.isfile(source):
+        data = Path(source).read_bytes()
+    else:
+        missing = FileNotFoundError(f"{name} is not a file.")
+        try:
+            data = base64.b64decode("".join(source.split()), validate=True)
+        except ValueError:
+            raise missing from None
     try:
-        with Image.open(path) as picture:
-            return to_rgb(picture, max_pixels)
+        picture = Image.open(BytesIO(data))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture that Pillow can read.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        what = "is not a picture that Pillow can read" if data else "is empty: it has 0 bytes"
+        raise missing or ValueError(f"{name} {what}.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} is too large for Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # on broken data Pillow raises whatever it falls over
+        raise ValueError(f"{name} cannot be opened: {str(error) or type(error).__name__}") from error
+    picture.source = name
+    return picture
+
+
+def check_size(picture: Image.Image, max_pixels: int) -> None:
+    """Raise ValueError when the header claims no pixels or more than `max_pixels`."""
+    width, height = picture.size
+    if not 0 < width * height <= max_pixels:
+        raise ValueError(
+            f"{name_of(picture)} has {width} x {height} pixels, the limit is {max_pixels} in all: `max_pixels` of the "
+            "image processor."
+        )
+
+
+def name_of(picture: Image.Image) -> str:
+    return getattr(picture, "source", None) or getattr(picture, "filename", None) or "The picture"
 
 
 def to_rgb(picture: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """First frame of any Pillow picture as RGB: upright, transparency on white, 16-bit scaled to 8.
+    """Any Pillow picture as RGB: upright, transparency on white, more than 8 bits scaled to 8, animations at the frame
+    they stand at (the first one of a file).
 
     Raises:
-        ValueError: too many pixels by its header (checked before decoding), or pixel data that cannot be decoded.
+        ValueError: no or too many pixels by its header (checked before decoding), or pixel data that cannot be decoded.
     """
-    width, height = picture.size
-    if width * height > max_pixels:
-        raise ValueError(f"picture of {width} x {height} pixels is over the limit of {max_pixels} pixels.")
+    check_size(picture, max_pixels)
+    name = name_of(picture)
     try:
-        if getattr(picture, "is_animated", False):
-            picture.seek(0)
-        picture.load()
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
-        raise ValueError(f"picture data cannot be decoded: {error}") from error
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
-        values = np.asarray(picture, dtype=np.float64)
-        top = 65535.0 if picture.mode != "F" or values.max() > 1 else 1.0
-        picture = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(ground, picture)
-    return picture.convert("RGB")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "F" or picture.mode.startswith("I"):
+            picture = Image.fromarray(scale_to_8_bit(np.asarray(picture)))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise ValueError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Values of any shape as uint8: integers are 16-bit, floats in [0, 1], [0, 255] or 16-bit by their maximum; what
+    is larger still is divided by its maximum.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    values, tops = values.astype(np.float64), (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
+    largest = values.max()
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite numbers.")
+    top = next((top for top in tops if largest <= top), largest)
+    return (values.clip(0) / top * 255).round().astype(np.uint8)
 
 
 class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
@@ -72,6 +138,9 @@ class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
 
 class MicroVLMImageProcessor(TorchvisionBackend):
     """Resizes to 224 x 224, scales to [0, 1] and normalises; gives `pixel_values` (N, 3, 224, 224).
+
+    Takes Pillow pictures, arrays and tensors (values 0 to 255, or a uint16 array; no, 1, 3 or 4 channels, first or
+    last), and all that `fetch_picture` takes: paths, URLs, base64.
 
     Args:
         max_pixels: pictures with more pixels by their header are refused before decoding (ValueError).
@@ -94,20 +163,33 @@ class MicroVLMImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls):
-        """Open paths with the header check; URLs and base64 through transformers."""
+        """Pictures for paths, URLs and base64, nested as given; not decoded, as `process_image` checks their size."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(x) for x in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, Path)):
-            name = str(image_url_or_urls)
-            if name.startswith(("http://", "https://", "data:")):
-                return load_image(name)
-            return open_picture(name, self.max_pixels)
-        return super().fetch_images(image_url_or_urls)
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return fetch_picture(image_url_or_urls)
+        images = super().fetch_images(image_url_or_urls)
+        return images[None] if getattr(images, "ndim", 3) == 2 else images  # a gray array (height, width)
+
+    def _prepare_images_structure(self, images, expected_ndims=3):
+        images = super()._prepare_images_structure(images, expected_ndims)
+        if len(images) == 0:
+            raise ValueError("`images` is empty: give at least one picture.")
+        return images
 
     def process_image(self, image, do_convert_rgb=None, max_pixels=None, **kwargs) -> torch.Tensor:
-        if isinstance(image, Image.Image) and do_convert_rgb:
-            image = to_rgb(image, max_pixels or self.max_pixels)
+        """One picture as a tensor (channels, height, width)."""
+        if isinstance(image, Image.Image):
+            max_pixels = max_pixels or self.max_pixels
+            check_size(image, max_pixels)
+            image = to_rgb(image, max_pixels) if do_convert_rgb else image
+        elif isinstance(image, np.ndarray):
+            image = scale_to_8_bit(image) if image.dtype == np.uint16 else image
+            image = np.require(image, requirements="CW")  # torch takes neither read-only arrays nor bgr[..., ::-1]
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
+    def to_dict(self) -> dict:
+        return with_auto_map(super().to_dict(), self)
 
 
 class MicroVLMProcessor(ProcessorMixin):
@@ -121,9 +203,12 @@ class MicroVLMProcessor(ProcessorMixin):
         num_image_tokens: placeholders per picture, the adapter's `num_prefix_tokens`.
 
     Raises:
-        ValueError: the tokenizer does not have `image_token` as one token; or, on a call, the number of `image_token` in
-            the texts is not the number of pictures.
+        ValueError: the tokenizer does not have `image_token` as one token; or, on a call, the number of `image_token`
+            in the texts is not the number of pictures.
     """
+
+    # what a tokenizer may add and the model does not take
+    unused_input_names = ["token_type_ids"]
 
     def __init__(
         self,
@@ -132,8 +217,8 @@ class MicroVLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         num_image_tokens: int = 25,
-        **kwargs,
     ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
         self.num_image_tokens = num_image_tokens
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -142,7 +227,27 @@ class MicroVLMProcessor(ProcessorMixin):
                 f"The tokenizer has no token {image_token!r}: add it with "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})."
             )
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        """Opens pictures and wraps a single text; rows without any picture (`[]`, `[[], []]`) count as no pictures."""
+        images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        if isinstance(images, list) and not any(len(row) if isinstance(row, list) else True for row in images):
+            images = None
+        return images, text, *others
+
+    def validate_inputs(self, images=None, text=None, **kwargs) -> None:
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if text is None:
+            return
+        if not text:
+            raise ValueError("`text` is an empty list: give one text or a list with at least one.")
+        if isinstance(images, list) and all(isinstance(row, list) for row in images):
+            wanted, given = [row.count(self.image_token) for row in text], [len(row) for row in images]
+            if wanted != given:
+                raise ValueError(
+                    f"The texts have {wanted} {self.image_token} placeholders, but the rows of `images` hold {given} "
+                    "pictures: give one row of pictures per text and one placeholder per picture."
+                )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
@@ -153,6 +258,14 @@ class MicroVLMProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
+
+    def to_dict(self) -> dict:
+        return with_auto_map(super().to_dict(), self)
+
+
+def with_auto_map(dictionary: dict, processor: MicroVLMImageProcessor | MicroVLMProcessor) -> dict:
+    # both classes live in this file, which every saved folder carries; save_pretrained would write one of them
+    return {**dictionary, "auto_map": {**AUTO_MAP, **getattr(processor, "auto_map", {})}}
 
 
 MicroVLMImageProcessor.register_for_auto_class()

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_microvlm import is_copyleft, load_pairs  # noqa: E402
+from data_microvlm import change_colors, is_copyleft, load_pairs, random_affine  # noqa: E402
 
 STOP_WORDS = {"a", "an", "the", "of", "with", "and", "in", "on", "for", "to"}
 
@@ -86,37 +86,6 @@ def load_split(path: str, size: int, include_copyleft: bool) -> tuple[torch.Tens
 
 def caption_words(caption: str) -> list[str]:
     return [w for w in re.findall(r"[a-z0-9]+", caption.lower()) if w not in STOP_WORDS]
-
-
-def random_affine(n: int, generator: torch.Generator, scale=(0.75, 1.25), degrees=12.0, shift=0.12) -> torch.Tensor:
-    """Affine maps (n, 2, 3) from crop coordinates to picture coordinates, both in [-1, 1]."""
-    r = lambda: torch.rand(n, generator=generator)  # noqa: E731
-    angle = (r() * 2 - 1) * math.radians(degrees)
-    s = torch.exp(math.log(scale[0]) + r() * math.log(scale[1] / scale[0]))
-    aspect = torch.exp((r() * 2 - 1) * 0.15)
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * s * aspect, -angle.sin() * s
-    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * s, angle.cos() * s / aspect
-    theta[:, :, 2] = (torch.rand(n, 2, generator=generator) * 2 - 1) * shift
-    return theta
-
-
-def photometric(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Brightness, contrast, saturation, tinted grounds, erased squares and noise on pictures (B, 3, H, W) in [0, 1]."""
-    B, _, H, W = x.shape
-    r = lambda *s: torch.rand(*s, generator=generator)  # noqa: E731
-    gray = x.mean(1, keepdim=True)
-    saturation = torch.where(r(B, 1, 1, 1) < 0.12, torch.zeros(B, 1, 1, 1), 0.4 + 1.2 * r(B, 1, 1, 1))
-    x = gray + (x - gray) * saturation
-    x = (x - 0.5) * (0.7 + 0.6 * r(B, 1, 1, 1)) + 0.5 + 0.2 * (r(B, 1, 1, 1) - 0.5)
-    white = (gray > 0.97).float()  # pictograms come on white: let the ground be any pale colour for one in three
-    tint = torch.where(r(B, 1, 1, 1) < 0.33, 0.6 + 0.4 * r(B, 3, 1, 1), torch.ones(B, 3, 1, 1))
-    x = x * (1 - white + white * tint)
-    for i in torch.nonzero(r(B) < 0.25).flatten().tolist():
-        h, w = int(H * (0.1 + 0.25 * r(1))), int(W * (0.1 + 0.25 * r(1)))
-        top, left = int((H - h) * r(1)), int((W - w) * r(1))
-        x[i, :, top : top + h, left : left + w] = r(3, 1, 1)
-    return (x + 0.02 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
 
 
 class Student(nn.Module):
@@ -248,11 +217,11 @@ def main() -> None:
         idx = torch.tensor(order[:batch])
         order = order[batch:]
 
-        theta = random_affine(batch, g)
+        theta = random_affine(batch, degrees=12, shift=0.12, scale=0.3, generator=g)
         grid = F.affine_grid(theta, (batch, 3, size, size), align_corners=False)
         source = small if size <= 128 else images
         x = F.grid_sample(source[idx].float() / 255, grid, padding_mode="border", align_corners=False)
-        x = (photometric(x, g) - 0.5) / 0.5
+        x = (change_colors(x, 0.3, g) - 0.5) / 0.5
         patch_grid = F.affine_grid(theta, (batch, 1, size // 16, size // 16), align_corners=False)
         target = F.grid_sample(maps[idx].float(), patch_grid, padding_mode="border", align_corners=False)
         target = ((target - map_mean[:, None, None]) / map_std[:, None, None]).flatten(2).mT  # (B, N, 320)

@@ -1,0 +1,32 @@
+VENV := .venv
+PY := $(VENV)/bin/python
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint bench clean
+
+$(VENV)/.ready: pyproject.toml
+	python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable ".[test]"
+	touch $@
+
+demo: $(VENV)/.ready  ## environment, then captions of the example pictures with the checkpoint in this folder
+	$(PY) caption.py examples
+
+test: $(VENV)/.ready lint  ## everything but the slow checks
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.ready  ## torch.compile and other checks that take minutes
+	$(PY) -m pytest -m slow
+
+lint: $(VENV)/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(VENV)/.ready  ## the tables of docs/architecture.md and README.md
+	$(PY) benchmarks/parameters.py
+	$(PY) benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -1,0 +1,153 @@
+"""Score captions by free greedy generation: exact match, word F1, CIDEr, and whether the model looks at the picture.
+
+    python evaluate_hf.py --data data/mini/validation.parquet [--model .] [--json FILE] [--yardstick TRAIN.parquet]
+
+A caption is normalised first: lower case, no punctuation, no articles. Exact match and word F1 are means over the pictures;
+CIDEr is pycocoevalcap's, on the set's own document frequencies. `distinct` is the share of different captions among all;
+`shuffled` scores the same captions against the references of other pictures: a model that ignores the picture keeps its score.
+`--yardstick` also scores the nearest-neighbour caption: that of the closest training picture in EfficientNet-Lite0 feature space.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from data_microvlm import decode_row, load_rows
+
+ARTICLES = {"a", "an", "the"}
+
+
+def normalise(caption: str) -> str:
+    """Lower case, letters and digits only, no articles."""
+    words = re.sub(r"[^\w\s]", " ", caption.lower()).split()
+    return " ".join(w for w in words if w not in ARTICLES)
+
+
+def word_f1(candidate: str, reference: str) -> float:
+    """F1 of the two normalised captions' words, as multisets."""
+    a, b = candidate.split(), reference.split()
+    common = sum((Counter(a) & Counter(b)).values())
+    return 2 * common / (len(a) + len(b)) if common else 0.0
+
+
+def cider(candidates: list[str], references: list[str]) -> float:
+    """CIDEr-D of normalised captions, one reference each; pycocoevalcap's scorer."""
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    scorer = CiderScorer(n=4, sigma=6.0)
+    for candidate, reference in zip(candidates, references):
+        scorer += (candidate, [reference])
+    return float(scorer.compute_score()[0])
+
+
+def score(candidates: list[str], references: list[str]) -> dict[str, float]:
+    """exact, word_f1, cider and the share of distinct captions of raw captions."""
+    candidates, references = [normalise(c) for c in candidates], [normalise(r) for r in references]
+    n = len(references)
+    return {
+        "exact": sum(c == r for c, r in zip(candidates, references)) / n,
+        "word_f1": sum(map(word_f1, candidates, references)) / n,
+        "cider": cider(candidates, references),
+        "distinct": len(set(candidates)) / n,
+    }
+
+
+@torch.inference_mode()
+def caption_rows(model, processor, rows, batch_size: int = 16, max_new_tokens: int = 32) -> tuple[list[str], list[str]]:
+    """Greedy captions and reference captions of rows of `load_rows`."""
+    candidates, references = [], []
+    for start in range(0, len(rows), batch_size):
+        pairs = [
+            decode_row(row, processor.image_processor)
+            for row in rows.select(range(start, min(start + batch_size, len(rows))))
+        ]
+        pixel_values = processor.image_processor([p for p, _ in pairs], return_tensors="pt")["pixel_values"]
+        prompt = model.default_prompt(len(pairs))
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            pixel_values=pixel_values.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+        )
+        candidates += processor.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
+        references += [caption for _, caption in pairs]
+    return [c.strip() for c in candidates], references
+
+
+@torch.inference_mode()
+def nearest_neighbour_captions(train, rows, image_processor) -> list[str]:
+    """For each row the caption of the closest training picture by cosine of standardised EfficientNet-Lite0 features."""
+    from scripts.distill_vision import load_teacher
+
+    teacher = load_teacher()
+
+    def features(data) -> torch.Tensor:
+        out = []
+        for start in range(0, len(data), 32):
+            pictures = [
+                decode_row(row, image_processor)[0] for row in data.select(range(start, min(start + 32, len(data))))
+            ]
+            x = image_processor(pictures, return_tensors="pt")["pixel_values"]
+            out.append(teacher.forward_head(teacher.forward_features(x), pre_logits=True))
+        return torch.cat(out)
+
+    a, b = features(train), features(rows)
+    mean, std = a.mean(0), a.std(0) + 1e-6
+    a, b = (torch.nn.functional.normalize((x - mean) / std, dim=-1) for x in (a, b))
+    return [train[i]["caption"] for i in (b @ a.mT).argmax(1).tolist()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(Path(__file__).resolve().parent), help="checkpoint folder or Hub id")
+    parser.add_argument("--revision", help="revision on the Hub")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="parquet, webdataset tar or image folder; each is scored"
+    )
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--limit", type=int, help="only the first so many rows")
+    parser.add_argument("--show", type=int, default=0, help="print so many captions beside their references")
+    parser.add_argument("--yardstick", metavar="TRAIN", help="training data for the nearest-neighbour caption")
+    parser.add_argument("--yardstick-exclude-copyleft", action="store_true")
+    parser.add_argument("--json", help="also write the scores to this file")
+    options = parser.parse_args()
+
+    processor = AutoProcessor.from_pretrained(options.model, revision=options.revision, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        options.model, revision=options.revision, trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    results = {}
+    for path in options.data:
+        rows = load_rows(path, limit=options.limit)
+        candidates, references = caption_rows(model, processor, rows, options.batch_size)
+        results[path] = {"pictures": len(rows), "model": score(candidates, references)}
+        shift = len(references) // 2
+        shuffled = references[shift:] + references[:shift]
+        results[path]["shuffled"] = score(candidates, shuffled)
+        if options.yardstick:
+            train = load_rows(options.yardstick, exclude_copyleft=options.yardstick_exclude_copyleft)
+            results[path]["nearest_neighbour"] = score(
+                nearest_neighbour_captions(train, rows, processor.image_processor), references
+            )
+        for candidate, reference in list(zip(candidates, references))[: options.show]:
+            print(f"  {candidate!r}  <- {reference!r}")
+        print(f"{path} ({len(rows)} pictures)")
+        print(f"  {'':<18}{'exact':>8}{'word F1':>9}{'CIDEr':>8}{'distinct':>10}")
+        for name, s in results[path].items():
+            if isinstance(s, dict):
+                print(f"  {name:<18}{s['exact']:>8.3f}{s['word_f1']:>9.3f}{s['cider']:>8.3f}{s['distinct']:>10.3f}")
+    if options.json:
+        temporary = Path(options.json).with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        temporary.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""Three formats, one set of rows; what cannot be read; and the batches a collator makes of it."""
+
+import io
+import re
+
+import pytest
+import torch
+from conftest import IMAGE_ID
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+from toy_data import CAPTIONS, pairs, png, toy_model, toy_processor, use_cache, write_folder, write_parquet, write_tar
+
+import data_microvlm
+from data_microvlm import (
+    FORMATS,
+    MIN_ROWS_BEFORE_STOP,
+    CaptionCollator,
+    UnreadableRowError,
+    decode_row,
+    is_copyleft,
+    load_rows,
+    picture_augmentation,
+)
+
+COPYLEFT = [
+    "CC-BY-SA-4.0",
+    "CC-BY-SA-3.0",
+    "GPL-2.0-only (package)",
+    "GPL-3.0-or-later (package)",
+    "GPLv2+",
+    "GPLv3",
+    "LGPL-3.0-only",
+    "AGPL-3.0-only",
+    "GFDL-1.3",
+]
+FREE = [
+    "CC-BY-4.0",
+    "CC-BY-3.0",
+    "CC-BY-2.0",
+    "MIT",
+    "Apache-2.0",
+    "Public Domain",
+    "CC0-1.0",
+    "BSD-3-Clause (package)",
+]
+PROMPT = [2, IMAGE_ID, IMAGE_ID, IMAGE_ID, IMAGE_ID, IMAGE_ID, 3]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return toy_processor()
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    use_cache(monkeypatch, tmp_path / "cache")
+
+
+def truncated(i: int = 0) -> dict:
+    return {"bytes": png(i)[:60], "path": None}
+
+
+def memory_rows(rows: list[dict]) -> Dataset:
+    """Rows as `load_rows` gives them, without a file."""
+    return Dataset.from_list(rows).cast_column("image", Image(decode=False))
+
+
+def contents(rows, processor) -> dict[str, torch.Tensor]:
+    return {caption: picture for picture, caption in (decode_row(row, processor.image_processor) for row in rows)}
+
+
+# --- formats
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_gives_the_same_pictures_and_captions(format, tmp_path, processor):
+    write = {"parquet": write_parquet, "imagefolder": write_folder, "webdataset": write_tar}[format]
+    suffix = {"parquet": ".parquet", "imagefolder": "", "webdataset": ".tar"}[format]
+    path = write(tmp_path / f"toy{suffix}", pairs())
+    for given in (None, format):
+        rows = load_rows(str(path), given)
+        assert len(rows) == 8 and {"image", "caption"} <= set(rows.column_names)
+        found = contents(rows, processor)
+        assert list(found) == CAPTIONS
+        for i, caption in enumerate(CAPTIONS):
+            expected = torch.tensor(list(PILImage.open(io.BytesIO(png(i))).tobytes()), dtype=torch.uint8)
+            assert torch.equal(found[caption], expected.view(32, 32, 3).permute(2, 0, 1))
+
+
+def test_globs_and_lists_of_tars(tmp_path, processor):
+    rows = pairs()
+    first, second = write_tar(tmp_path / "shard-0.tar", rows[:3]), write_tar(tmp_path / "shard-1.tar", rows[3:])
+    for path in (str(tmp_path / "shard-*.tar"), [str(first), str(second)], [first, second]):
+        assert sorted(contents(load_rows(path), processor)) == sorted(CAPTIONS)
+    assert load_rows(str(first))["caption"][:] == CAPTIONS[:3]
+
+
+@pytest.mark.parametrize("image,caption", [("jpg", "txt"), ("png", "text"), ("webp", "caption"), ("image", "text")])
+def test_column_synonyms(image, caption, tmp_path, processor):
+    rows = [{image: row["image"], caption: row["caption"]} for row in pairs(3)]
+    found = load_rows(str(write_parquet(tmp_path / "toy.parquet", rows, image)))
+    assert found.column_names == ["image", "caption"]
+    assert list(contents(found, processor)) == CAPTIONS[:3]
+
+
+def test_folder_with_text_column_and_webdataset_with_jpg_name(tmp_path, processor):
+    assert list(contents(load_rows(str(write_folder(tmp_path / "f", pairs(2), "text"))), processor)) == CAPTIONS[:2]
+    assert list(contents(load_rows(str(write_tar(tmp_path / "t.tar", pairs(2), "jpg"))), processor)) == CAPTIONS[:2]
+
+
+def test_parquet_of_bare_bytes(tmp_path, processor):
+    rows = [{"image": png(i), "caption": CAPTIONS[i]} for i in range(2)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "bytes.parquet"))
+    assert list(contents(load_rows(str(tmp_path / "bytes.parquet")), processor)) == CAPTIONS[:2]
+
+
+def test_limit_keeps_the_first_rows(tmp_path):
+    path = str(write_parquet(tmp_path / "toy.parquet", pairs()))
+    assert load_rows(path, limit=3)["caption"][:] == CAPTIONS[:3]
+    assert len(load_rows(path, limit=100)) == 8
+
+
+# --- licences
+
+
+@pytest.mark.parametrize("licence", COPYLEFT)
+def test_copyleft(licence):
+    assert is_copyleft(licence)
+
+
+@pytest.mark.parametrize("licence", FREE)
+def test_not_copyleft(licence):
+    assert not is_copyleft(licence)
+
+
+def test_exclude_copyleft_drops_copyleft_and_unstated_rows(tmp_path):
+    licences = ["MIT", "CC-BY-SA-4.0", "CC-BY-4.0", "GPLv2+", None, "Public Domain", "GPL-3.0-or-later (package)", ""]
+    path = str(write_parquet(tmp_path / "toy.parquet", pairs(licence=licences)))
+    assert load_rows(path, exclude_copyleft=True)["id"][:] == ["toy-0", "toy-2", "toy-5"]
+    assert load_rows(path, exclude_copyleft=True, limit=2)["id"][:] == ["toy-0", "toy-2"]
+    assert len(load_rows(path)) == 8
+
+
+def test_exclude_copyleft_needs_licences(tmp_path):
+    path = str(write_parquet(tmp_path / "toy.parquet", pairs(2)))
+    message = f"exclude_copyleft needs a licence column; {path} has only image, caption, id."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_rows(path, exclude_copyleft=True)
+
+
+# --- what is wrong with a source
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^training data .*none\.parquet does not exist\.$"):
+        load_rows(str(tmp_path / "none.parquet"))
+    with pytest.raises(FileNotFoundError, match="none"):
+        load_rows(str(tmp_path / "none-*.tar"))
+    there = write_parquet(tmp_path / "there.parquet", pairs(1))
+    with pytest.raises(FileNotFoundError, match=r"second\.parquet does not exist\.$"):
+        load_rows([str(there), str(tmp_path / "second.parquet")])
+
+
+def test_unknown_format(tmp_path):
+    message = "data format 'csv' is not one of parquet, imagefolder, webdataset."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_rows(str(tmp_path), "csv")
+    (tmp_path / "a.csv").write_text("image,caption\n")
+    message = "a.csv: expected a .parquet file, a .tar of webdataset or a folder of pictures with metadata.jsonl."
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
+        load_rows(str(tmp_path / "a.csv"))
+
+
+def test_no_caption_or_picture_column_lists_what_there_is(tmp_path):
+    rows = [{"image": row["image"], "title": row["caption"], "id": row["id"]} for row in pairs(2)]
+    path = str(write_parquet(tmp_path / "a.parquet", rows))
+    message = f"{path} has no caption column: expected one of caption, text, txt, found image, title, id."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_rows(path)
+    Dataset.from_list([{"caption": "a"}]).to_parquet(str(tmp_path / "b.parquet"))
+    message = "b.parquet has no image column: expected one of image, jpg, jpeg, png, webp, found caption."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_rows(str(tmp_path / "b.parquet"))
+
+
+def test_several_image_folders_are_refused(tmp_path):
+    folders = [str(write_folder(tmp_path / name, pairs(1))) for name in "ab"]
+    with pytest.raises(ValueError, match=f"^an image folder is one path, got 2: {re.escape(', '.join(folders))}.$"):
+        load_rows(folders)
+
+
+# --- what is wrong with a row
+
+
+@pytest.mark.parametrize("caption", [None, "", "  \n"])
+def test_row_without_caption(caption, tmp_path, processor):
+    rows = pairs(2)
+    rows[1]["caption"] = caption
+    loaded = load_rows(str(write_parquet(tmp_path / "toy.parquet", rows)))
+    with pytest.raises(UnreadableRowError, match=r"^row toy-1 has no caption\.$"):
+        decode_row(loaded[1], processor.image_processor)
+    assert decode_row(loaded[0], processor.image_processor)[1] == CAPTIONS[0]
+
+
+def test_row_without_picture(tmp_path, processor):
+    rows = pairs(2)
+    rows[1]["image"] = None
+    loaded = load_rows(str(write_parquet(tmp_path / "toy.parquet", rows)))
+    with pytest.raises(UnreadableRowError, match=r"^row toy-1 has no picture\.$"):
+        decode_row(loaded[1], processor.image_processor)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_truncated_picture_names_the_row(format, tmp_path, processor):
+    rows = pairs(3)
+    rows[1]["image"] = truncated(1)
+    if format == "parquet":
+        path = write_parquet(tmp_path / "toy.parquet", rows)
+    elif format == "imagefolder":
+        path = write_folder(tmp_path / "toy", rows)
+    else:
+        path = write_tar(tmp_path / "toy.tar", rows)
+    loaded = load_rows(str(path))
+    with pytest.raises(UnreadableRowError, match=r"^row \S*toy-1\S*: picture cannot be read: .+"):
+        decode_row(loaded[1], processor.image_processor)
+    assert [decode_row(loaded[i], processor.image_processor)[1] for i in (0, 2)] == [CAPTIONS[0], CAPTIONS[2]]
+
+
+def test_pictures_that_pillow_or_the_limit_refuse(processor, monkeypatch):
+    row = pairs(1)[0]
+    with pytest.raises(UnreadableRowError, match="row toy-0: picture cannot be read: .*not a picture|cannot identify"):
+        decode_row({**row, "image": {"bytes": b"text", "path": None}}, processor.image_processor)
+    with pytest.raises(UnreadableRowError, match="row toy-0: picture cannot be read"):
+        decode_row({**row, "image": {"bytes": None, "path": "nowhere.png"}}, processor.image_processor)
+    monkeypatch.setattr(processor.image_processor, "max_pixels", 1000)
+    with pytest.raises(UnreadableRowError, match="row toy-0: .*32 x 32 pixels"):
+        decode_row(row, processor.image_processor)
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 100)  # Pillow's own error is no ValueError
+    with pytest.raises(UnreadableRowError, match="row toy-0: .*decompression bomb"):
+        decode_row(row, processor.image_processor)
+
+
+@pytest.mark.parametrize(
+    "row,name",
+    [
+        ({"id": "a", "__key__": "b"}, "a"),
+        ({"id": 0}, "0"),
+        ({"__key__": "b", "image": {"path": "c.png"}}, "b"),
+        ({"id": None, "image": {"path": "c.png"}}, "c.png"),
+        ({"image": {"path": None}}, "without a name"),
+    ],
+)
+def test_row_name(row, name):
+    assert data_microvlm.row_name(row) == name
+
+
+def test_caption_of_bytes_is_stripped_text(processor):
+    row = {**pairs(1)[0], "caption": b" caf\xc3\xa9 \xff\n"}
+    assert decode_row(row, processor.image_processor)[1] == "café \N{REPLACEMENT CHARACTER}"
+
+
+# --- collator
+
+
+def test_collator_batch(processor):
+    prompt = toy_model().default_prompt(1)[0].tolist()
+    assert prompt == PROMPT
+    batch = CaptionCollator(processor, prompt)(pairs())
+    tokenizer = processor.tokenizer
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+    assert batch["pixel_values"].shape == (8, 3, 32, 32)
+    lengths = []
+    for i, caption in enumerate(CAPTIONS):
+        ids, mask, labels = (batch[name][i].tolist() for name in ("input_ids", "attention_mask", "labels"))
+        answer = tokenizer(caption, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        row = prompt + answer
+        padding = len(ids) - len(row)
+        assert ids == [tokenizer.pad_token_id] * padding + row
+        assert mask == [0] * padding + [1] * len(row)
+        assert labels == [-100] * (len(ids) - len(answer)) + answer
+        assert tokenizer.decode(answer[:-1]) == caption
+        lengths.append(padding)
+    assert min(lengths) == 0 < max(lengths)  # there was something to pad
+
+
+def test_collator_pictures_are_those_of_the_processor(processor):
+    pictures = [PILImage.open(io.BytesIO(png(i))) for i in range(3)]
+    expected = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(CaptionCollator(processor, PROMPT)(pairs(3))["pixel_values"], expected)
+
+
+def test_image_size(processor):
+    collator = CaptionCollator(processor, PROMPT, image_size=16)
+    assert collator(pairs(2))["pixel_values"].shape == (2, 3, 16, 16)
+
+
+def test_captions_cannot_smuggle_in_special_tokens(processor):
+    rows = pairs(2)
+    rows[0]["caption"] = "a red <image> square<|endoftext|>"
+    batch = CaptionCollator(processor, PROMPT)(rows)
+    assert (batch["input_ids"] == IMAGE_ID).sum(1).tolist() == [5, 5]
+    assert (batch["labels"] == processor.tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
+    toy_model()(**batch)  # placeholders and pictures match
+    assert IMAGE_ID in processor.tokenizer("a <image>")["input_ids"]  # other calls are not affected
+
+
+def test_bad_rows_are_skipped_counted_and_named(processor, caplog):
+    rows = pairs(4)
+    rows[1]["image"], rows[2]["caption"] = truncated(), ""
+    collator = CaptionCollator(processor, PROMPT)
+    batch = collator(rows)
+    good = CaptionCollator(processor, PROMPT)([rows[0], rows[3]])
+    assert all(torch.equal(batch[name], good[name]) for name in good)
+    assert (collator.seen, collator.unreadable) == (4, 2)
+    assert "skipped (1 of 2 rows so far): row toy-1: picture cannot be read" in caplog.text
+    assert "skipped (2 of 3 rows so far): row toy-2 has no caption." in caplog.text
+
+
+def test_counts_include_the_workers_of_a_loader(processor):
+    rows = pairs(8)
+    rows[3]["caption"] = None
+    collator = CaptionCollator(processor, PROMPT)
+    loader = DataLoader(memory_rows(rows), 2, collate_fn=collator, num_workers=2, multiprocessing_context="fork")
+    assert sum(len(batch["labels"]) for batch in loader) == 7
+    assert (collator.seen, collator.unreadable) == (8, 1)
+
+
+def test_stops_above_the_share_but_not_early(processor):
+    good, bad = pairs(1)[0], {**pairs(1)[0], "caption": None}
+    collator = CaptionCollator(processor, PROMPT, max_unreadable_share=0.1)
+    assert MIN_ROWS_BEFORE_STOP == 100
+    assert len(collator([good, bad])["labels"]) == 1  # a half, but of few rows
+    assert len(collator([good] * 89 + [bad] * 8)["labels"]) == 89
+    assert len(collator([bad, good])["labels"]) == 1  # row 100 is the tenth bad one: the share, not above it
+    with pytest.raises(RuntimeError) as caught:
+        collator([bad, good])
+    assert str(caught.value) == (
+        "11 of 102 training rows cannot be read, more than the allowed share of 0.1. "
+        "The last one: row toy-0 has no caption."
+    )
+
+
+def test_share_over_few_rows_does_not_stop(processor):
+    bad = {**pairs(1)[0], "caption": None}
+    collator = CaptionCollator(processor, PROMPT, max_unreadable_share=0.0)
+    for _ in range(MIN_ROWS_BEFORE_STOP // 2 - 1):
+        assert len(collator([pairs(1)[0], bad])["labels"]) == 1
+    assert (collator.seen, collator.unreadable) == (MIN_ROWS_BEFORE_STOP - 2, MIN_ROWS_BEFORE_STOP // 2 - 1)
+    with pytest.raises(RuntimeError, match=rf"^50 of {MIN_ROWS_BEFORE_STOP} training rows cannot be read, .* of 0\. "):
+        collator([pairs(1)[0], bad])
+
+
+def test_batch_with_nothing_readable(processor):
+    rows = [{**row, "caption": None} for row in pairs(3)]
+    with pytest.raises(RuntimeError, match=r"^none of the 3 rows of a batch can be read\.$"):
+        CaptionCollator(processor, PROMPT)(rows)
+
+
+# --- augmentation
+
+
+def test_augmentation_changes_pictures_only_where_it_is_given(processor):
+    plain = CaptionCollator(processor, PROMPT)
+    augmented = CaptionCollator(processor, PROMPT, augment=picture_augmentation())
+    torch.manual_seed(0)
+    first, second = augmented(pairs()), augmented(pairs())
+    expected = plain(pairs())
+    assert torch.equal(first["input_ids"], expected["input_ids"]) and torch.equal(first["labels"], expected["labels"])
+    assert first["pixel_values"].shape == expected["pixel_values"].shape
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+    assert all(not torch.equal(a, b) for a, b in zip(first["pixel_values"][:6], expected["pixel_values"][:6]))
+    assert torch.equal(plain(pairs())["pixel_values"], expected["pixel_values"])
+    torch.manual_seed(0)
+    assert torch.equal(augmented(pairs())["pixel_values"], first["pixel_values"])  # the seed decides
+
+
+def test_augmentation_fills_with_white_and_keeps_sides():
+    torch.manual_seed(0)
+    picture = torch.full((3, 32, 32), 255, dtype=torch.uint8)
+    picture[:, :, :8] = 0  # dark on the left
+    augment = picture_augmentation(degrees=10, shift=0.1, scale=0.2, color=0.0)
+    for _ in range(20):
+        out = augment(picture).float()
+        assert out.dtype == torch.float32 and out.shape == (3, 32, 32)
+        assert out[:, :, :16].mean() < out[:, :, 16:].mean()  # not flipped
+        assert out[:, :, 16:].min() > 180  # what comes in from outside is white, but for torchvision's blended edge

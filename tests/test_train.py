@@ -1,0 +1,590 @@
+"""The recipe, what trains, the composed loss against one written by hand, resuming, and a run from the command line."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, MicroVLMForConditionalGeneration
+from microvlm.configuration_microvlm import MicroVLMConfig
+from safetensors.torch import load_file
+from toy_data import (
+    CAPTIONS,
+    pairs,
+    same_state,
+    toy_checkpoint,
+    toy_model,
+    toy_processor,
+    use_cache,
+    write_parquet,
+)
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
+
+import train_hf
+from data_microvlm import CaptionCollator, load_rows
+from train_hf import MicroVLMTrainer, calibrate_adapter, load_recipe, set_trainable, trainable_table
+
+RECIPES = sorted(ROOT.glob("recipes/*stage*.yaml"))
+FAMILIES = ("microvlm-m", "microvlm-v", "nano")
+MINIMAL = {"model": "m", "trainable": ["adapter"], "data": {"train": "d"}, "training": {"output_dir": "o"}}
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    use_cache(monkeypatch, tmp_path / "cache")
+    return load_rows(str(write_parquet(tmp_path / "toy.parquet", pairs())))
+
+
+def write_recipe(folder: Path, name: str = "recipe.yaml", **changes) -> str:
+    path = folder / name
+    path.write_text(yaml.safe_dump(MINIMAL | changes, sort_keys=False))
+    return str(path)
+
+
+def arguments(folder: Path, **kwargs) -> TrainingArguments:
+    defaults = {
+        "output_dir": str(folder / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**(defaults | kwargs))
+
+
+def toy_trainer(folder: Path, rows, model=None, loss_weights=None, trainer_kwargs=None, **kwargs) -> MicroVLMTrainer:
+    model, processor = model or toy_model(), toy_processor()
+    return MicroVLMTrainer(
+        model=model,
+        args=arguments(folder, **kwargs),
+        train_dataset=rows,
+        data_collator=CaptionCollator(processor, model.default_prompt(1)[0].tolist()),
+        processing_class=processor,
+        loss_weights=loss_weights or {"lm": 1.0, "align": 0.0},
+        **(trainer_kwargs or {}),
+    )
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, LM part and mean alignment part of one step over micro-batches, from logits and embeddings alone."""
+    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    lm, align = 0.0, 0.0
+    for batch in batches:
+        out = model(**batch, return_alignment=True)
+        nll = -out.logits[:, :-1].log_softmax(-1).gather(2, batch["labels"][:, 1:].clamp(min=0).unsqueeze(2))[..., 0]
+        lm = lm + nll[batch["labels"][:, 1:] != -100].sum() / tokens
+        similarity = out.image_embeds @ out.text_embeds.mT / 0.07
+        picture_to_text, text_to_picture = similarity.softmax(1).diagonal(), similarity.softmax(0).diagonal()
+        align = align - (picture_to_text.log() + text_to_picture.log()).mean() / 2 / len(batches)
+    return weights["lm"] * lm + weights["align"] * align, lm, align
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (
+            {"modle": "x", "colour": 1},
+            "unknown key in {path}: colour, modle. Known: calibration_rows, data, learning_rates, loss_weights, model, "
+            "revision, trainable, training.",
+        ),
+        (
+            {"data": {"train": "d", "validate": "v"}},
+            "unknown key in data: validate. Known: augmentation, exclude_copyleft, format, image_size, limit, "
+            "max_unreadable_share, train, validation.",
+        ),
+        ({"loss_weights": {"lm": 1, "kl": 2}}, "unknown key in loss_weights: kl. Known: align, lm."),
+        ({"data": {"validation": "v"}}, "{path} has no data.train: the training data."),
+    ],
+)
+def test_unknown_keys_are_refused(changes, message, tmp_path):
+    path = write_recipe(tmp_path, **changes)
+    with pytest.raises(ValueError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == message.format(path=path)
+
+
+@pytest.mark.parametrize("key", ["model", "trainable", "data", "training"])
+def test_missing_sections_are_named(key, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != key}))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} has no '{key}': {train_hf.RECIPE_KEYS[key]}.$"):
+        load_recipe(str(path))
+
+
+def test_overrides(tmp_path):
+    path = write_recipe(tmp_path)
+    assert load_recipe(path) == MINIMAL | {"loss_weights": {"lm": 1.0, "align": 0.0}}
+    recipe = load_recipe(
+        path,
+        [
+            "training.max_steps=20",
+            "training.output_dir=runs/a=b",
+            "training.bf16=false",
+            "training.lr_scheduler_kwargs.min_lr=1.0e-6",
+            "trainable=[adapter, 'alignment']",
+            "data.augmentation={degrees: 5}",
+            "data.exclude_copyleft=yes",
+            "data.validation=null",
+            "calibration_rows=7",
+        ],
+    )
+    assert recipe["training"] == {
+        "output_dir": "runs/a=b",
+        "max_steps": 20,
+        "bf16": False,
+        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+    }
+    assert recipe["trainable"] == ["adapter", "alignment"]
+    assert recipe["data"] == {
+        "train": "d",
+        "augmentation": {"degrees": 5},
+        "exclude_copyleft": True,
+        "validation": None,
+    }
+    assert recipe["calibration_rows"] == 7
+    with pytest.raises(ValueError, match="^--set takes key=value, got 'training.max_steps'.$"):
+        load_recipe(path, ["training.max_steps"])
+    with pytest.raises(ValueError, match="^unknown key in data: trian"):
+        load_recipe(path, ["data.trian=x"])
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(write_recipe(tmp_path) and yaml.safe_dump(MINIMAL) + "learning_rates: {adapter: 5e-4}\n")
+    recipe = load_recipe(str(path), ["training.learning_rate=1e-4", "training.adam_epsilon=1E-8", "data.limit=10"])
+    assert recipe["learning_rates"] == {"adapter": 5e-4}
+    assert recipe["training"] == {"output_dir": "o", "learning_rate": 1e-4, "adam_epsilon": 1e-8}
+    assert recipe["data"]["limit"] == 10 and isinstance(recipe["data"]["limit"], int)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_stage_recipe_fits_its_model(path, tmp_path):
+    recipe = load_recipe(str(path))
+    training = {"report_to": "none"} | recipe["training"] | {"output_dir": str(tmp_path)}
+    TrainingArguments(**{k: v for k, v in training.items() if k not in ("bf16", "fp16")}, bf16=False, fp16=False)
+    family = next((family for family in FAMILIES if path.stem.startswith(family)), None)
+    assert family, f"{path.name} is of none of the families {', '.join(FAMILIES)}"
+    config = ROOT / "configs" / f"microvlm-{family.removeprefix('microvlm-')}.json"
+    with torch.device("meta"):
+        model = MicroVLMForConditionalGeneration(MicroVLMConfig.from_json_file(str(config)))
+    set_trainable(model, recipe["trainable"])
+    train_hf.check_patterns("learning_rates", recipe.get("learning_rates") or {}, model)
+    assert any(p.requires_grad for p in model.parameters())
+    for name in recipe.get("learning_rates") or {}:
+        assert any(re.search(name, n) and p.requires_grad for n, p in model.named_parameters()), f"{name} is frozen"
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+# --- what trains
+
+
+def test_set_trainable():
+    model = toy_model()
+    set_trainable(model, ["adapter", r"language_model\.layers\.1\."])
+    for name, p in model.named_parameters():
+        assert p.requires_grad == ("adapter" in name or "language_model.layers.1." in name), name
+    with pytest.raises(ValueError, match="^trainable: 'adaptor' matches no parameter of the model.$"):
+        set_trainable(model, ["adapter", "adaptor"])
+    set_trainable(model, [".*"])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_trainable_table():
+    model = toy_model()
+    set_trainable(model, ["adapter", r"language_model\.layers\.1\."])
+    lines = trainable_table(model).splitlines()
+    assert lines[0].split() == ["part", "parameters", "trainable", "share"]
+    table = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:3]] for line in lines[1:]}
+    assert list(table)[-1] == "total"
+    assert table["total"][0] == sum(p.numel() for p in model.parameters())
+    assert table["total"][1] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for i in range(2):
+        assert sum(counts[i] for name, counts in table.items() if name != "total") == table["total"][i]
+    assert table["model.adapter"] == [sum(p.numel() for p in model.model.adapter.parameters())] * 2
+    assert table["model.vision_tower"][1] == 0 < table["model.vision_tower"][0]
+    assert lines[-1].split()[-1] == f"{table['total'][1] / table['total'][0]:.1%}"
+
+
+@pytest.mark.parametrize("text", ["qwen2", "bitnet"])
+def test_frozen_parts_stay_bit_identical_and_trainable_ones_move(text, rows, tmp_path):
+    model = toy_model(text)
+    set_trainable(model, ["adapter", "alignment", r"language_model\.layers\.1\."])
+    before = state(model)
+    weights = {"lm": 1.0, "align": 1.0}
+    toy_trainer(tmp_path, rows, model, weights, max_steps=3, optim="adamw_torch", weight_decay=0.1).train()
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    moved = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
+    assert moved <= trains  # buffers included
+    # a bias of keys shifts all scores of a query alike: its gradient is zero
+    assert all(name.endswith("k_proj.bias") for name in trains - moved), trains - moved
+
+
+def test_learning_rates_make_groups(rows, tmp_path):
+    model = toy_model()
+    set_trainable(model, ["adapter", "language_model", "alignment"])
+    rates = {r"adapter\.query_tokens": 0.5, "adapter": 0.25, "language_model": 0.125}
+    trainer = toy_trainer(
+        tmp_path, rows, model, trainer_kwargs={"learning_rates": rates}, weight_decay=0.03, optim="adamw_torch"
+    )
+    optimizer = trainer.create_optimizer()
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert id(p) not in found
+            continue
+        rate = next((rate for part, rate in rates.items() if re.search(part, name)), 0.1)
+        decay = 0.0 if name.endswith("bias") or "norm" in name else 0.03
+        assert (found[id(p)]["lr"], found[id(p)]["weight_decay"]) == (rate, decay), name
+    with pytest.raises(ValueError, match="^learning_rates: 'vision_towr' matches no parameter of the model.$"):
+        toy_trainer(tmp_path, rows, model, trainer_kwargs={"learning_rates": {"vision_towr": 1.0}})
+
+
+def test_a_rate_of_zero_keeps_a_part(rows, tmp_path):
+    model = toy_model()
+    before = state(model)
+    toy_trainer(tmp_path, rows, model, trainer_kwargs={"learning_rates": {"adapter": 0.0}}).train()
+    moved = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
+    assert moved and not any("adapter" in name for name in moved)
+
+
+def test_calibrate_adapter(rows, tmp_path):
+    model, processor = toy_model(), toy_processor()
+    collator = CaptionCollator(processor, model.default_prompt(1)[0].tolist())
+    bad = rows.add_item(rows[0] | {"caption": ""})
+    calibrate_adapter(model, collator, bad)  # one bad row does not end it
+    with torch.no_grad():
+        pixel_values = collator(list(rows))["pixel_values"]
+        patches = model.model.vision_tower(pixel_values, do_pooling=False).last_hidden_state[:, 1:]
+    assert patches.shape == (8, 16, 24)
+    torch.testing.assert_close(model.model.adapter.patch_mean, patches.flatten(0, 1).mean(0))
+    torch.testing.assert_close(model.model.adapter.patch_std, patches.flatten(0, 1).std(0))
+
+
+# --- the loss
+
+
+def test_trainer_counts_tokens_for_our_class(rows, tmp_path):
+    """What the accumulation rests on: forward takes loss kwargs, labels are shifted inside, num_items reaches the loss."""
+    trainer = toy_trainer(tmp_path, rows)
+    assert trainer.model_accepts_loss_kwargs and trainer._loss_shifts_labels
+    assert trainer.args.report_to == []
+    batch = trainer.data_collator(list(rows)[:4])
+    mean, tokens = trainer.model(**batch).loss, int((batch["labels"] != -100).sum())
+    torch.testing.assert_close(trainer.model(**batch, num_items_in_batch=2 * tokens).loss, mean / 2)
+
+
+@pytest.mark.parametrize("batch_size,accumulation", [(4, 1), (2, 2)])
+@pytest.mark.parametrize("weights", [{"lm": 1.0, "align": 0.0}, {"lm": 0.7, "align": 1.5}])
+def test_step_equals_one_composed_by_hand(batch_size, accumulation, weights, rows, tmp_path):
+    model = toy_model().train()
+    collator = CaptionCollator(toy_processor(), model.default_prompt(1)[0].tolist())
+    data = list(rows)[: batch_size * accumulation]
+    batches = [collator(data[i : i + batch_size]) for i in range(0, len(data), batch_size)]
+    loss, lm, align = by_hand(model, batches, weights)
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters()))
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    trained = toy_model()
+    before = state(trained)
+    trainer = toy_trainer(
+        tmp_path,
+        rows,
+        trained,
+        weights,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    after = state(trained)
+    scale = max(g.abs().max() for g in grads if g is not None)
+    for name, grad in zip(names, grads):
+        moved = (before[name] - after[name]) / 0.1  # one step of SGD
+        torch.testing.assert_close(
+            moved, torch.zeros_like(moved) if grad is None else grad, rtol=1e-4, atol=1e-5 * scale
+        )
+
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert entry["lm_loss"] == pytest.approx(lm.item(), rel=1e-5)
+    assert ("align_loss" in entry) == bool(weights["align"])
+    if weights["align"]:
+        assert entry["align_loss"] == pytest.approx(align.item(), rel=1e-5)
+
+
+def test_accumulated_weights_equal_those_of_one_batch(rows, tmp_path):
+    """Micro-batches of unequal token counts: a mean of their means would be another loss."""
+    collator = CaptionCollator(toy_processor(), toy_model().default_prompt(1)[0].tolist())
+    counts = [int((collator(list(rows)[i : i + 2])["labels"] != -100).sum()) for i in range(0, 4, 2)]
+    assert counts[0] != counts[1]
+    models = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        models.append(toy_model())
+        toy_trainer(
+            tmp_path,
+            rows,
+            models[-1],
+            max_steps=2,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        ).train()
+    for other in models[1:]:
+        for (name, a), b in zip(models[0].named_parameters(), other.parameters()):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_logs_are_means_since_the_last_log_and_evaluation_is_apart(rows, tmp_path):
+    weights = {"lm": 0.5, "align": 2.0}
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 3,
+        "num_train_epochs": 2,
+    }
+    evaluated = {"eval_dataset": rows.select(range(5))}  # the last batch is smaller
+    histories = []
+    for logging_steps in (1, 2):
+        trainer = toy_trainer(
+            tmp_path, rows, loss_weights=weights, trainer_kwargs=evaluated, logging_steps=logging_steps, **settings
+        )
+        trainer.train()
+        histories.append(trainer.state.log_history)
+    every, second = ([e for e in h if "lm_loss" in e] for h in histories)
+    assert [e["step"] for e in every] == [1, 2, 3, 4] and [e["step"] for e in second] == [2, 4]
+    for i, entry in enumerate(second):
+        for part in ("lm_loss", "align_loss", "loss"):
+            assert entry[part] == pytest.approx((every[2 * i][part] + every[2 * i + 1][part]) / 2, rel=1e-5)
+    for entry in every + second:
+        assert entry["loss"] == pytest.approx(0.5 * entry["lm_loss"] + 2.0 * entry["align_loss"], rel=1e-5)
+        assert not any(key.startswith("eval_") for key in entry)
+    for history in histories:
+        evaluations = [e for e in history if "eval_loss" in e]
+        assert [e["step"] for e in evaluations] == [2, 4]
+        for e in evaluations:
+            assert e["eval_loss"] == pytest.approx(0.5 * e["eval_lm_loss"] + 2.0 * e["eval_align_loss"], rel=1e-5)
+            assert not {"lm_loss", "align_loss"} & set(e)
+
+
+def test_evaluation_uses_its_own_collator(rows, tmp_path):
+    model, processor = toy_model(), toy_processor()
+    calls = []
+
+    class Recording(CaptionCollator):
+        def __call__(self, batch):
+            calls.append((self, len(batch)))
+            return super().__call__(batch)
+
+    train, plain = (Recording(processor, model.default_prompt(1)[0].tolist()) for _ in range(2))
+    trainer = toy_trainer(
+        tmp_path, rows, model, trainer_kwargs={"eval_collator": plain, "eval_dataset": rows.select(range(3))}
+    )
+    trainer.data_collator = train
+    trainer.train()
+    assert calls == [(train, 4)]
+    trainer.evaluate()
+    assert calls[1:] == [(plain, 3)] and trainer.data_collator is train
+
+
+def test_bf16_autocast_on_the_cpu(rows, tmp_path):
+    model = toy_model()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    weights = {"lm": 1.0, "align": 1.0}
+    trainer = toy_trainer(tmp_path, rows, model, weights, bf16=True, max_steps=2)
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    reference = toy_trainer(tmp_path, rows, toy_model(), weights, max_steps=2)
+    reference.train()
+    for a, b in zip(trainer.state.log_history[:2], reference.state.log_history[:2]):
+        assert a["lm_loss"] == pytest.approx(b["lm_loss"], rel=0.05)
+        assert a["align_loss"] == pytest.approx(b["align_loss"], rel=0.1)
+
+
+# --- runs
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A recipe on the toy data and a checkpoint with dropout, written to `tmp_path`."""
+    use_cache(monkeypatch, tmp_path / "cache")
+    adapter = {"vision_hidden_size": 24, "num_patches": 16, "num_prefix_tokens": 5, "mlp_hidden_size": 16}
+    adapter |= {"num_attention_heads": 4, "dropout": 0.2}
+    return {
+        "model": str(toy_checkpoint(tmp_path / "start", adapter_config=adapter)),
+        "trainable": ["adapter", "language_model"],
+        "learning_rates": {"adapter": 2.0e-3},
+        "calibration_rows": 8,
+        "loss_weights": {"lm": 1.0, "align": 0.5},
+        "data": {
+            "train": str(write_parquet(tmp_path / "train.parquet", pairs())),
+            "validation": str(write_parquet(tmp_path / "validation.parquet", pairs(3))),
+            "augmentation": {"degrees": 5, "shift": 0.05, "scale": 0.05, "color": 0.1},
+        },
+        "training": {
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1.0e-3,
+            "warmup_steps": 2,
+            "logging_steps": 1,
+            "save_steps": 3,
+            "disable_tqdm": True,
+        },
+    }
+
+
+def test_resume_continues_bit_for_bit(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path, **run)
+    train_hf.main([recipe])
+    assert "model.adapter" in capsys.readouterr().out
+    through = load_file(out / "model.safetensors")
+    log = json.loads((out / "log.json").read_text())
+
+    checkpoint = out / "checkpoint-3"
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)  # a checkpoint is a model repo too
+    assert type(processor).__name__ == "MicroVLMProcessor" and (checkpoint / "processing_microvlm.py").exists()
+    assert not same_state(load_file(checkpoint / "model.safetensors"), through)
+    written = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "model.safetensors").unlink()
+    set_seed(999)
+    train_hf.main([recipe, "--resume"])
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == written  # it did not begin anew
+    assert same_state(load_file(out / "model.safetensors"), through)
+    again = json.loads((out / "log.json").read_text())
+    parts = ("step", "epoch", "loss", "lm_loss", "align_loss", "learning_rate")
+    steps = [[{k: e[k] for k in parts} for e in entries if "lm_loss" in e] for entries in (log, again)]
+    assert steps[0] == steps[1] and len(steps[0]) == 6
+
+    recipe = write_recipe(tmp_path, **run)
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
+        train_hf.main([recipe, "--resume", "--set", f"training.output_dir={tmp_path / 'new'}"])
+
+
+def hub_environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"HF_HOME": str(folder / "home"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
+def test_command_line_run(run, tmp_path):
+    rows = pairs()
+    rows[2]["image"]["bytes"] = rows[2]["image"]["bytes"][:50]
+    run["data"] |= {"train": str(write_parquet(tmp_path / "bad.parquet", rows)), "max_unreadable_share": 0.5}
+    run["calibration_rows"] = 0
+    run["trainable"] = ["adapter"]
+    recipe = write_recipe(tmp_path, **run)
+    command = [sys.executable, str(ROOT / "train_hf.py"), recipe, "--set", "training.max_steps=3"]
+    for setting in ("per_device_train_batch_size=8", "bf16=true", "eval_strategy=steps", "eval_steps=3"):
+        command += ["--set", f"training.{setting}"]
+    command += ["--set", "training.dataloader_num_workers=1", "--set", "data.augmentation=null"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=hub_environment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["part", "parameters", "trainable", "share"]
+    assert lines[-1] == "3 of 24 training rows could not be read and were skipped"
+    assert "row toy-2: picture cannot be read" in done.stderr
+
+    out = tmp_path / "out"
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "modeling_microvlm.py",
+        "configuration_microvlm.py",
+        "processing_microvlm.py",
+        "quantization_microvlm.py",
+    ):
+        assert (out / name).exists(), name
+    assert load_recipe(str(out / "recipe.yaml"))["training"]["max_steps"] == 3
+    log = json.loads((out / "log.json").read_text())
+    assert [e["step"] for e in log if "lm_loss" in e] == [1, 2, 3]
+    assert {"eval_loss", "eval_lm_loss", "eval_align_loss"} <= set(log[-2])
+    assert log[-1]["train_loss"] > 0
+
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    start, end = load_file(tmp_path / "start" / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {name for name in end if not torch.equal(start[name], end[name])}
+    assert changed and all("adapter" in name for name in changed)
+    assert model.dtype == torch.float32
+    batch = CaptionCollator(processor, model.default_prompt(1)[0].tolist())(pairs(2))
+    assert model.generate(pixel_values=batch["pixel_values"], max_new_tokens=3).shape[0] == 2
+
+
+def test_two_ranks_equal_one_of_twice_the_batch(run, tmp_path):
+    """The LM part is a mean over the tokens of all ranks: their gradients are averaged, not their shares."""
+    run["training"] |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 2, "warmup_steps": 0}
+    run["training"] |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "seed": 3}
+    run["data"] |= {"augmentation": None, "validation": run["data"]["train"]}
+    run |= {"learning_rates": {}, "loss_weights": {"lm": 1.0, "align": 0.0}, "model": str(tmp_path / "plain")}
+    toy_checkpoint(tmp_path / "plain")
+    one, two = (write_recipe(tmp_path, f"{name}.yaml", **run) for name in ("one", "two"))
+    sizes = [f"training.per_device_{part}_batch_size" for part in ("train", "eval")]
+    train_hf.main([one, *(f"--set={size}=4" for size in sizes), f"--set=training.output_dir={tmp_path / 'one'}"])
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train_hf.py"), two, *(f"--set={size}=2" for size in sizes)]
+    command += [f"--set=training.output_dir={tmp_path / 'two'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=hub_environment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two")]
+    for x, y in zip(*logs):
+        for key in {"loss", "lm_loss", "eval_loss", "eval_lm_loss"} & set(x):
+            assert y[key] == pytest.approx(x[key], rel=1e-4), key
+
+
+def test_plain_trainer_learns_captions_by_heart(rows, tmp_path):
+    """No subclass, four pairs: the loss falls and free generation says the captions."""
+    model, processor = toy_model(), toy_processor()
+    collator = CaptionCollator(processor, model.default_prompt(1)[0].tolist())
+    four = rows.select(range(4))
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=60, optim="adamw_torch", learning_rate=5e-3, max_grad_norm=1.0),
+        train_dataset=four,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    trainer.train()
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert losses[-1] < 0.1 < 1 < losses[0]
+    model.eval()
+    out = model.generate(pixel_values=collator(list(four))["pixel_values"], max_new_tokens=12, do_sample=False)
+    said = processor.batch_decode(out[:, len(collator.prompt_ids) :], skip_special_tokens=True)
+    assert [s.strip() for s in said] == CAPTIONS[:4]
