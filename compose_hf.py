@@ -61,12 +61,10 @@ if "microvlm" not in sys.modules:
     package = types.ModuleType("microvlm")
     package.__path__ = [str(ROOT)]
     sys.modules["microvlm"] = package
-MicroVLMConfig = importlib.import_module("microvlm.configuration_microvlm").MicroVLMConfig
-MicroVLMForConditionalGeneration = importlib.import_module(
-    "microvlm.modeling_microvlm"
-).MicroVLMForConditionalGeneration
-processing = importlib.import_module("microvlm.processing_microvlm")
-quantization = importlib.import_module("microvlm.quantization_microvlm")
+configuration, modeling, processing, quantization = (
+    importlib.import_module(f"microvlm.{name}_microvlm")
+    for name in ("configuration", "modeling", "processing", "quantization")
+)
 
 IMAGE_TOKEN = "<image>"
 REQUEST = "Describe the picture."
@@ -299,9 +297,8 @@ def load_text(
             f"--text {source!r} is stored with quant_method {method!r}. Expected plain weights or BitNet's; "
             "quantise the composed checkpoint instead."
         )
-    load_dtype = (
-        "auto" if dtype is None or method == "bitnet" else dtype
-    )  # packed layers compute in the dtype of their scales only
+    # packed layers compute in the dtype of their scales only
+    load_dtype = "auto" if dtype is None or method == "bitnet" else dtype
     with torch.compiler.set_stance("force_eager"):  # BitNet's layers in transformers need a C++ compiler otherwise
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **where)
     incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -343,15 +340,12 @@ def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor], sour
     for name, module in bit_linears.items():
         with torch.compiler.set_stance("force_eager"), torch.no_grad():
             if isinstance(module, BitLinear):  # y = (x W) / scale
-                dtype, weight = (
-                    module.dtype,
-                    unpack_weights(module.weight, dtype=torch.float32) / module.weight_scale.float(),
-                )
-            else:  # y = (x W) scale; online W is rounded in every pass
-                dtype, weight = (
-                    module.weight.dtype,
-                    module.weight.float() * (1 if online else module.weight_scale.float()),
-                )
+                weight = unpack_weights(module.weight, dtype=torch.float32) / module.weight_scale.float()
+            elif online:  # y = x round(W)
+                weight = module.weight.float()
+            else:  # y = (x W) scale
+                weight = module.weight.float() * module.weight_scale.float()
+            dtype = module.dtype if isinstance(module, BitLinear) else module.weight.dtype
             x = torch.randn(4, module.in_features, generator=generator).to(dtype)
             expected = module(x)
             used = quantization.fake_ternary(weight.to(dtype)) if online else weight.to(dtype)
@@ -413,6 +407,8 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
         if "default" not in template:
             raise ValueError(f"--text: of the chat templates {sorted(template)} none is called 'default'.")
         template = template["default"]
+    if template and IMAGE_TOKEN in template:
+        return template  # it knows pictures already
     return FLATTEN_MESSAGES + (template or PLAIN_CHAT_TEMPLATE)
 
 
@@ -437,7 +433,9 @@ def load_sections(variant: str | None, vision: VisionPart, text_config: PreTrain
             known = ", ".join(sorted(p.stem.removeprefix("microvlm-") for p in path.parent.glob("microvlm-*.json")))
             raise ValueError(f"--variant {variant!r}: there is no configs/{path.name}. Variants: {known}.")
         sections = json.loads(path.read_text(encoding="utf-8"))
-        wanted = sections.pop("text_config")["hidden_size"], sections.pop("vision_config")["architecture"]
+        vision_args = sections.pop("vision_config")
+        wanted = sections.pop("text_config")["hidden_size"], vision_args["architecture"]
+        sections["model_args"] = vision_args.get("model_args")
         given = hidden_size, vision.architecture
         for what, want, have in zip(("a text model of width", "the vision tower"), wanted, given):
             if want != have:
@@ -449,23 +447,23 @@ def load_sections(variant: str | None, vision: VisionPart, text_config: PreTrain
 
 
 def build_config(variant: str | None, vision: VisionPart, text: TextPart, image_token_id: int, rows: int):
-    """The configuration of the composed model, without its default prompt."""
+    """The configuration of the composed model; its default prompt is the variant's, if that has one."""
     sections = load_sections(variant, vision, text.model.config)
+    model_args = sections.pop("model_args", None) or vision.model_args
     dropped = ("architectures", "auto_map", "quantization_config", "transformers_version")
     text_config = {k: v for k, v in text.model.config.to_dict().items() if k[0] != "_" and k not in dropped}
-    return MicroVLMConfig.from_dict(
+    return configuration.MicroVLMConfig.from_dict(
         sections
         | {
             "text_config": text_config | {"vocab_size": rows},
             "vision_config": {
                 "model_type": "timm_wrapper",
                 "architecture": vision.architecture,
-                "model_args": vision.model_args,
+                "model_args": model_args,
                 "do_pooling": False,
             },
             "qat_config": sections["qat_config"] | text.qat,
             "image_token_id": image_token_id,
-            "default_prompt_ids": None,
             "tie_word_embeddings": text.model.config.tie_word_embeddings,
         }
     )
@@ -553,7 +551,9 @@ def verify(folder: Path, weights: dict[str, torch.Tensor], logits: torch.Tensor,
     counts = Counter("vision" if name.startswith(VISION_PREFIX) else "text" for name in weights)
     lines = [f"{part}: {n} tensors equal to the source" for part, n in sorted(counts.items(), reverse=True)]
 
-    model, info = MicroVLMForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = modeling.MicroVLMForConditionalGeneration.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise ValueError(f"verification: the written checkpoint does not fit its own config: {info}")
     lines.append("the folder loads without missing or unexpected keys")
@@ -654,7 +654,8 @@ def compose(
     config = build_config(variant, vision, text, image_token_id, rows)
     has_chat = text.tokenizer.chat_template is not None
     processor = build_processor(vision, text.tokenizer, config.num_prefix_tokens)
-    config.default_prompt_ids = default_prompt(processor, has_chat)
+    if config.default_prompt_ids is None:
+        config.default_prompt_ids = default_prompt(processor, has_chat)
 
     grow_vocabulary(text.weights, rows)
     head = text.weights.get("lm_head.weight", text.weights["model.embed_tokens.weight"])
@@ -666,7 +667,7 @@ def compose(
     weights |= {re.sub("^model[.]", TEXT_PREFIX, n): t for n, t in text.weights.items()}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, info = MicroVLMForConditionalGeneration.from_pretrained(
+        model, info = modeling.MicroVLMForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=dict(weights), dtype=text.dtype, output_loading_info=True
         )
     unfilled = [n for n in info["missing_keys"] if n.startswith((VISION_PREFIX, TEXT_PREFIX, "lm_head"))]

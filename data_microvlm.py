@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
@@ -132,9 +133,12 @@ class CaptionCollator:
     Args:
         processor: a `MicroVLMProcessor`.
         prompt_ids: the prompt with all placeholders, from `model.default_prompt`.
-        augment: a function on a batch of pictures (B, 3, height, width) in [0, 1], training only.
+        augment: a function on a batch of pictures (B, 3, height, width) in [0, 1], training only. What it draws depends on
+            the seed, the epoch and the batch alone: a resumed run sees what an uninterrupted one does, however far ahead
+            a loader reads.
         image_size: side of the pictures, the processor's own by default.
         max_unreadable_share: training stops when more rows than this cannot be read.
+        seed: of the augmentation.
 
     Attributes:
         seen, unreadable: rows so far, counted over all workers of a data loader.
@@ -144,14 +148,22 @@ class CaptionCollator:
     """
 
     def __init__(
-        self, processor, prompt_ids: list[int], augment=None, image_size=None, max_unreadable_share: float = 0.01
+        self,
+        processor,
+        prompt_ids: list[int],
+        augment=None,
+        image_size=None,
+        max_unreadable_share: float = 0.01,
+        seed: int = 0,
     ):
         self.processor = processor
         self.prompt_ids = list(prompt_ids)
         self.augment = augment
         self.size = None if image_size is None else {"height": image_size, "width": image_size}
         self.max_unreadable_share = max_unreadable_share
-        self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # a data loader's workers hold copies of self
+        self.seed = seed
+        # seen, unreadable, epoch: shared, because a data loader's workers hold copies of self
+        self.counts = torch.zeros(3, dtype=torch.long).share_memory_()
 
     @property
     def seen(self) -> int:
@@ -160,6 +172,16 @@ class CaptionCollator:
     @property
     def unreadable(self) -> int:
         return int(self.counts[1])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let pictures be augmented otherwise than in other epochs."""
+        self.counts[2] = epoch
+
+    def _augment(self, pictures: torch.Tensor) -> torch.Tensor:
+        start = zlib.crc32(f"{self.seed} {int(self.counts[2])}".encode())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(pictures.contiguous().numpy(), start))
+            return self.augment(pictures)
 
     def _read(self, row: dict) -> tuple[torch.Tensor, str] | None:
         self.counts[0] += 1
@@ -200,7 +222,7 @@ class CaptionCollator:
         else:
             small = image_processor(pictures, do_normalize=False, **kwargs)["pixel_values"]
             mean, std = image_processor.image_mean, image_processor.image_std
-            pixel_values = image_processor.normalize(self.augment(small), mean, std)
+            pixel_values = image_processor.normalize(self._augment(small), mean, std)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

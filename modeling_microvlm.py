@@ -14,7 +14,7 @@ alignment head beside this path projects pictures and texts into one space for t
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
@@ -299,10 +300,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
     ) -> MicroVLMImageFeatures:
         """Prefix tokens of pictures.
 
@@ -311,8 +309,10 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             output_attentions: also return the pooling attention; default: the config's.
             output_hidden_states: also return the feature maps of the vision tower's layers; default: the config's.
         """
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
+        # no names of their own in the signature: generate() takes every name in it away from the decoder
+        output_attentions = kwargs.get("output_attentions")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = kwargs.get("output_hidden_states")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if pixel_values.ndim != 4:
@@ -344,7 +344,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         """Mask (B, T, 1) of the image placeholders.
 
         Raises:
-            ValueError: their number is not the number of prefix tokens in `image_features` (N, P, D).
+            ValueError: their number is not the number of prefix tokens in `image_features` (N, P, D) or (N x P, D).
         """
         if input_ids is None:
             token = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -352,11 +352,11 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         else:
             mask = input_ids == self.config.image_token_id
         if image_features is not None and not torch.compiler.is_compiling():
-            found, needed = int(mask.sum()), image_features.shape[0] * image_features.shape[1]
-            if found != needed:
+            found, given, P = int(mask.sum()), image_features[..., 0].numel(), self.config.num_prefix_tokens
+            if found != given:
                 raise ValueError(
-                    f"Image features and image tokens do not match: {image_features.shape[0]} pictures need {needed} "
-                    f"placeholders ({image_features.shape[1]} each), the text has {found}."
+                    f"Image features and image tokens do not match: {given // P} pictures need {given} placeholders "
+                    f"({P} each), the text has {found}."
                 )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
@@ -567,16 +567,32 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         return torch.tensor([ids], dtype=torch.long, device=device or self.device).expand(batch_size, -1).contiguous()
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        pixel_values = model_kwargs.get("pixel_values")
-        if (
-            inputs is None
-            and pixel_values is not None
-            and model_kwargs.get("input_ids") is None
-            and model_kwargs.get("inputs_embeds") is None
-        ):
-            inputs = self.default_prompt(len(pixel_values), pixel_values.device)
-            model_kwargs = {k: v for k, v in model_kwargs.items() if k != "input_ids"}
+        model_kwargs = {k: v for k, v in model_kwargs.items() if k != "pixel_values" or v is not None}
+        text = inputs if inputs is not None else model_kwargs.get("input_ids", model_kwargs.get("inputs_embeds"))
+        if text is None and "pixel_values" in model_kwargs:
+            pixel_values = model_kwargs["pixel_values"]
+            model_kwargs["input_ids"] = self.default_prompt(len(pixel_values), pixel_values.device)
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
+        """As the parent; a conversation continued from its cache takes only the pictures which the cache does not hold."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+        image = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+        if image is not None and next_sequence_length is not None and next_sequence_length < length:
+            prefix = torch.cat(tuple(image.pooler_output))  # (N x P, D), in the order of their placeholders
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                input_ids = None
+            mask = self.model.get_placeholder_mask(input_ids, inputs_embeds, prefix).squeeze(-1)  # (B, T)
+            order = mask.flatten().cumsum(0).view_as(mask) - 1  # which row of prefix belongs here
+            new = order[:, -next_sequence_length:][mask[:, -next_sequence_length:]]
+            image = MicroVLMImageFeatures(pooler_output=(prefix[new],)) if len(new) else None
+            inputs["mm_encoder_outputs"] = {"image": image}
+        return inputs
 
 
 MicroVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

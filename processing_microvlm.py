@@ -70,7 +70,7 @@ def fetch_picture(source: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{name} is too large for Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
     except MemoryError:
         raise
-    except Exception as error:  # on broken data Pillow raises whatever it falls over
+    except Exception as error:  # on broken data Pillow raises whatever it falls over, here and while decoding
         raise ValueError(f"{name} cannot be opened: {str(error) or type(error).__name__}") from error
     picture.source = name
     return picture
@@ -109,7 +109,7 @@ def to_rgb(picture: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.
         return picture.convert("RGB")
     except MemoryError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:
         raise ValueError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
@@ -222,7 +222,7 @@ class MicroVLMProcessor(ProcessorMixin):
         self.image_token = image_token
         self.num_image_tokens = num_image_tokens
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+        if self.image_token_id == tokenizer.unk_token_id:  # None without an unknown token
             raise ValueError(
                 f"The tokenizer has no token {image_token!r}: add it with "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})."

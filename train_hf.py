@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from data_microvlm import CaptionCollator, load_rows, picture_augmentation
 
@@ -135,6 +142,16 @@ def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
         pixel_values = collator(list(rows.select(range(start, min(start + 32, len(rows))))))["pixel_values"]
         features.append(model.get_image_features(pixel_values).last_hidden_state[:, skip:].flatten(0, 1))
     model.model.adapter.calibrate(torch.cat(features))
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the collator the epoch, for its augmentation."""
+
+    def __init__(self, collator: CaptionCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.set_epoch(int(state.epoch))
 
 
 class MicroVLMTrainer(Trainer):
@@ -255,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     prompt = model.default_prompt(1)[0].tolist()
     augment = None if data.get("augmentation") is None else picture_augmentation(**data["augmentation"])
     collator, plain = (
-        CaptionCollator(processor, prompt, a, data.get("image_size"), data.get("max_unreadable_share", 0.01))
+        CaptionCollator(processor, prompt, a, data.get("image_size"), data.get("max_unreadable_share", 0.01), args.seed)
         for a in (augment, None)
     )
     if recipe.get("calibration_rows"):
@@ -273,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=collator,
         eval_collator=plain,
         processing_class=processor,
+        callbacks=[EpochCallback(collator)],
         loss_weights=recipe["loss_weights"],
         learning_rates=recipe.get("learning_rates"),
     )

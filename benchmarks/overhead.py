@@ -3,19 +3,23 @@
     python benchmarks/overhead.py
     python benchmarks/overhead.py --config configs/microvlm-nano.json --repeats 3 --new-tokens 16
 
-Builds the config with random weights in bf16 (default: V at full size), saves it, opens it with `from_pretrained`, saves its language
-model alone, opens that with plain transformers, and times both by turns, A B A B. The checkpoint in this repo is measured too when there
-is one. Notable:
+Builds the config with random weights in bf16 (default: V at full size), saves it, opens it with `from_pretrained`,
+saves its language model alone, opens that with plain transformers, and times both by turns, A B A B. The checkpoint
+in this repo is measured too when there is one. Notable:
 
-- Both sides get the same token ids (25 placeholders, then text), the same number of new tokens and the same weights: before anything
-  is timed, the logits of a text must be equal bit by bit. To the bare model a placeholder is a token like any other.
-- Layers that plain transformers does not have (ternary rounding) are lent to the bare model, so that the difference is the wrapper's.
-- The vision tower is work, not overhead: its own time is taken off the first token and shown on its own line. The adapter stays in.
-- Where overhead could come from. Once a picture: the placeholder mask, its count `int(mask.sum())` (a synchronisation on an
-  accelerator) and `masked_scatter` over (B, T, D). `generate()` encodes pictures before the first step and passes them to that step only, so
-  a decoding step does none of it. Every step: one more module call and two more output classes than the bare model, the embedding
-  looked up outside the decoder, the `suppress_tokens` processor over the vocabulary, and one look at the signature of
-  `forward` that transformers takes for remote code.
+- Both sides get the same token ids (25 placeholders, then text), the same number of new tokens and the same weights:
+  before anything is timed, the logits of a text must be equal bit by bit. To the bare model a placeholder is a token
+  like any other.
+- Layers that plain transformers does not have (ternary rounding) are lent to the bare model, so that the difference
+  is the wrapper's.
+- The vision tower is work, not overhead: its own time is taken off the first token and shown on its own line. The
+  adapter stays in.
+- Where overhead could come from. Once a call: the placeholder mask, its count `int(mask.sum())` (a synchronisation on
+  an accelerator) and `masked_scatter` over (B, T, D). `generate()` encodes pictures before the first step and passes
+  them to that step only, so a decoding step does none of it. Every step: one more module call and one more output
+  class than the bare model, the `suppress_tokens` processor over the vocabulary, and one look at the signature of
+  `forward` that transformers takes for remote code. These are fixed costs, so they weigh most on small models.
+- Run it on an idle machine: one busy neighbour makes the medians of either side useless.
 """
 
 import argparse
@@ -91,7 +95,7 @@ def load_text_model(folder: str | Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def lend_layers(model: PreTrainedModel, text_model: PreTrainedModel) -> None:
-    """Put layers of which plain transformers has another class into the bare model, then check that both compute the same.
+    """Put layers of which plain transformers has another class into the bare model, then check that both agree.
 
     Raises:
         ValueError: the logits of a text differ.
@@ -207,7 +211,7 @@ def table(values: dict[str, list[float]], text_name: str) -> str:
 
 
 def benchmark(name: str, folder: str | Path, repeats: int, new_tokens: int) -> str:
-    """Measure the checkpoint in `folder` against its own language model; returns a heading, load times and the table."""
+    """Measure the checkpoint in `folder` against its own language model: a heading, load times and the table."""
     with tempfile.TemporaryDirectory() as text_folder:
         load_seconds, model = seconds(lambda: load(folder))
         write_text_model(model, text_folder)

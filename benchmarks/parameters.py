@@ -1,13 +1,15 @@
-"""Shapes, parameters and bytes of every variant in `configs/`, from models built on the meta device (nothing is allocated).
+"""Shapes, parameters and bytes of every variant in `configs/`, from models on the meta device: nothing is allocated.
 
     python benchmarks/parameters.py
 
 Prints two markdown tables; the first is the one in docs/architecture.md. Notable:
 
-- A tied weight counts once, with the embeddings. Buffers (two vectors of the adapter's input width) are not parameters and not counted.
-- Bytes in float32 and bf16 are parameters times 4 and times 2: what a checkpoint of one dtype holds beside its header.
-- The last column is arithmetic, not a measurement: the matrices inside the decoder layers at 1.6 bits (five ternary values a byte,
-  rounded up per matrix, their scales not counted), everything else, the embeddings too, in bf16.
+- A tied weight counts once, with the embeddings. Buffers (two vectors of the adapter's input width) are not
+  parameters and not counted.
+- Bytes in float32 and bf16 are parameters times 4 and times 2: what a checkpoint of one dtype holds beside its
+  header.
+- The last column is arithmetic, not a measurement: the matrices inside the decoder layers at 1.6 bits (five ternary
+  values a byte, rounded up per matrix, their scales not counted), everything else, the embeddings too, in bf16.
 """
 
 import importlib
@@ -96,12 +98,13 @@ def shapes(model: PreTrainedModel) -> dict[str, str]:
     image = model.get_image_features(pixels, return_dict=True)
     _, features, width = image.last_hidden_state.shape
     P, D = image.pooler_output[0].shape
+    heads = adapter.num_attention_heads
     kv_numbers = memory.num_memory_tokens * text.num_key_value_heads * head_dim * 2 * text.num_hidden_layers
     return {
         "picture": f"(N, {', '.join(map(str, pixels.shape[1:]))})",
         "vision features, class token first": f"(N, {features}, {width})",
         "adapter, hidden": f"(N, {adapter.num_patches}, {adapter.mlp_hidden_size})",
-        "adapter, keys and values": f"(N, {adapter.num_attention_heads}, {adapter.num_patches}, {D // adapter.num_attention_heads})",
+        "adapter, keys and values": f"(N, {heads}, {adapter.num_patches}, {D // heads})",
         "prefix tokens": f"(N, {P}, {D})",
         "sequence": f"(B, T, {D})",
         "text model": text.model_type,

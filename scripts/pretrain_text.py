@@ -145,6 +145,7 @@ def main() -> None:
         "modules_to_not_convert": ["lm_head"],
     }
     trainer.save_model()
+    tokenizer.chat_template = (ROOT / "chat_template.jinja").read_text()
     tokenizer.save_pretrained(recipe["training"]["output_dir"])
 
 

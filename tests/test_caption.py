@@ -89,7 +89,6 @@ def test_command_with_all_outputs(checkpoint, pictures, tmp_path):
     sheet.load()
     assert sheet.format == "PNG" and sheet.size == (5 * 252 + 12, 3 * 336 + 12)
     assert sorted(names(tmp_path.iterdir())) == ["out.html", "out.json", "out.png", "pictures"]
-    assert oct(outputs["json"].stat().st_mode) == oct((pictures / "notes.txt").stat().st_mode)
 
 
 def test_command_with_a_prompt_to_the_terminal(checkpoint, pictures):
@@ -274,6 +273,10 @@ def test_any_file_name_and_caption_is_one_json_line(tmp_path):
     with caption.replacing(tmp_path / "a.json", "w") as file:
         lines = caption.JsonLines(file)
         lines.add(caption.Caption("b\udc80\n.png", text='é "two"\nlines'))
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.json").stat().st_mode == (
+        tmp_path / "other"
+    ).stat().st_mode  # not private as a temporary file
     (line,) = (tmp_path / "a.json").read_text().splitlines()
     assert json.loads(line) == {"path": "b\udc80\n.png", "caption": 'é "two"\nlines'} and "é" in line
 
@@ -288,3 +291,5 @@ def test_long_captions_stay_in_their_cell(tmp_path):
     assert all(gap.getextrema() == (255, 255) for gap in gaps)
     assert image.crop((0, image.height - sheet.GAP, image.width, image.height)).getextrema() == (255, 255)
     assert image.crop((12, 12 + sheet.CELL, 12 + sheet.CELL, image.height)).getextrema()[0] < 128  # there is text
+    below = [image.crop((x, sheet.CELL + 74, x + sheet.CELL, image.height)).tobytes() for x in (12, 264, 516)]
+    assert below[0] == below[1] == below[2]  # the file's name, whatever the caption

@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import compose_hf
 import pytest
 import timm
 import torch
@@ -14,10 +15,14 @@ from conftest import ROOT
 from microvlm.configuration_microvlm import MicroVLMConfig
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from microvlm.processing_microvlm import MicroVLMProcessor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitNetForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.integrations.bitnet import pack_weights
+from transformers.utils.chat_template_utils import render_jinja_template
+
+import compose_hf
 
 LAYOUTS = ("qwen2", "llama", "bitnet-online", "bitnet-packed", "bitnet-plain")
 TEXT_PREFIX, VISION_PREFIX = "model.language_model.", "model.vision_tower.timm_model."
@@ -201,6 +206,10 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
 
 
+def processor_of(folder: Path) -> MicroVLMProcessor:
+    return MicroVLMProcessor.from_pretrained(folder, trust_remote_code=True)  # for the image processor inside
+
+
 @torch.inference_mode()
 def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids).logits
@@ -234,8 +243,10 @@ def test_text_logits_equal_the_source_model(sources, composed, layout):
     assert source.dtype == model.dtype == (torch.float32 if layout == "llama" else torch.bfloat16)
     rounds = model.config.qat_config.ternary_modules is not None
     assert rounds == (layout in ("bitnet-online", "bitnet-packed"))
-    if rounds:  # bfloat16 sums of another order flip the 8-bit rounding of activations; float32 sums do not in two layers
-        source, model = source.float(), model.float()
+    if (
+        rounds
+    ):  # bfloat16 sums of another order flip the 8-bit rounding of activations; float32 sums do not in two layers
+        source, model = torch.nn.Module.float(source), model.float()
     expected = logits_of(source, ids)
     logits = logits_of(model, ids)[..., : expected.shape[-1]]
     assert expected.std() > 0.05
@@ -243,3 +254,451 @@ def test_text_logits_equal_the_source_model(sources, composed, layout):
         assert (logits - expected).norm() < 1e-4 * expected.norm()
     else:
         assert torch.equal(logits, expected)
+
+
+FRESH_PROCESS = """
+import json, sys
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+results = []
+for folder in sys.argv[1:]:
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    picture = Image.new("RGB", (40, 30), "red")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the picture."}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    asked = model.generate(**inputs, **settings)
+    alone = model.generate(pixel_values=inputs["pixel_values"], **settings)
+    results.append(
+        {
+            "info": [len(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")],
+            "classes": [type(model).__name__, type(processor).__name__, config.model_type],
+            "new": asked.shape[1] - inputs["input_ids"].shape[1],
+            "same": asked.tolist() == alone.tolist(),
+            "text": isinstance(processor.batch_decode(asked)[0], str),
+        }
+    )
+AutoModel.from_pretrained(folder, trust_remote_code=True)
+AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+print(json.dumps(results))
+"""
+
+
+def test_opens_and_captions_in_a_fresh_offline_process(composed, tmp_path):
+    folders = [str(composed / layout) for layout in ("qwen2", "llama", "bitnet-packed")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, *folders], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    for layout, result in zip(("qwen2", "llama", "bitnet-packed"), json.loads(run.stdout)):
+        assert result["info"] == [0, 0, 0]
+        assert result["classes"] == ["MicroVLMForConditionalGeneration", "MicroVLMProcessor", "microvlm"]
+        assert result["new"] == 4 and result["text"]
+        assert result["same"] == (layout != "llama")  # a base model has no request in its default prompt
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folder_is_complete_and_names_no_source(sources, composed, layout):
+    folder = composed / layout
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "model.safetensors",
+    }
+    assert names >= {
+        "chat_template.jinja",
+        "modeling_microvlm.py",
+        "processing_microvlm.py",
+        "configuration_microvlm.py",
+    }
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o044 == folder.stat().st_mode & 0o044
+        if path.suffix != ".safetensors":
+            assert str(sources) not in path.read_text(encoding="utf-8"), path.name
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"}
+    assert "quantization_config" not in config and "quantization_config" not in config["text_config"]
+    assert [p.name for p in composed.iterdir() if p.name.startswith(".")] == []
+
+
+def test_ternary_layers_follow_the_layout(composed):
+    found = {}
+    for layout in LAYOUTS:
+        qat = MicroVLMConfig.from_pretrained(composed / layout).qat_config
+        found[layout] = (bool(qat.ternary_modules), qat.ternary_weights, qat.activation_bits)
+    assert found["bitnet-online"] == (True, "absmean", 8)
+    assert found["bitnet-packed"] == (True, "none", 8)
+    assert not any(found[layout][0] for layout in ("qwen2", "llama", "bitnet-plain"))
+
+
+def test_packed_weights_that_divide_by_their_scale(sources, composed, tmp_path):
+    """`linear_class: bitlinear` (HF1BitLLM's Llama) stores the inverse of AutoBitLinear's scale."""
+    source = tmp_path / "source"
+    shutil.copytree(sources / "bitnet-packed", source)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["linear_class"] = "bitlinear"
+    write_json(source / "config.json", config)
+    weights = load_file(source / "model.safetensors")
+    save_file({n: 1 / t if n.endswith("weight_scale") else t for n, t in weights.items()}, source / "model.safetensors")
+    compose_hf.compose(str(sources / "vision"), str(source), tmp_path / "out")
+    expected, written = read(composed / "bitnet-packed"), read(tmp_path / "out")
+    for name in written:
+        torch.testing.assert_close(written[name], expected[name], rtol=2**-7, atol=0, msg=name)
+
+
+def test_image_token_takes_a_spare_row(sources, composed):
+    source, written = read(sources / "qwen2")["model.embed_tokens.weight"], read(composed / "qwen2")
+    config = MicroVLMConfig.from_pretrained(composed / "qwen2")
+    tokens = len(AutoTokenizer.from_pretrained(sources / "qwen2"))
+    assert config.image_token_id == tokens < len(source) == config.text_config.vocab_size
+    assert torch.equal(written[TEXT_PREFIX + "embed_tokens.weight"], source)
+    assert config.tie_word_embeddings and "lm_head.weight" not in written
+
+
+def test_image_token_adds_a_row_to_a_full_embedding(sources, composed):
+    source, written = read(sources / "llama"), read(composed / "llama")
+    config = MicroVLMConfig.from_pretrained(composed / "llama")
+    assert config.image_token_id == len(source["lm_head.weight"]) == config.text_config.vocab_size - 1
+    assert not config.tie_word_embeddings
+    for mine, theirs in (("lm_head.weight", "lm_head.weight"), (TEXT_PREFIX + "embed_tokens.weight",) * 2):
+        theirs = source[theirs.replace(TEXT_PREFIX, "model.")]
+        assert written[mine].shape == (len(theirs) + 1, theirs.shape[1])
+        torch.testing.assert_close(written[mine][-1], theirs.mean(0))
+    assert not torch.equal(written["lm_head.weight"], written[TEXT_PREFIX + "embed_tokens.weight"])
+    tied = MicroVLMForConditionalGeneration.from_pretrained(composed / "bitnet-plain")
+    assert tied.lm_head.weight is tied.model.language_model.embed_tokens.weight
+
+
+def test_tokenizer_and_generation_config(composed):
+    for layout in LAYOUTS:
+        processor = processor_of(composed / layout)
+        model = MicroVLMForConditionalGeneration.from_pretrained(composed / layout)
+        tokenizer, generation, image = processor.tokenizer, model.generation_config, model.config.image_token_id
+        assert tokenizer.padding_side == "left"
+        assert tokenizer("a<image>b", add_special_tokens=False).input_ids.count(image) == 1
+        assert tokenizer.decode([image], skip_special_tokens=True) == ""
+        assert generation.suppress_tokens == [image]
+        assert generation.pad_token_id == tokenizer.pad_token_id is not None
+        eos = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        assert tokenizer.eos_token_id in eos
+        assert len(eos) == (2 if layout.startswith("bitnet") else 1)  # the source's own list
+
+
+def test_image_processor_is_as_the_vision_tower_was_trained(composed):
+    image_processor = processor_of(composed / "qwen2").image_processor
+    assert image_processor.image_mean == [0.485, 0.456, 0.406]
+    assert image_processor.image_std == [0.229, 0.224, 0.225]
+    assert (image_processor.resample, dict(image_processor.size)) == (3, {"height": 224, "width": 224})
+
+
+TALK = [
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": " Paris. "},
+    {"role": "user", "content": "And of Spain?"},
+]
+
+
+@pytest.mark.parametrize("layout", ["qwen2", "bitnet-plain"])
+def test_own_chat_template_is_kept_and_learns_pictures(sources, composed, layout):
+    original, processor = (
+        AutoTokenizer.from_pretrained(sources / layout),
+        processor_of(composed / layout),
+    )
+    for prompt in (True, False):
+        expected = original.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt)
+        assert processor.apply_chat_template(TALK, add_generation_prompt=prompt) == expected
+        assert processor.tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt) == expected
+    parts = [
+        {"type": "image"},
+        {"type": "text", "text": "Describe"},
+        {"type": "image"},
+        {"type": "text", "text": " both."},
+    ]
+    flat = [{"role": "user", "content": "<image>Describe<image> both."}]
+    assert processor.apply_chat_template([{"role": "user", "content": parts}]) == original.apply_chat_template(
+        flat, tokenize=False
+    )
+    with pytest.raises(Exception, match="got video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+def test_templates_that_begin_with_a_newline_or_text_are_not_eaten():
+    for template in (
+        "\n  {{ messages[0].content }}",
+        "  text\n{{ messages[0].content }}",
+        "{{ bos }}\n{{ messages[0].content }}",
+    ):
+        both = [
+            render_jinja_template([TALK], chat_template=t, bos="<s>")[0]
+            for t in (template, compose_hf.FLATTEN_MESSAGES + template)
+        ]
+        assert both[0] == both[1]
+
+
+def test_plain_chat_template_for_a_base_model(composed):
+    processor = processor_of(composed / "llama")
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}, TALK[1], TALK[2]], add_generation_prompt=True
+    )
+    assert text == "User: <image>What is it?\nAssistant: Paris.</s>\nUser: And of Spain?\nAssistant:"
+
+
+def test_default_prompt(composed):
+    picture = Image.new("RGB", (20, 20))
+    for layout, request in (("qwen2", True), ("bitnet-online", True), ("llama", False)):
+        processor = processor_of(composed / layout)
+        model = MicroVLMForConditionalGeneration.from_pretrained(composed / layout)
+        if request:
+            content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the picture."}]
+            expected = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        else:
+            expected = processor(text="<image>", images=picture, return_tensors="pt")
+        assert model.default_prompt(1).tolist() == expected["input_ids"].tolist()
+    assert model.config.default_prompt_ids == [processor.tokenizer.bos_token_id, processor.image_token_id]
+
+
+def test_repository_template_is_nanos():
+    template = (ROOT / "chat_template.jinja").read_text()
+
+    def render(messages, **kwargs):
+        return render_jinja_template([messages], chat_template=template, **kwargs)[0][0]
+
+    parts = [{"type": "image"}, {"type": "text", "text": " What is it?\n"}]
+    picture = {"role": "user", "content": parts}
+    assert render([picture], add_generation_prompt=True) == "<|user|><image>What is it?<|assistant|>"
+    assert render([picture, TALK[1]]) == "<|user|><image>What is it?<|assistant|>Paris.<|endoftext|>"
+    assert render(TALK[:2]) == "<|user|>What is the capital of France?<|assistant|>Paris.<|endoftext|>"
+    for wrong in ({"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
+        with pytest.raises(Exception, match="got (system|video)"):
+            render([wrong])
+    assert compose_hf.chat_template_for(SimpleNamespace(chat_template=template)) == template  # knows pictures already
+
+
+@pytest.mark.parametrize("variant", ["m", "v"])
+def test_variant_configs_load_and_survive_saving(variant, tmp_path):
+    data = json.loads((ROOT / "configs" / f"microvlm-{variant}.json").read_text())
+    config = MicroVLMConfig.from_dict(data)
+    text, adapter, memory = config.text_config, config.adapter_config, config.memory_config
+    numbers = {
+        "m": (2560, 30, 20, 5, 6912, 128256, 4096, 500000.0, 1e-5, "relu2", 128000, 128001),
+        "v": (896, 24, 14, 2, 4864, 151936, 32768, 1000000.0, 1e-6, "silu", 151643, 151643),
+    }[variant]
+    assert numbers == (
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        text.intermediate_size,
+        text.vocab_size,
+        text.max_position_embeddings,
+        text.rope_parameters["rope_theta"],
+        text.rms_norm_eps,
+        text.hidden_act,
+        text.bos_token_id,
+        text.eos_token_id,
+    )
+    assert (adapter.mlp_hidden_size, adapter.dropout, adapter.num_prefix_tokens) == (512, 0.1, 25)
+    assert (memory.num_slots, memory.code_size) == {"m": (128, 2560), "v": (512, 896)}[variant]
+    assert config.tie_word_embeddings and not config.use_fusion
+    for section in ("vision", "text", "adapter", "memory", "alignment", "qat"):  # no key that its section does not know
+        known = getattr(config, f"{section}_config").to_dict()
+        assert {k: known.get(k) for k in data[f"{section}_config"]} == data[f"{section}_config"]
+    config.save_pretrained(tmp_path)
+    assert MicroVLMConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    with torch.device("meta"):
+        model = MicroVLMForConditionalGeneration(config)
+    ternary_names = [n for n, m in model.named_modules() if type(m).__name__ == "TernaryLinear"]
+    assert len(ternary_names) == {"m": 30 * 7, "v": 0}[variant]
+
+
+def test_variant_gives_its_sections(sources, tmp_path):
+    sizes = {"hidden_size": 896, "intermediate_size": 32, "num_attention_heads": 14, "num_hidden_layers": 1}
+    text = write_text(tmp_path / "text", "qwen2", **sizes)
+    compose_hf.compose(str(sources / "vision"), str(text), tmp_path / "out", variant="v", dtype=torch.float32)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    wanted = json.loads((ROOT / "configs" / "microvlm-v.json").read_text())
+    for section in ("adapter_config", "memory_config", "alignment_config"):
+        assert wanted[section].items() <= written[section].items()
+    assert written["text_config"]["num_hidden_layers"] == 1 and written["dtype"] == "float32"
+    assert {t.dtype for t in read(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_seed_draws_the_new_modules(sources, composed, tmp_path):
+    for seed in (0, 1):
+        compose_hf.compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / str(seed), seed=seed)
+    first, second, reference = read(tmp_path / "0"), read(tmp_path / "1"), read(composed / "qwen2")
+    for name, tensor in reference.items():
+        assert torch.equal(first[name], tensor), name
+        new = name.startswith(("model.adapter", "model.alignment")) and tensor.float().std() > 0  # not zeros, not ones
+        assert torch.equal(second[name], tensor) != new, name
+
+
+def test_bare_weight_file_is_our_own_tower(sources, tmp_path):
+    weights = {n: t for n, t in read(sources / "vision").items() if not n.startswith("head.")}
+    save_file(weights, tmp_path / "tower.safetensors")
+    vision = compose_hf.load_vision(str(tmp_path / "tower.safetensors"))
+    assert (vision.architecture, vision.mean, vision.std) == ("deit_tiny_patch16_224", [0.5] * 3, [0.5] * 3)
+    assert vision.weights.keys() == weights.keys()
+    beside = compose_hf.load_vision(str(sources / "vision" / "model.safetensors"))
+    assert beside.mean == [0.485, 0.456, 0.406]
+
+
+def test_vision_weights_as_a_pickle(sources, tmp_path):
+    shutil.copy(sources / "vision" / "config.json", tmp_path)
+    torch.save(read(sources / "vision"), tmp_path / "pytorch_model.bin")
+    assert (
+        compose_hf.load_vision(str(tmp_path)).weights.keys()
+        == compose_hf.load_vision(str(sources / "vision")).weights.keys()
+    )
+
+
+def edited(source: Path, target: Path, **changes) -> str:
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text()) | changes
+    write_json(target / "config.json", {k: v for k, v in config.items() if v is not None})
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s, t: str(t / "nowhere"), "neither a folder on this machine nor a Hub id"),
+        (lambda s, t: "owner/never-downloaded", "cannot be had from the Hub"),
+        (lambda s, t: str(t), "no config.json"),
+        (lambda s, t: str(s / "qwen2"), "no 'architecture', so this is no timm model"),
+        (lambda s, t: edited(s / "vision", t / "v", architecture="deit_gigantic"), "no architecture 'deit_gigantic'"),
+        (lambda s, t: edited(s / "vision", t / "v", architecture="resnet18"), "no vision transformer"),
+        (
+            lambda s, t: edited(s / "vision", t / "v", architecture="deit_small_patch16_224"),
+            "not those of .* another shape",
+        ),
+        (lambda s, t: edited(s / "vision", t / "v", model_args={"depth": 11}), "12 tensors do not belong there"),
+        (lambda s, t: edited(s / "vision", t / "v", model_args={"depth": 13}), "12 tensors are missing"),
+    ],
+)
+def test_wrong_vision_parts_are_refused(sources, tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        compose_hf.load_vision(make(sources, tmp_path))
+
+
+def incomplete(source: Path, target: Path) -> str:
+    edited(source, target)
+    weights = load_file(target / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+def foreign_family(source: Path, target: Path) -> str:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300)).save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, target)
+    return str(target)
+
+
+PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s, t: str(t / "nowhere"), "--text .* neither a folder on this machine nor a Hub id"),
+        (lambda s, t: str(t), "cannot be read as a text model"),
+        (
+            lambda s, t: edited(s / "llama", t / "x", model_type="vit"),
+            "family 'vit', which is no causal language model",
+        ),
+        (
+            lambda s, t: edited(s / "qwen2", t / "x", quantization_config={"quant_method": "gptq", "bits": 4}),
+            "quant_method 'gptq'",
+        ),
+        (lambda s, t: foreign_family(s / "llama", t / "x"), "family 'gpt2', whose tensors are not laid out"),
+        (lambda s, t: incomplete(s / "qwen2", t / "x"), "lacks 1 of its tensors, such as model.layers.1.mlp.up_proj"),
+        (
+            lambda s, t: edited(
+                s / "bitnet-online",
+                t / "x",
+                quantization_config=PACKED | {"modules_to_not_convert": ["down_proj", "lm_head"]},
+            ),
+            "model.layers.0.mlp.down_proj is an exception",
+        ),
+    ],
+)
+def test_wrong_text_parts_are_refused(sources, tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        compose_hf.load_text(make(sources, tmp_path))
+
+
+@pytest.mark.parametrize(("variant", "message"), [("v", "text model of width 896, got 64"), ("xl", "Variants: m, ")])
+def test_variant_for_other_parts_is_refused(sources, tmp_path, variant, message):
+    with pytest.raises(ValueError, match=message):
+        compose_hf.compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out", variant=variant)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_is_not_overwritten_by_accident(sources, tmp_path):
+    vision, text, out = str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        compose_hf.compose(vision, text, out)
+    with pytest.raises(ValueError, match="no checkpoint that --force may replace"):
+        compose_hf.compose(vision, text, out, force=True)
+    for kept in (vision, str(sources), ROOT, ROOT.parent):
+        with pytest.raises(ValueError, match="would overwrite"):
+            compose_hf.compose(vision, text, kept, force=True)
+    (out / "config.json").write_text("{}")
+    compose_hf.compose(vision, text, out, force=True)
+    assert not (out / "notes.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_does_not_verify_is_not_published(sources, composed, tmp_path, monkeypatch):
+    weights = {TEXT_PREFIX + "norm.weight": read(sources / "llama")["model.norm.weight"]}
+    ids = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
+    right = logits_of(AutoModelForCausalLM.from_pretrained(sources / "llama"), ids)
+    for bad, logits, message in (
+        ({TEXT_PREFIX + "norm.weight": weights[TEXT_PREFIX + "norm.weight"] + 1e-3}, right, "not equal to its source"),
+        ({"model.language_model.other": right}, right, "1 tensors were not written"),
+        (weights, right * (1 + 1e-6), "must be equal bit by bit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compose_hf.verify(composed / "llama", bad, logits, exact=True)
+
+    monkeypatch.setattr(
+        compose_hf, "text_logits", lambda model, size, calls=[]: calls.append(1) or torch.rand(2, 3, size)
+    )
+    with pytest.raises(ValueError, match="the logits differ"):
+        compose_hf.compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line(sources, tmp_path, monkeypatch, capsys):
+    arguments = ["compose_hf.py", "--vision", str(sources / "vision"), "--text", str(sources / "qwen2"), "--out"]
+    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "out"), "--dtype", "float32", "--seed", "3"])
+    compose_hf.main()
+    printed = capsys.readouterr().out
+    assert "ok: vision: 150 tensors equal to the source" in printed
+    assert "equal bit by bit" in printed and "a spare row" in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.endswith(tuple("0123456789"))}
+    size = sum(t.nbytes for t in read(tmp_path / "out").values())
+    assert rows["total"][2] == f"{size:,}" and rows["vision_tower"][:2] == ["150", "5,524,416"]
+    with pytest.raises(SystemExit, match="compose_hf.py: --out .* exists and is not empty"):
+        compose_hf.main()

@@ -194,9 +194,10 @@ def test_empty_list_of_pictures_alone(processor):
         processor.image_processor([], return_tensors="pt")
 
 
-def test_tokenizer_without_the_image_token():
+@pytest.mark.parametrize("unknown", [None, "?"])
+def test_tokenizer_without_the_image_token(unknown):
     with pytest.raises(ValueError, match="The tokenizer has no token '<picture>': add it with"):
-        MicroVLMProcessor(MicroVLMImageProcessor(), tiny_tokenizer(), image_token="<picture>")
+        MicroVLMProcessor(MicroVLMImageProcessor(), tiny_tokenizer(unk_token=unknown), image_token="<picture>")
 
 
 def test_every_kind_of_input_gives_the_same_pixels(processor, tmp_path):

@@ -130,8 +130,9 @@ def test_unknown_keys_are_refused(changes, message, tmp_path):
 def test_missing_sections_are_named(key, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != key}))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} has no '{key}': {train_hf.RECIPE_KEYS[key]}.$"):
+    with pytest.raises(ValueError) as caught:
         load_recipe(str(path))
+    assert str(caught.value) == f"{path} has no {key!r}: {train_hf.RECIPE_KEYS[key]}."
 
 
 def test_overrides(tmp_path):
@@ -278,12 +279,13 @@ def test_a_rate_of_zero_keeps_a_part(rows, tmp_path):
 def test_calibrate_adapter(rows, tmp_path):
     model, processor = toy_model(), toy_processor()
     collator = CaptionCollator(processor, model.default_prompt(1)[0].tolist())
-    bad = rows.add_item(rows[0] | {"caption": ""})
+    bad = rows.add_column("text", [*CAPTIONS[:7], ""]).remove_columns("caption").rename_column("text", "caption")
     calibrate_adapter(model, collator, bad)  # one bad row does not end it
+    rows = rows.select(range(7))
     with torch.no_grad():
         pixel_values = collator(list(rows))["pixel_values"]
         patches = model.model.vision_tower(pixel_values, do_pooling=False).last_hidden_state[:, 1:]
-    assert patches.shape == (8, 16, 24)
+    assert patches.shape == (7, 16, 24)
     torch.testing.assert_close(model.model.adapter.patch_mean, patches.flatten(0, 1).mean(0))
     torch.testing.assert_close(model.model.adapter.patch_std, patches.flatten(0, 1).std(0))
 
@@ -410,9 +412,10 @@ def test_evaluation_uses_its_own_collator(rows, tmp_path):
     )
     trainer.data_collator = train
     trainer.train()
-    assert calls == [(train, 4)]
+    assert calls and set(calls) == {(train, 4)}
+    calls.clear()
     trainer.evaluate()
-    assert calls[1:] == [(plain, 3)] and trainer.data_collator is train
+    assert calls == [(plain, 3)] and trainer.data_collator is train
 
 
 def test_bf16_autocast_on_the_cpu(rows, tmp_path):
