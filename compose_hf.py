@@ -280,7 +280,7 @@ def load_text(
         where["gguf_file"] = gguf_file
     try:
         config = AutoConfig.from_pretrained(source, **where)
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **where)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--text {source!r} cannot be read as a text model of transformers: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -381,9 +381,8 @@ def check_names(model: PreTrainedModel, weights: dict[str, torch.Tensor], source
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add `<image>`, pad on the left, with the end-of-text token if there is no pad token. Returns the id of `<image>`."""
+    """Add `<image>`; pad with the end-of-text token if there is no pad token. Returns the id of `<image>`."""
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("--text: the tokenizer has neither a pad token nor an end-of-text token.")

@@ -395,8 +395,8 @@ def test_tokenizer_and_generation_config(composed):
 
 def test_image_processor_is_as_the_vision_tower_was_trained(composed):
     image_processor = processor_of(composed / "qwen2").image_processor
-    assert image_processor.image_mean == [0.485, 0.456, 0.406]
-    assert image_processor.image_std == [0.229, 0.224, 0.225]
+    assert list(image_processor.image_mean) == [0.485, 0.456, 0.406]
+    assert list(image_processor.image_std) == [0.229, 0.224, 0.225]
     assert (image_processor.resample, dict(image_processor.size)) == (3, {"height": 224, "width": 224})
 
 
