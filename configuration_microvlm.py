@@ -7,7 +7,6 @@ and `configs/microvlm-nano.json` (what ships) differ in numbers only.
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-
 AUTO_MAP = {
     "AutoConfig": "configuration_microvlm.MicroVLMConfig",
     "AutoModel": "modeling_microvlm.MicroVLMForConditionalGeneration",

@@ -20,7 +20,6 @@ sys.modules["microvlm"] = package
 
 from microvlm.configuration_microvlm import MicroVLMConfig  # noqa: E402
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration  # noqa: E402
-from microvlm.processing_microvlm import MicroVLMImageProcessor, MicroVLMProcessor  # noqa: E402
 
 CHAT_TEMPLATE = (ROOT / "chat_template.jinja").read_text() if (ROOT / "chat_template.jinja").exists() else None
 IMAGE_ID, VOCAB = 4, 128
@@ -74,7 +73,7 @@ def tiny_model(text: str = "qwen2", **kwargs) -> MicroVLMForConditionalGeneratio
     model = MicroVLMForConditionalGeneration(tiny_config(text, **kwargs)).eval()
     model.generation_config.suppress_tokens = [IMAGE_ID]
     with torch.no_grad():  # at the default 0.02 a tiny random decoder says one word for ever: give it something to say
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(6)
     return model

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import datasets
 import torch
-from conftest import CHAT_TEMPLATE, IMAGE_ID, VOCAB, MicroVLMImageProcessor, MicroVLMProcessor, tiny_model
+from conftest import CHAT_TEMPLATE, IMAGE_ID, VOCAB, tiny_model
 from datasets import Dataset, Features, Image, Value
+from microvlm.processing_microvlm import MicroVLMImageProcessor, MicroVLMProcessor
 from PIL import Image as PILImage
 from PIL import ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
