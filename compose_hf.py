@@ -1,19 +1,23 @@
-"""Compose one MicroVLM checkpoint from pretrained parts: a timm vision tower and a causal language model of transformers.
+"""Compose one MicroVLM checkpoint from pretrained parts: a timm vision tower and a causal language model.
 
-    python compose_hf.py --vision timm/deit_tiny_patch16_224.fb_in1k --text Qwen/Qwen2.5-0.5B --variant v --out runs/microvlm-v
-    python compose_hf.py --vision timm/deit_tiny_patch16_224.fb_in1k --text microsoft/bitnet-b1.58-2B-4T-bf16 --variant m --out runs/microvlm-m
+    python compose_hf.py --vision timm/deit_tiny_patch16_224.fb_in1k --text Qwen/Qwen2.5-0.5B \\
+        --variant v --out runs/microvlm-v
+    python compose_hf.py --vision timm/deit_tiny_patch16_224.fb_in1k --text microsoft/bitnet-b1.58-2B-4T-bf16 \\
+        --variant m --out runs/microvlm-m
 
 A part is a Hub id (pin it with --vision-revision, --text-revision) or a local folder of the same layout. Notable:
 
-- The text model decides `text_config`; `configs/microvlm-{variant}.json` gives the sections for adapter, memory and alignment.
-  Without --variant they fit the width of the text model. The adapter and the alignment are new, drawn with --seed: train them.
-- The placeholder `<image>` takes a spare row of the embedding if there is one (Qwen2.5 has 271), else one row is added, the mean of
-  the others. It is never generated (`suppress_tokens`). A tokenizer without a pad token pads with its end-of-text token.
-- BitNet comes in three layouts, and `qat_config` follows the one found, so that the composed model computes what the source does:
-  latent weights (`quantization_mode: online`) stay latent and are rounded in every pass; packed weights (`offline`) are
-  unpacked to values times scale and stay as they are; weights without a `quantization_config` are plain weights.
-- Nothing is trusted: the written folder is opened again, every vision and text tensor is compared with its source, and the logits of a
-  text are compared with those of the plain text model. OUT appears only when all of that holds.
+- The text model decides `text_config`; `configs/microvlm-{variant}.json` gives the sections for adapter, memory and
+  alignment. Without --variant they fit the width of the text model. The adapter and the alignment are new, drawn with
+  --seed: train them.
+- The placeholder `<image>` takes a spare row of the embedding if there is one (Qwen2.5 has 271), else one row is added,
+  the mean of the others. It is never generated (`suppress_tokens`). A tokenizer without a pad token pads with its
+  end-of-text token.
+- BitNet comes in three layouts, and `qat_config` follows the one found, so that the composed model computes what the
+  source does: latent weights (`quantization_mode: online`) stay latent and are rounded in every pass; packed weights
+  (`offline`) are unpacked to values times scale and stay as they are; weights without a `quantization_config` are plain.
+- Nothing is trusted: the written folder is opened again, every vision and text tensor is compared with its source, and
+  the logits of a text are compared with those of the plain text model. OUT appears only when all of that holds.
 """
 
 import argparse
@@ -71,8 +75,8 @@ REQUEST = "Describe the picture."
 VISION_PREFIX, TEXT_PREFIX = "model.vision_tower.timm_model.", "model.language_model."
 DEFAULT_ARCHITECTURE = "deit_tiny_patch16_224"  # of a weight file without a config.json beside it: our distilled tower
 TERNARY_MODULES = r"language_model\.layers\..*_proj"
-# One BitNet layer computes what the source's does up to the rounding of a product. Over 30 layers of a random model in bfloat16 the 8-bit
-# rounding of the activations grows that to 0.09 of the logits; a scale that divides where it should multiply gives more than 1.
+# A BitNet layer computes what the source's does up to the rounding of a product, and that is checked layer by layer.
+# Over 30 layers of a random model the 8-bit rounding of the activations grows it to 0.09 of the logits.
 LAYER_TOLERANCE, LOGITS_TOLERANCE = 0.01, 0.25
 
 FLATTEN_MESSAGES = """\
@@ -179,14 +183,14 @@ def load_vision(source: str, revision: str | None = None) -> VisionPart:
     """Read a vision transformer in timm's Hub layout.
 
     Args:
-        source: a folder or Hub repo with `config.json` ({"architecture", "num_classes", "pretrained_cfg"}) and `model.safetensors` or
-            `pytorch_model.bin`; or a bare weight file, which without a `config.json` beside it is taken for a DeiT-Tiny of
-            `scripts/distill_vision.py` (mean and std 0.5).
+        source: a folder or Hub repo with `config.json` ({"architecture", "num_classes", "pretrained_cfg"}) and
+            `model.safetensors` or `pytorch_model.bin`; or a bare weight file, which without a `config.json` beside it is
+            taken for a DeiT-Tiny of `scripts/distill_vision.py` (mean and std 0.5).
         revision: of the Hub repo.
 
     Raises:
-        ValueError: not that layout, an architecture that timm does not know or that is no vision transformer, or weights that are not
-            those of the architecture.
+        ValueError: not that layout, an architecture that timm does not know or that is no vision transformer, or weights
+            that are not those of the architecture.
     """
     if os.path.isfile(source):
         weight_file = Path(source)
@@ -272,7 +276,8 @@ def load_text(
         dtype: of the weights; None keeps the checkpoint's.
 
     Raises:
-        ValueError: cannot be read, incomplete, not a decoder that MicroVLM can hold, or stored in a quantisation other than BitNet's.
+        ValueError: cannot be read, incomplete, not a decoder that MicroVLM can hold, or stored in a quantisation other
+            than BitNet's.
     """
     is_local(source, "--text")
     where = {"revision": revision or "main", "trust_remote_code": False}
@@ -304,7 +309,8 @@ def load_text(
     incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if incomplete:
         raise ValueError(
-            f"--text {source!r} lacks {len(incomplete)} of its tensors, such as {incomplete[0]}: is the download complete?"
+            f"--text {source!r} lacks {len(incomplete)} of its tensors, such as {incomplete[0]}: "
+            "is the download complete?"
         )
     dtype = dtype or model.dtype
     weights = dict(model.state_dict())
@@ -318,7 +324,10 @@ def load_text(
 
 
 def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: str) -> tuple[dict, str]:
-    """Replace packed BitNet weights in `weights` by plain ones, float32; returns the `qat_config` entries and the layout found.
+    """Replace packed BitNet weights in `weights` by plain ones, float32.
+
+    Returns:
+        The `qat_config` entries, and the layout found.
 
     Raises:
         ValueError: a layout that `TernaryLinear` cannot compute.
@@ -330,8 +339,8 @@ def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor], sour
     projections = {n for n in linears if re.fullmatch(TERNARY_MODULES, n.replace("model.", "language_model.", 1))}
     if projections != set(bit_linears):
         raise ValueError(
-            f"--text {source!r}: BitNet's quantisation is expected on all projections of the decoder layers and on nothing else, "
-            f"but {min(projections ^ set(bit_linears))} is an exception."
+            f"--text {source!r}: BitNet's quantisation is expected on all projections of the decoder layers and on "
+            f"nothing else, but {min(projections ^ set(bit_linears))} is an exception."
         )
     if any(m.rms_norm is not None for m in bit_linears.values()):
         raise ValueError(f"--text {source!r} has use_rms_norm set in its quantization_config, which is not supported.")
@@ -366,7 +375,7 @@ def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor], sour
 
 
 def check_names(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Raise ValueError unless the weights are a decoder `model.*` with `embed_tokens` and one linear head, in floating point."""
+    """Raise ValueError unless the weights are a decoder `model.*` and one linear head, in floating point."""
     foreign = [n for n in weights if not n.startswith("model.") and n != "lm_head.weight"]
     head = model.get_output_embeddings()
     if "model.embed_tokens.weight" not in weights or foreign or type(head) is not nn.Linear:
@@ -400,7 +409,7 @@ def grow_vocabulary(weights: dict[str, torch.Tensor], rows: int) -> None:
 
 
 def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own template (or a plain one) behind a prelude that turns lists of pictures and texts into strings."""
+    """The tokenizer's own template, or a plain one, behind a prelude that flattens pictures and texts into strings."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
@@ -439,7 +448,8 @@ def load_sections(variant: str | None, vision: VisionPart, text_config: PreTrain
         for what, want, have in zip(("a text model of width", "the vision tower"), wanted, given):
             if want != have:
                 raise ValueError(
-                    f"--variant {variant!r} is made for {what} {want}, got {have}. Leave --variant out for sizes that fit."
+                    f"--variant {variant!r} is made for {what} {want}, got {have}. "
+                    "Leave --variant out for sizes that fit."
                 )
     sections["adapter_config"] |= {"vision_hidden_size": vision.width, "num_patches": vision.num_patches}
     return sections
@@ -488,7 +498,7 @@ def build_processor(vision: VisionPart, tokenizer: PreTrainedTokenizerBase, num_
 
 
 def default_prompt(processor, chat: bool) -> list[int]:
-    """Ids of the prompt for a picture alone, its placeholders as one: a request in the chat format, or nothing but the picture."""
+    """Ids of the prompt for a picture alone, its placeholders as one: a request in the chat format, or just the picture."""
     picture = Image.new("RGB", (8, 8))
     if chat:
         content = [{"type": "image", "image": picture}, {"type": "text", "text": REQUEST}]
@@ -564,9 +574,8 @@ def verify(folder: Path, weights: dict[str, torch.Tensor], logits: torch.Tensor,
         raise ValueError(
             f"verification: the logits differ from the text model's by {error:.2e} of their norm; {allowed}."
         )
-    lines.append(
-        f"text logits {tuple(logits.shape)}: {'equal bit by bit' if error == 0 else f'differ by {error:.1e} of their norm'}"
-    )
+    verdict = "equal bit by bit" if error == 0 else f"differ by {error:.1e} of their norm"
+    lines.append(f"text logits {tuple(logits.shape)}: {verdict}")
     return lines
 
 
@@ -589,8 +598,8 @@ def check_out(out: Path, force: bool, sources: list[str]) -> None:
     """Refuse to overwrite what should not be.
 
     Raises:
-        ValueError: `out` is a file, is or contains a source or this repository, or is a folder that is not empty and either not
-            `force`d or no checkpoint.
+        ValueError: `out` is a file, is or contains a source or this repository, or is a folder that is not empty and
+            either not `force`d or no checkpoint.
     """
     kept = [Path(source).resolve() for source in sources if os.path.exists(source)] + [ROOT]
     for path in kept:
@@ -606,7 +615,7 @@ def check_out(out: Path, force: bool, sources: list[str]) -> None:
 
 
 def publish(temporary: Path, out: Path) -> None:
-    """Rename a finished folder to `out`, replacing what is there; with the usual permissions (safetensors writes private files)."""
+    """Rename a finished folder to `out`, replacing what is there; readable as usual (safetensors writes private files)."""
     mask = os.umask(0)
     os.umask(mask)
     temporary.chmod(0o777 & ~mask)

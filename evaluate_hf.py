@@ -82,26 +82,26 @@ def caption_rows(model, processor, rows, batch_size: int = 16, max_new_tokens: i
 
 
 @torch.inference_mode()
-def nearest_neighbour_captions(train, rows, image_processor) -> list[str]:
-    """For each row the caption of the closest training picture by cosine of standardised EfficientNet-Lite0 features."""
+def teacher_features(rows, image_processor) -> torch.Tensor:
+    """Pooled EfficientNet-Lite0 features (N, 1280) of rows of `load_rows`."""
     from scripts.distill_vision import load_teacher
 
     teacher = load_teacher()
+    out = []
+    for start in range(0, len(rows), 32):
+        batch = rows.select(range(start, min(start + 32, len(rows))))
+        pictures = [decode_row(row, image_processor)[0] for row in batch]
+        x = image_processor(pictures, return_tensors="pt")["pixel_values"].to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            out.append(teacher.forward_head(teacher.forward_features(x), pre_logits=True).float())
+    return torch.cat(out)
 
-    def features(data) -> torch.Tensor:
-        out = []
-        for start in range(0, len(data), 32):
-            pictures = [
-                decode_row(row, image_processor)[0] for row in data.select(range(start, min(start + 32, len(data))))
-            ]
-            x = image_processor(pictures, return_tensors="pt")["pixel_values"]
-            out.append(teacher.forward_head(teacher.forward_features(x), pre_logits=True))
-        return torch.cat(out)
 
-    a, b = features(train), features(rows)
-    mean, std = a.mean(0), a.std(0) + 1e-6
-    a, b = (torch.nn.functional.normalize((x - mean) / std, dim=-1) for x in (a, b))
-    return [train[i]["caption"] for i in (b @ a.mT).argmax(1).tolist()]
+def nearest_neighbours(train: torch.Tensor, queries: torch.Tensor) -> list[int]:
+    """For each query (M, C) the index of the closest of (N, C), by cosine of features standardised over `train`."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, queries = (torch.nn.functional.normalize((x - mean) / std, dim=-1) for x in (train, queries))
+    return (queries @ train.mT).argmax(1).tolist()
 
 
 def main() -> None:
@@ -123,6 +123,9 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(
         options.model, revision=options.revision, trust_remote_code=True, dtype=torch.float32
     ).eval()
+    if options.yardstick:
+        train = load_rows(options.yardstick, exclude_copyleft=options.yardstick_exclude_copyleft)
+        train_features = teacher_features(train, processor.image_processor)
     results = {}
     for path in options.data:
         rows = load_rows(path, limit=options.limit)
@@ -132,10 +135,8 @@ def main() -> None:
         shuffled = references[shift:] + references[:shift]
         results[path]["shuffled"] = score(candidates, shuffled)
         if options.yardstick:
-            train = load_rows(options.yardstick, exclude_copyleft=options.yardstick_exclude_copyleft)
-            results[path]["nearest_neighbour"] = score(
-                nearest_neighbour_captions(train, rows, processor.image_processor), references
-            )
+            nearest = nearest_neighbours(train_features, teacher_features(rows, processor.image_processor))
+            results[path]["nearest_neighbour"] = score([train[i]["caption"] for i in nearest], references)
         for candidate, reference in list(zip(candidates, references))[: options.show]:
             print(f"  {candidate!r}  <- {reference!r}")
         print(f"{path} ({len(rows)} pictures)")

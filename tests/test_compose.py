@@ -36,12 +36,13 @@ SIZES = {
     "initializer_range": 0.1,
 }
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 BITNET_CHAT = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = message['role'] | capitalize + ': '"
-    "+ message['content'] | trim + '<|eot_id|>' %}{{ content }}{% endfor %}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
 
@@ -71,7 +72,7 @@ def write_tokenizer(folder: Path, special: list[str], settings: dict, bos: str |
 
 
 def write_text(folder: Path, layout: str, **sizes) -> Path:
-    """A text model as its Hub repo has it: Qwen2.5-0.5B, a Llama in two shards, BitNet 2B-4T latent, packed and plain."""
+    """A text model as its Hub repo has it: Qwen2.5-0.5B, a Llama in two shards, BitNet 2B-4T latent, packed, plain."""
     folder.mkdir()
     family = layout.split("-")[0]
     if family == "qwen2":
@@ -269,7 +270,11 @@ for folder in sys.argv[1:]:
     picture = Image.new("RGB", (40, 30), "red")
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the picture."}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     asked = model.generate(**inputs, **settings)

@@ -374,6 +374,7 @@ def test_augmentation_depends_on_seed_epoch_and_pictures_alone(processor):
     make = lambda seed: CaptionCollator(processor, PROMPT, augment=picture_augmentation(), seed=seed)  # noqa: E731
     collator = make(0)
     first = collator(pairs())["pixel_values"]
+    torch.manual_seed(123)
     before = torch.get_rng_state()
     collator(pairs(4))
     assert torch.equal(collator(pairs())["pixel_values"], first)  # whatever was drawn in between
@@ -385,6 +386,15 @@ def test_augmentation_depends_on_seed_epoch_and_pictures_alone(processor):
     loader = DataLoader(memory_rows(pairs()), 8, collate_fn=collator, num_workers=1, multiprocessing_context="fork")
     collator.set_epoch(0)
     assert torch.equal(next(iter(loader))["pixel_values"], first)  # workers hear of the epoch too
+
+
+def test_augmentation_comes_before_the_normalisation(processor):
+    seen = []
+    collator = CaptionCollator(processor, PROMPT, augment=lambda pictures: seen.append(pictures) or pictures)
+    torch.testing.assert_close(
+        collator(pairs())["pixel_values"], CaptionCollator(processor, PROMPT)(pairs())["pixel_values"]
+    )
+    assert seen[0].shape == (8, 3, 32, 32) and (seen[0].min(), seen[0].max()) == (0, 1)
 
 
 def test_augmentation_keeps_sides_and_range():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import IMAGE_ID, ROOT
 from toy_data import CAPTIONS, pairs, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
 
 import evaluate_hf
@@ -45,6 +45,7 @@ def test_normalise(caption, expected):
         ("red", "red square", 2 / 3),  # precision 1, recall 1/2
         ("red red red", "red square", 2 / 5),  # the second and third "red" are wrong
         ("red blue", "red red blue blue", 2 / 3),
+        ("red red", "red red", 1.0),
         ("green circle", "red square", 0.0),
         ("", "red square", 0.0),
         ("", "", 0.0),
@@ -82,6 +83,7 @@ def test_score_of_toy_lists():
 
 def test_captions_in_batches_are_those_of_single_rows(rows):
     model, processor = toy_model(), toy_processor()
+    model.config.default_prompt_ids = [2, IMAGE_ID, *processor.tokenizer("green")["input_ids"], 3]  # said by nobody
     single, references = evaluate_hf.caption_rows(model, processor, rows, batch_size=1, max_new_tokens=6)
     assert references == CAPTIONS
     assert len(set(single)) > 1 and "" in single  # different captions, some of which end before the others

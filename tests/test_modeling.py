@@ -382,6 +382,8 @@ class TestForward:
         out = model.get_image_features(pixels)
         assert out.last_hidden_state.shape == (3, 17, 24)
         assert isinstance(out.pooler_output, tuple) and [tuple(p.shape) for p in out.pooler_output] == [(5, 32)] * 3
+        patches = out.last_hidden_state[:, 1:]  # without the class token
+        torch.testing.assert_close(torch.stack(out.pooler_output), model.model.adapter(patches)[0], **CLOSE)
         assert out.hidden_states is None and out.pooling_attentions is None
         assert isinstance(model.get_image_features(pixels, return_dict=False), tuple)
         full = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
@@ -565,6 +567,15 @@ class TestAlignment:
         for column, pictures in enumerate((prefix, prefix.flip(0))):
             torch.testing.assert_close(out.match_logits[:, column], fusion(text, mask, pictures), **CLOSE)
         assert model(**two, return_alignment=True, use_fusion=False).match_logits is None
+        # a row with two pictures gives their mean
+        both = {k: v[[0, 2]] for k, v in inputs.items() if k != "pixel_values"} | {
+            "pixel_values": inputs["pixel_values"][:3]
+        }
+        out = model(**both, return_alignment=True)
+        prefix = torch.stack([out.image_hidden_states[0], out.image_hidden_states[1:].mean(0)])
+        text = model.get_input_embeddings()(both["input_ids"])
+        mask = both["attention_mask"].bool() & (both["input_ids"] != IMAGE_ID)
+        torch.testing.assert_close(out.match_logits[:, 0], fusion(text, mask, prefix), **CLOSE)
         one = {k: v[:1] for k, v in inputs.items()}
         assert model(**one, return_alignment=True).match_logits is None
 
