@@ -15,7 +15,7 @@ A part is a Hub id (pin it with --vision-revision, --text-revision) or a local f
   end-of-text token.
 - BitNet comes in three layouts, and `qat_config` follows the one found, so that the composed model computes what the
   source does: latent weights (`quantization_mode: online`) stay latent and are rounded in every pass; packed weights
-  (`offline`) are unpacked to values times scale and stay as they are; weights without a `quantization_config` are plain.
+  (`offline`) are unpacked to values times scale and stay so; weights without a `quantization_config` are plain.
 - Nothing is trusted: the written folder is opened again, every vision and text tensor is compared with its source, and
   the logits of a text are compared with those of the plain text model. OUT appears only when all of that holds.
 """
@@ -184,13 +184,13 @@ def load_vision(source: str, revision: str | None = None) -> VisionPart:
 
     Args:
         source: a folder or Hub repo with `config.json` ({"architecture", "num_classes", "pretrained_cfg"}) and
-            `model.safetensors` or `pytorch_model.bin`; or a bare weight file, which without a `config.json` beside it is
-            taken for a DeiT-Tiny of `scripts/distill_vision.py` (mean and std 0.5).
+            `model.safetensors` or `pytorch_model.bin`; or a bare weight file, which without a `config.json` beside it
+            is taken for a DeiT-Tiny of `scripts/distill_vision.py` (mean and std 0.5).
         revision: of the Hub repo.
 
     Raises:
-        ValueError: not that layout, an architecture that timm does not know or that is no vision transformer, or weights
-            that are not those of the architecture.
+        ValueError: not that layout, an architecture that timm does not know or that is no vision transformer, or
+            weights that are not those of the architecture.
     """
     if os.path.isfile(source):
         weight_file = Path(source)
@@ -498,7 +498,7 @@ def build_processor(vision: VisionPart, tokenizer: PreTrainedTokenizerBase, num_
 
 
 def default_prompt(processor, chat: bool) -> list[int]:
-    """Ids of the prompt for a picture alone, its placeholders as one: a request in the chat format, or just the picture."""
+    """Ids of the prompt for a picture alone, its placeholders as one: a request in the chat format, or the picture."""
     picture = Image.new("RGB", (8, 8))
     if chat:
         content = [{"type": "image", "image": picture}, {"type": "text", "text": REQUEST}]
@@ -615,7 +615,7 @@ def check_out(out: Path, force: bool, sources: list[str]) -> None:
 
 
 def publish(temporary: Path, out: Path) -> None:
-    """Rename a finished folder to `out`, replacing what is there; readable as usual (safetensors writes private files)."""
+    """Rename a finished folder to `out`, replacing what is there; readable again (safetensors writes private files)."""
     mask = os.umask(0)
     os.umask(mask)
     temporary.chmod(0o777 & ~mask)

@@ -1,7 +1,7 @@
 """Picture-caption pairs for training and evaluation: parquet, image folders with `metadata.jsonl`, webdataset tars.
 
-All three come through `datasets`, with pictures left as bytes: one that cannot be decoded is then skipped, named and counted by the
-collator instead of ending the run, until more than a stated share of the rows is bad.
+All three come through `datasets`, with pictures left as bytes: one that cannot be decoded is then skipped, named and
+counted by the collator instead of ending the run, until more than a stated share of the rows is bad.
 """
 
 import io
@@ -133,9 +133,9 @@ class CaptionCollator:
     Args:
         processor: a `MicroVLMProcessor`.
         prompt_ids: the prompt with all placeholders, from `model.default_prompt`.
-        augment: a function on a batch of pictures (B, 3, height, width) in [0, 1], training only. What it draws depends on
-            the seed, the epoch and the batch alone: a resumed run sees what an uninterrupted one does, however far ahead
-            a loader reads.
+        augment: a function on a batch of pictures (B, 3, height, width) in [0, 1], training only. What it draws depends
+            on the seed, the epoch and the batch alone: a resumed run sees what an uninterrupted one does, however far
+            ahead a loader reads.
         image_size: side of the pictures, the processor's own by default.
         max_unreadable_share: training stops when more rows than this cannot be read.
         seed: of the augmentation.
@@ -234,7 +234,7 @@ class CaptionCollator:
 def random_affine(
     n: int, degrees: float, shift: float, scale: float, aspect: float = 0.15, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Maps (n, 2, 3) from crop to picture coordinates, both in [-1, 1]: rotation, shift, zoom and stretch drawn evenly."""
+    """Maps (n, 2, 3) from crop to picture, coordinates in [-1, 1]: rotation, shift, zoom and stretch drawn evenly."""
     uniform = lambda *size: torch.rand(*size, generator=generator) * 2 - 1  # noqa: E731
     angle = uniform(n) * math.radians(degrees)
     zoom, stretch = torch.exp(uniform(n) * math.log1p(scale)), torch.exp(uniform(n) * aspect)
@@ -246,7 +246,7 @@ def random_affine(
 
 
 def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] with random saturation, contrast, brightness, ground, an erased patch and noise."""
+    """Pictures (B, 3, H, W) in [0, 1]: random saturation, contrast, brightness, ground, an erased patch and noise."""
     B, _, H, W = x.shape
     rand = lambda *size: torch.rand(*size, generator=generator)  # noqa: E731
     gray = x.mean(1, keepdim=True)
@@ -264,8 +264,8 @@ def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator |
 
 
 def picture_augmentation(degrees: float = 10, shift: float = 0.1, scale: float = 0.2, color: float = 0.25):
-    """A function on a batch of pictures (B, 3, H, W) in [0, 1]: small affine maps and colour changes; no flips: captions
-    say left and right. Outside the picture its border goes on."""
+    """A function on a batch of pictures (B, 3, H, W) in [0, 1]: small affine maps and colour changes; no flips:
+    captions say left and right. Outside the picture its border goes on."""
 
     def augment(x: torch.Tensor) -> torch.Tensor:
         grid = F.affine_grid(random_affine(len(x), degrees, shift, scale), list(x.shape), align_corners=False)

@@ -34,7 +34,7 @@ def ternary_quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def fake_ternary(weight: torch.Tensor) -> torch.Tensor:
     """The weight rounded to three values, in its own shape and dtype, with the gradient of the identity."""
     values, scale = ternary_quantize(weight.detach())
-    return weight + ((values * scale).to(weight.dtype) - weight).detach()
+    return (values * scale).to(weight.dtype) + (weight - weight.detach())  # adds an exact zero that carries the gradient
 
 
 def fake_quantize_activation(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -43,7 +43,7 @@ def fake_quantize_activation(x: torch.Tensor, bits: int) -> torch.Tensor:
     y = x.detach().float()
     scale = top / y.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     y = (y * scale).round().clamp(-top - 1, top) / scale
-    return x + (y.to(x.dtype) - x).detach()
+    return y.to(x.dtype) + (x - x.detach())
 
 
 class TernaryLinear(nn.Linear):

@@ -3,9 +3,9 @@
     python train_hf.py recipes/nano_stage1.yaml
     python train_hf.py recipes/nano_stage1.yaml --set training.max_steps=20 --set training.output_dir=runs/try
 
-A recipe is a YAML file with a section per part (`RECIPE_KEYS` below): which checkpoint to start from, which parameters train,
-which data, which losses at which weight, and `training`, handed to `TrainingArguments` as it is. Unknown keys are refused. A stage is
-a recipe; the next stage names the output of the one before in `model`.
+A recipe is a YAML file with a section per part (`RECIPE_KEYS` below): which checkpoint to start from, which parameters
+train, which data, which losses at which weight, and `training`, handed to `TrainingArguments` as it is. Unknown keys are
+refused. A stage is a recipe; the next stage names the output of the one before in `model`.
 
 The loss is `lm * LM + align * InfoNCE`, composed in `MicroVLMTrainer.compute_loss` and logged apart.
 """
@@ -187,9 +187,9 @@ class MicroVLMTrainer(Trainer):
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         outputs = model(**inputs, **kwargs)
-        # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all ranks.
-        # Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that is a mean
-        # over its own micro-batch has to be divided by their number, or it would count that often.
+        # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all
+        # ranks. Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that
+        # is a mean over its own micro-batch has to be divided by their number, or it would count that often.
         shared = num_items_in_batch is not None
         steps = self.current_gradient_accumulation_steps if model.training and shared else 1
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices and shared else 1

@@ -42,7 +42,8 @@ CHATML = (
 )
 BITNET_CHAT = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' %}{{ content }}{% endfor %}"
+    "{% set content = message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' %}"
+    "{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
 

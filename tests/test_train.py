@@ -294,7 +294,7 @@ def test_calibrate_adapter(rows, tmp_path):
 
 
 def test_trainer_counts_tokens_for_our_class(rows, tmp_path):
-    """What the accumulation rests on: forward takes loss kwargs, labels are shifted inside, num_items reaches the loss."""
+    """What accumulation rests on: forward takes loss kwargs, labels are shifted inside, num_items reaches the loss."""
     trainer = toy_trainer(tmp_path, rows)
     assert trainer.model_accepts_loss_kwargs and trainer._loss_shifts_labels
     assert trainer.args.report_to == []
