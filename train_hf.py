@@ -4,8 +4,8 @@
     python train_hf.py recipes/nano_stage1.yaml --set training.max_steps=20 --set training.output_dir=runs/try
 
 A recipe is a YAML file with a section per part (`RECIPE_KEYS` below): which checkpoint to start from, which parameters
-train, which data, which losses at which weight, and `training`, handed to `TrainingArguments` as it is. Unknown keys are
-refused. A stage is a recipe; the next stage names the output of the one before in `model`.
+train, which data, which losses at which weight, and `training`, handed to `TrainingArguments` as it is. Unknown keys
+are refused. A stage is a recipe; the next stage names the output of the one before in `model`.
 
 The loss is `lm * LM + align * InfoNCE`, composed in `MicroVLMTrainer.compute_loss` and logged apart.
 """
