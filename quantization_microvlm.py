@@ -34,9 +34,8 @@ def ternary_quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def fake_ternary(weight: torch.Tensor) -> torch.Tensor:
     """The weight rounded to three values, in its own shape and dtype, with the gradient of the identity."""
     values, scale = ternary_quantize(weight.detach())
-    return (values * scale).to(weight.dtype) + (
-        weight - weight.detach()
-    )  # adds an exact zero that carries the gradient
+    rounded = (values * scale).to(weight.dtype)
+    return rounded + (weight - weight.detach())  # an exact zero that carries the gradient
 
 
 def fake_quantize_activation(x: torch.Tensor, bits: int) -> torch.Tensor:
