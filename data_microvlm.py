@@ -9,7 +9,6 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
@@ -120,11 +119,6 @@ def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
             return image_processor.process_image(picture, do_convert_rgb=True), caption.strip()
     except (OSError, ValueError, PILImage.DecompressionBombError) as error:
         raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {error}") from error
-
-
-def load_pairs(path: str) -> Iterator[dict]:
-    """Rows of a trusted parquet file with decoded pictures."""
-    yield from load_dataset("parquet", data_files=str(path), split="train")
 
 
 class CaptionCollator:

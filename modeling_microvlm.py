@@ -125,7 +125,6 @@ class MicroVLMAdapter(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.head_dim = hidden_size // config.num_attention_heads
-        self.num_patches = config.num_patches
         self.register_buffer("patch_mean", torch.zeros(config.vision_hidden_size))
         self.register_buffer("patch_std", torch.ones(config.vision_hidden_size))
         self.fc1 = nn.Linear(config.vision_hidden_size, config.mlp_hidden_size)

@@ -30,11 +30,12 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import Image
 from safetensors.torch import save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_microvlm import change_colors, is_copyleft, load_pairs, random_affine  # noqa: E402
+from data_microvlm import change_colors, load_rows, random_affine  # noqa: E402
 
 STOP_WORDS = {"a", "an", "the", "of", "with", "and", "in", "on", "for", "to"}
 
@@ -77,10 +78,9 @@ def square(picture, size: int) -> np.ndarray:
 def load_split(path: str, size: int, include_copyleft: bool) -> tuple[torch.Tensor, list[dict]]:
     """Pictures (N, 3, size, size) uint8 and their rows without the picture."""
     pictures, rows = [], []
-    for row in load_pairs(path):
-        if include_copyleft or not is_copyleft(row["licence"]):
-            pictures.append(square(row.pop("image"), size))
-            rows.append(row)
+    for row in load_rows(path, exclude_copyleft=not include_copyleft).cast_column("image", Image()):
+        pictures.append(square(row.pop("image"), size))
+        rows.append(row)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), rows
 
 
@@ -122,7 +122,7 @@ class Student(nn.Module):
 
 @torch.inference_mode()
 def embed(model: Student, images: torch.Tensor, size: int) -> torch.Tensor:
-    """Normalised mean-patch features (N, 192), centred later."""
+    """Class token and mean patch token, end to end (N, 384)."""
     model.eval()
     out = []
     for start in range(0, len(images), 64):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitNetConfig, PreTrainedTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data_microvlm import is_copyleft, load_pairs  # noqa: E402
+from data_microvlm import load_rows  # noqa: E402
 from quantization_microvlm import replace_with_ternary  # noqa: E402
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"]
@@ -54,7 +54,7 @@ def wordnet_documents(folder: str) -> list[str]:
 
 
 def caption_documents(path: str) -> list[str]:
-    return [row["caption"] for row in load_pairs(path) if not is_copyleft(row["licence"])]
+    return list(load_rows(path, exclude_copyleft=True)["caption"])
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

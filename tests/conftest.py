@@ -21,7 +21,7 @@ sys.modules["microvlm"] = package
 from microvlm.configuration_microvlm import MicroVLMConfig  # noqa: E402
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration  # noqa: E402
 
-CHAT_TEMPLATE = (ROOT / "chat_template.jinja").read_text() if (ROOT / "chat_template.jinja").exists() else None
+CHAT_TEMPLATE = (ROOT / "chat_template.jinja").read_text()
 IMAGE_ID, VOCAB = 4, 128
 
 TEXT = {
