@@ -4,7 +4,9 @@ All three come through `datasets`, with pictures left as bytes: one that cannot 
 counted by the collator instead of ending the run, until more than a stated share of the rows is bad.
 """
 
+import hashlib
 import io
+import json
 import logging
 import math
 import re
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -100,23 +103,33 @@ def row_name(row: dict) -> str:
     return str(next((name for name in names if name not in (None, "")), "without a name"))
 
 
+def row_caption(row: dict) -> str:
+    """The stripped caption of a row of `load_rows`.
+
+    Raises:
+        UnreadableRowError: it has none.
+    """
+    caption = row.get("caption")
+    caption = caption.decode(errors="replace") if isinstance(caption, bytes) else caption
+    if not isinstance(caption, str) or not caption.strip():
+        raise UnreadableRowError(f"row {row_name(row)} has no caption.")
+    return caption.strip()
+
+
 def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
     """Picture (3, height, width) uint8 and caption of a row of `load_rows`.
 
     Raises:
         UnreadableRowError: no caption, no picture, or a picture that cannot be decoded; the message names the row.
     """
-    caption = row.get("caption")
-    caption = caption.decode(errors="replace") if isinstance(caption, bytes) else caption
-    if not isinstance(caption, str) or not caption.strip():
-        raise UnreadableRowError(f"row {row_name(row)} has no caption.")
+    caption = row_caption(row)
     image = row.get("image") or {}
     if not image.get("bytes") and not image.get("path"):
         raise UnreadableRowError(f"row {row_name(row)} has no picture.")
     try:
         source = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
         with PILImage.open(source) as picture:
-            return image_processor.process_image(picture, do_convert_rgb=True), caption.strip()
+            return image_processor.process_image(picture, do_convert_rgb=True), caption
     except (OSError, ValueError, PILImage.DecompressionBombError) as error:
         raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {error}") from error
 
@@ -177,7 +190,8 @@ class CaptionCollator:
             torch.manual_seed(zlib.crc32(pictures.contiguous().numpy(), start))
             return self.augment(pictures)
 
-    def _read(self, row: dict) -> tuple[torch.Tensor, str] | None:
+    def read(self, row: dict) -> tuple[torch.Tensor, str] | None:
+        """Picture and caption of a row, counted; None if it cannot be read."""
         self.counts[0] += 1
         try:
             return decode_row(row, self.processor.image_processor)
@@ -193,7 +207,7 @@ class CaptionCollator:
             return None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        pairs = [pair for pair in map(self._read, rows) if pair is not None]
+        pairs = [pair for pair in map(self.read, rows) if pair is not None]
         if not pairs:
             raise RuntimeError(f"none of the {len(rows)} rows of a batch can be read.")
         tokenizer = self.processor.tokenizer
@@ -208,21 +222,123 @@ class CaptionCollator:
             input_ids[i, length - len(answer) - len(self.prompt_ids) :] = torch.tensor(self.prompt_ids + answer)
             labels[i, length - len(answer) :] = torch.tensor(answer)
             attention_mask[i, length - len(answer) - len(self.prompt_ids) :] = 1
-        image_processor = self.processor.image_processor
-        kwargs = {"return_tensors": "pt"} | ({} if self.size is None else {"size": self.size})
-        pictures = [picture for picture, _ in pairs]
-        if self.augment is None:
-            pixel_values = image_processor(pictures, **kwargs)["pixel_values"]
-        else:
-            small = image_processor(pictures, do_normalize=False, **kwargs)["pixel_values"]
-            mean, std = image_processor.image_mean, image_processor.image_std
-            pixel_values = image_processor.normalize(self._augment(small), mean, std)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "pixel_values": pixel_values,
+            **self.pictures([picture for picture, _ in pairs]),
         }
+
+    def pictures(self, pictures: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch's part for the vision tower: resized, augmented, normalised `pixel_values` (B, 3, height, width)."""
+        image_processor = self.processor.image_processor
+        kwargs = {"return_tensors": "pt"} | ({} if self.size is None else {"size": self.size})
+        if self.augment is None:
+            return {"pixel_values": image_processor(pictures, **kwargs)["pixel_values"]}
+        small = image_processor(pictures, do_normalize=False, **kwargs)["pixel_values"]
+        mean, std = image_processor.image_mean, image_processor.image_std
+        return {"pixel_values": image_processor.normalize(self._augment(small), mean, std)}
+
+
+class FeatureCollator(CaptionCollator):
+    """`CaptionCollator` that hands out kept features of a frozen vision tower, another view of a picture every epoch.
+
+    Args:
+        features: (views, rows, tokens, width), from `cache_vision_features`; a row's place is its `feature_row`.
+        processor, prompt_ids: as in `CaptionCollator`.
+    """
+
+    def __init__(self, features: torch.Tensor, processor, prompt_ids: list[int]):
+        super().__init__(processor, prompt_ids)
+        self.features = features
+
+    def read(self, row: dict) -> tuple[int, str]:
+        self.counts[0] += 1
+        return row["feature_row"], row_caption(row)
+
+    def pictures(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Features `vision_features` (B, tokens, width)."""
+        index = torch.tensor(indices)
+        return {"vision_features": self.features[(int(self.counts[2]) + index) % len(self.features), index]}
+
+
+@torch.inference_mode()
+def cache_vision_features(
+    vision_tower,
+    collator: CaptionCollator,
+    rows: Dataset,
+    views: int,
+    folder: str,
+    transform: str,
+    batch_size: int = 64,
+) -> tuple[torch.Tensor, Dataset]:
+    """Features of a frozen vision tower for `views` augmentations of every picture, kept in a file.
+
+    The file is named after a digest of all that the features depend on, the tower's weights included: with another model,
+    transform or data set it is made anew, never taken for theirs.
+
+    Args:
+        vision_tower: pictures (N, 3, height, width) -> `last_hidden_state` (N, tokens, width).
+        collator: reads and augments the pictures; view v is its epoch v.
+        rows: of `load_rows`.
+        folder: where the files are; made if needed.
+        transform: describes what `collator` does to a picture.
+
+    Returns:
+        The features (views, readable rows, tokens, width) in bfloat16, mapped from the file, and the readable rows without their
+        picture, with a column `feature_row`.
+    """
+    digest = hashlib.sha256(f"{transform} {views} {collator.seed} {collator.size} {rows._fingerprint}".encode())
+    digest.update(collator.processor.image_processor.to_json_string().encode())
+    for name, tensor in sorted(vision_tower.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    file = Path(folder) / f"vision_{digest.hexdigest()[:24]}.bin"
+    index_file = file.with_suffix(".json")
+    if not index_file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.unlink(missing_ok=True)
+        training = vision_tower.training
+        vision_tower.eval()
+        device = next(vision_tower.parameters()).device
+        features, readable = None, []
+        for view in range(views):
+            collator.set_epoch(view)
+            for start in tqdm(range(0, len(rows), batch_size), desc=f"vision features, view {view + 1} of {views}"):
+                chunk = (
+                    range(start, min(start + batch_size, len(rows)))
+                    if view == 0
+                    else readable[start : start + batch_size]
+                )
+                pairs = [(i, pair) for i, pair in ((i, collator.read(rows[i])) for i in chunk) if pair is not None]
+                if not pairs:
+                    continue
+                pixel_values = collator.pictures([picture for _, (picture, _) in pairs])["pixel_values"].to(device)
+                with torch.autocast(device.type, torch.bfloat16):
+                    hidden = vision_tower(pixel_values).last_hidden_state.to("cpu", torch.bfloat16)
+                if features is None:
+                    size = views * len(rows) * hidden[0].numel()
+                    features = torch.from_file(str(part), shared=True, size=size, dtype=torch.bfloat16)
+                    features = features.view(views, len(rows), *hidden.shape[1:])
+                if view == 0:
+                    at = len(readable)
+                    readable += [i for i, _ in pairs]
+                else:
+                    at = start
+                features[view, at : at + len(pairs)] = hidden
+        collator.set_epoch(0)
+        vision_tower.train(training)
+        shape = list(features.shape)
+        del features
+        part.replace(file)
+        index_part = index_file.with_suffix(".json.part")
+        index_part.write_text(json.dumps({"shape": shape, "rows": readable}))
+        index_part.replace(index_file)
+    index = json.loads(index_file.read_text())
+    features = torch.from_file(str(file), shared=False, size=math.prod(index["shape"]), dtype=torch.bfloat16)
+    kept = rows.select(index["rows"]).remove_columns("image")
+    features = features.view(index["shape"])[:, : len(kept)]
+    return features, kept.add_column("feature_row", list(range(len(kept))))
 
 
 def random_affine(

@@ -325,13 +325,18 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             do_pooling=False,
             return_dict=True,
         )
+        image = self.pool_image_features(vision.last_hidden_state, output_attentions)
+        image.hidden_states = vision.hidden_states
+        return image
+
+    def pool_image_features(
+        self, vision_features: torch.FloatTensor, output_attentions: bool = False
+    ) -> MicroVLMImageFeatures:
+        """Prefix tokens from features of the vision tower, class token first, (N, 1 + patches, vision width)."""
         skip = self.vision_tower.timm_model.num_prefix_tokens  # the class token
-        prefix, attention = self.adapter(vision.last_hidden_state[:, skip:], output_attentions=output_attentions)
+        prefix, attention = self.adapter(vision_features[:, skip:], output_attentions=output_attentions)
         return MicroVLMImageFeatures(
-            last_hidden_state=vision.last_hidden_state,
-            pooler_output=tuple(prefix),
-            hidden_states=vision.hidden_states,
-            pooling_attentions=attention,
+            last_hidden_state=vision_features, pooler_output=tuple(prefix), pooling_attentions=attention
         )
 
     def get_placeholder_mask(
@@ -388,6 +393,8 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                 pixel_values, output_attentions=kwargs.get("output_attentions"), return_dict=True
             )
         prefix = pooling_attentions = None
+        if image is not None and image.pooler_output is None:  # features of a frozen vision tower
+            image = self.pool_image_features(image.last_hidden_state, bool(kwargs.get("output_attentions")))
         if image is not None:
             prefix = torch.stack(tuple(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)  # (N, P, D)
             pooling_attentions = image.pooling_attentions
@@ -494,7 +501,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             attention_mask: (B, T), 0 on padding.
             labels: (B, T), -100 where no loss is wanted; shifted inside.
             logits_to_keep: only the last so many logits, 0 for all; or positions.
-            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`; with `last_hidden_state` alone,
+                the adapter pools it.
             return_alignment: also return `image_embeds` and `text_embeds`; the text of a row is where `labels` are set, without
                 labels all that is neither padding nor placeholder.
             use_fusion: also return `match_logits`; default: the config's.

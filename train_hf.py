@@ -19,7 +19,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import timm.optim
 import torch
+import torch.nn.functional as F
 import yaml
 from transformers import (
     AutoModelForImageTextToText,
@@ -29,8 +31,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from data_microvlm import CaptionCollator, load_rows, picture_augmentation
+from data_microvlm import CaptionCollator, FeatureCollator, cache_vision_features, load_rows, picture_augmentation
 
 logger = logging.getLogger("train_hf")
 
@@ -38,10 +41,14 @@ RECIPE_KEYS = {
     "model": "checkpoint to start from, a folder or Hub id",
     "revision": "its revision on the Hub",
     "trainable": "regular expressions on parameter names; a parameter trains when one matches",
+    "attn_implementation": "of the language model: eager trains faster than sdpa on a CPU",
+    "compile": "modules that run through torch.compile, by name",
+    "optimizer": "muon: Muon on the weights of linear layers, AdamW on the rest; default: training.optim",
     "learning_rates": "regular expression -> learning rate, for parts that differ from training.learning_rate",
     "calibration_rows": "standardise the adapter's input with statistics of so many training pictures; 0: keep",
     "loss_weights": "lm, align",
-    "data": "train, validation (path), format, exclude_copyleft, image_size, augmentation, max_unreadable_share, limit",
+    "data": "train, validation (path), format, exclude_copyleft, image_size, augmentation, max_unreadable_share, limit, "
+    "vision_cache (views, folder: keep the features of a frozen vision tower)",
     "training": "TrainingArguments",
 }
 DATA_KEYS = {
@@ -53,6 +60,7 @@ DATA_KEYS = {
     "augmentation",
     "max_unreadable_share",
     "limit",
+    "vision_cache",
 }
 LOSSES = ("lm", "align")
 
@@ -95,6 +103,9 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
     check_keys("data", recipe["data"], DATA_KEYS)
     if "train" not in recipe["data"]:
         raise ValueError(f"{path} has no data.train: the training data.")
+    if recipe.get("optimizer") not in (None, "muon"):
+        raise ValueError(f"optimizer {recipe['optimizer']!r} is not muon; others go by training.optim.")
+    check_keys("vision_cache", recipe["data"].get("vision_cache") or {}, ("views", "folder"))
     check_keys("loss_weights", recipe.setdefault("loss_weights", {"lm": 1.0, "align": 0.0}), LOSSES)
     return recipe
 
@@ -144,6 +155,16 @@ def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
     model.model.adapter.calibrate(torch.cat(features))
 
 
+def labelled_logits(labels: torch.Tensor) -> dict[str, Any]:
+    """Arguments of `forward` that spare the logits before the first position with a label, in labels (B, T)."""
+    labelled = torch.nonzero((labels != -100).any(0)).flatten()
+    if not len(labelled) or labelled[0] == 0:
+        return {}
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    keep = labels.shape[1] - int(labelled[0]) + 1
+    return {"logits_to_keep": keep, "shift_labels": shifted[:, -keep:].contiguous()}
+
+
 class EpochCallback(TrainerCallback):
     """Tells the collator the epoch, for its augmentation."""
 
@@ -161,6 +182,7 @@ class MicroVLMTrainer(Trainer):
         loss_weights: weight per part; a part with weight 0 is not computed.
         learning_rates: regular expression on parameter names -> learning rate; the first that matches counts.
         eval_collator: collator of the evaluation data (no augmentation); default: the training one.
+        muon: Muon (timm's) on the weights of linear layers, AdamW on the rest, instead of `args.optim`.
 
     Raises:
         ValueError: a pattern of `learning_rates` that matches no parameter.
@@ -172,12 +194,14 @@ class MicroVLMTrainer(Trainer):
         loss_weights: dict[str, float],
         learning_rates: dict[str, float] | None = None,
         eval_collator=None,
+        muon: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator or self.data_collator
         self.loss_weights = loss_weights
         self.learning_rates = learning_rates or {}
+        self.muon = muon
         check_patterns("learning_rates", self.learning_rates, self.model)
         self.parts = defaultdict(lambda: [0.0, 0])  # sum and count since the last log, per training or evaluation part
 
@@ -186,6 +210,12 @@ class MicroVLMTrainer(Trainer):
         kwargs = {"return_alignment": True} if align else {}
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
+        if "vision_features" in inputs:
+            features = BaseModelOutputWithPooling(last_hidden_state=inputs["vision_features"])
+            inputs = {k: v for k, v in inputs.items() if k != "vision_features"}
+            kwargs["mm_encoder_outputs"] = {"image": features}
+        if model.training:
+            kwargs |= {"use_cache": False} | labelled_logits(inputs["labels"])
         outputs = model(**inputs, **kwargs)
         # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all
         # ranks. Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that
@@ -219,21 +249,28 @@ class MicroVLMTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
-        if self.optimizer is None and self.learning_rates:
+        if self.optimizer is None and (self.learning_rates or self.muon):
             decay = set(self.get_decay_parameter_names(self.model))
+            head = self.model.get_output_embeddings()
+            linear = {m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
             groups = defaultdict(list)
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     rate = next(
                         (r for p, r in self.learning_rates.items() if re.search(p, name)), self.args.learning_rate
                     )
-                    groups[rate, name in decay].append(parameter)
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            kwargs.pop("lr", None)
+                    groups[rate, name in decay, self.muon and parameter in linear].append(parameter)
+            if self.muon:
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                cls, kwargs = timm.optim.Muon, {"betas": betas, "nesterov": True}
+            else:
+                cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+                kwargs.pop("lr", None)
             self.optimizer = cls(
                 [
                     {"params": p, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
-                    for (rate, decays), p in groups.items()
+                    | ({"use_fallback": not muon} if self.muon else {})
+                    for (rate, decays, muon), p in groups.items()
                 ],
                 **kwargs,
             )
@@ -263,6 +300,8 @@ def main(argv: list[str] | None = None) -> None:
 
     source = {"trust_remote_code": True, "revision": recipe.get("revision")}
     processor = AutoProcessor.from_pretrained(recipe["model"], **source)
+    if recipe.get("attn_implementation"):
+        source["attn_implementation"] = recipe["attn_implementation"]
     model = AutoModelForImageTextToText.from_pretrained(recipe["model"], dtype=torch.float32, **source)
     set_trainable(model, recipe["trainable"])
     print(trainable_table(model), flush=True)
@@ -278,6 +317,17 @@ def main(argv: list[str] | None = None) -> None:
     if recipe.get("calibration_rows"):
         sample = rows.shuffle(seed=args.seed).select(range(min(recipe["calibration_rows"], len(rows))))
         calibrate_adapter(model, plain, sample)
+    if data.get("vision_cache"):
+        if any(p.requires_grad for p in model.model.vision_tower.parameters()):
+            raise ValueError("data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.")
+        transform = json.dumps(data.get("augmentation"), sort_keys=True)
+        with args.main_process_first(desc="vision features"):
+            features, rows = cache_vision_features(
+                model.model.vision_tower, collator, rows, **data["vision_cache"], transform=transform
+            )
+        collator = FeatureCollator(features, processor, prompt)
+    for name in recipe.get("compile", []):
+        model.get_submodule(name).compile()
 
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -293,6 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[EpochCallback(collator)],
         loss_weights=recipe["loss_weights"],
         learning_rates=recipe.get("learning_rates"),
+        muon=recipe.get("optimizer") == "muon",
     )
     trainer.train(resume_from_checkpoint=options.resume or None)
     if collator.unreadable:

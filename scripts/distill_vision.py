@@ -8,8 +8,8 @@ the target instead of its 1,000 class probabilities, which gives 100 + 1 targets
 - pooled: its standardised pooled feature, asked of the CLS token and of the mean patch token whatever the augmentation was;
 - labels: the concept (one of N) and the words of the caption (many of M).
 
-Training starts at 112 x 112 (49 patches, four times as fast) and ends at 224 x 224. Teacher maps are cached beside the output,
-keyed by what made them. Weights are written in timm's own layout, so that `timm.create_model("deit_tiny_patch16_224")` reads them.
+Training runs at 112 x 112 (49 patches, four times as fast as 224 x 224). A second run can start from the weights and heads of a first (`init`), with
+Muon on the blocks' matrices (`optimizer: muon`). Teacher maps are cached beside the output, keyed by what made them. Weights are written in timm's own layout, so that `timm.create_model("deit_tiny_patch16_224")` reads them.
 
     python scripts/distill_vision.py recipes/nano_vision.yaml
 """
@@ -84,6 +84,20 @@ def load_split(path: str, size: int, include_copyleft: bool) -> tuple[torch.Tens
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), rows
 
 
+def cached_teacher_features(images: torch.Tensor, rows: list[dict], folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """`teacher_features`, kept in `folder` under a name made of what they depend on."""
+    key = hashlib.sha256(repr([r["id"] for r in rows]).encode() + str(images.sum().item()).encode()).hexdigest()[:16]
+    cache = folder / f"teacher_{key}.pt"
+    if cache.exists():
+        return torch.load(cache, weights_only=True)
+    started = time.time()
+    features = teacher_features(images)
+    torch.save(features, cache.with_suffix(".tmp"))
+    cache.with_suffix(".tmp").replace(cache)
+    print(f"teacher features of {len(images)} pictures in {time.time() - started:.0f} s", flush=True)
+    return features
+
+
 def caption_words(caption: str) -> list[str]:
     return [w for w in re.findall(r"[a-z0-9]+", caption.lower()) if w not in STOP_WORDS]
 
@@ -155,15 +169,7 @@ def main() -> None:
     val_images, val_rows = load_split(recipe["validation_file"], 256, include_copyleft=True)
     print(f"{len(images)} training pictures, {len(val_images)} validation pictures", flush=True)
 
-    key = hashlib.sha256(repr([r["id"] for r in rows]).encode() + str(images.sum().item()).encode()).hexdigest()[:16]
-    cache = out / f"teacher_{key}.pt"
-    if cache.exists():
-        maps, pooled = torch.load(cache, weights_only=True)
-    else:
-        started = time.time()
-        maps, pooled = teacher_features(images)
-        torch.save((maps, pooled), cache)
-        print(f"teacher features of {len(images)} pictures in {time.time() - started:.0f} s", flush=True)
+    maps, pooled = cached_teacher_features(images, rows, out)
     map_mean, map_std = maps.float().mean((0, 2, 3)), maps.float().std((0, 2, 3)) + 1e-4
     pool_mean, pool_std = pooled.float().mean(0), pooled.float().std(0) + 1e-4
 
@@ -179,24 +185,36 @@ def main() -> None:
 
     model = Student(len(concepts), len(words), recipe["drop_path"])
     small = F.interpolate(images.float(), size=(144, 144), mode="bilinear", antialias=True).round().to(torch.uint8)
-    decay = [p for p in model.parameters() if p.ndim > 1]
+    muon = recipe.get("optimizer") == "muon"
+    matrices = [p for p in model.backbone.blocks.parameters() if muon and p.ndim == 2]
+    taken = set(matrices)
+    decay = [p for p in model.parameters() if p.ndim > 1 and p not in taken]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": recipe["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), fused=True)]
+    if muon:  # on the blocks' matrices, AdamW on the rest
+        matrices = [{"params": matrices, "weight_decay": recipe["weight_decay"]}]
+        optimizers.append(torch.optim.Muon(matrices, lr=1.0, adjust_lr_fn="match_rms_adamw"))
+    forward = torch.compile(model) if recipe.get("compile") else model
     phases, done, batch, log = recipe["phases"], 0, recipe["batch_size"], []
     total = sum(p["steps"] for p in phases)
     state_file = out / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         done = state["step"]
         g.manual_seed(recipe["seed"] + done)
         print(f"resumed at step {done}", flush=True)
+    elif recipe.get("init"):
+        model.load_state_dict(torch.load(Path(recipe["init"]) / "state.pt", weights_only=True)["model"])
+        print(f"weights of {recipe['init']}, schedule and optimizer new", flush=True)
 
     def save(step: int) -> None:
         temporary = state_file.with_suffix(".tmp")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+        saved = [optimizer.state_dict() for optimizer in optimizers]
+        torch.save({"model": model.state_dict(), "optimizers": saved, "step": step}, temporary)
         temporary.replace(state_file)
         weights = {k: v.contiguous() for k, v in model.backbone.state_dict().items()}
         save_file(weights, str(out / "model.tmp"), metadata={"format": "pt"})
@@ -210,7 +228,7 @@ def main() -> None:
         size = phase["size"]
         lr = recipe["learning_rate"] * min(1, (step + 1) / recipe["warmup_steps"])
         lr *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total))
-        for group in optimizer.param_groups:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = lr
         if len(order) < batch:
             order = torch.randperm(len(images), generator=g).tolist()
@@ -228,7 +246,7 @@ def main() -> None:
         target_pooled = (pooled[idx].float() - pool_mean) / pool_std
 
         with torch.autocast("cpu", torch.bfloat16):
-            dense, from_cls, from_mean, concept, word = model(x)
+            dense, from_cls, from_mean, concept, word = forward(x)
         losses = {
             "dense": F.smooth_l1_loss(dense.float(), target),
             "pooled": F.smooth_l1_loss(from_cls.float(), target_pooled)
@@ -241,10 +259,11 @@ def main() -> None:
         loss = sum(recipe["weights"][k] * v for k, v in losses.items())
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss is not finite at step {step}: {losses}")
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         sums.update({k: v.item() for k, v in losses.items()})
         if (step + 1) % 100 == 0:
             rate = (step + 1 - done) * batch / (time.time() - started)

@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from data_microvlm import (
     FORMATS,
     MIN_ROWS_BEFORE_STOP,
     CaptionCollator,
+    FeatureCollator,
     UnreadableRowError,
+    cache_vision_features,
     decode_row,
     is_copyleft,
     load_rows,
@@ -55,6 +58,11 @@ def processor():
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     use_cache(monkeypatch, tmp_path / "cache")
+
+
+@pytest.fixture
+def toy_tower():
+    return toy_model().model.vision_tower.eval()
 
 
 def truncated(i: int = 0) -> dict:
@@ -407,3 +415,62 @@ def test_augmentation_keeps_sides_and_range():
         assert 0 <= out.min() < out.max() <= 1
         assert (out[..., :8].mean((1, 2, 3)) < out[..., -8:].mean((1, 2, 3))).all()  # never flipped
     assert len(set(out.mean((1, 2, 3)).tolist())) == 64  # every picture in its own way
+
+
+# --- kept features of a frozen vision tower
+
+
+def test_vision_cache(processor, tmp_path, toy_tower):
+    tower, folder = toy_tower, str(tmp_path / "features")
+    rows = memory_rows([*pairs(3), truncated(3), *pairs(8)[4:]])
+    make = lambda: CaptionCollator(processor, PROMPT, augment=picture_augmentation(), max_unreadable_share=1.0)  # noqa: E731
+    features, kept = cache_vision_features(tower, make(), rows, 2, folder, "t", batch_size=3)
+    assert features.dtype == torch.bfloat16 and features.shape == (2, 7, 17, 24)
+    assert kept["caption"] == [rows[i]["caption"] for i in (0, 1, 2, 4, 5, 6, 7)] and "image" not in kept.column_names
+    assert kept["feature_row"] == list(range(7))
+    assert not torch.equal(features[0], features[1])  # another view each
+    collator = make()
+    collator.set_epoch(1)
+    pixel_values = collator([rows[i] for i in range(3)])["pixel_values"]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = tower(pixel_values).last_hidden_state.bfloat16()
+    assert torch.equal(features[1, :3], expected)
+
+    # found again, row by row and epoch by epoch
+    before = {p.name: p.stat().st_mtime_ns for p in Path(folder).iterdir()}
+    again, kept = cache_vision_features(tower, make(), rows, 2, folder, "t")
+    assert torch.equal(again, features) and before == {p.name: p.stat().st_mtime_ns for p in Path(folder).iterdir()}
+    collator = FeatureCollator(again, processor, PROMPT)
+    batch, plain = collator([kept[5], kept[0]]), CaptionCollator(processor, PROMPT)([rows[6], rows[0]])
+    assert torch.equal(batch["vision_features"], torch.stack([features[1, 5], features[0, 0]]))
+    collator.set_epoch(1)
+    assert torch.equal(collator([kept[5]])["vision_features"], features[0, 5:6])
+    assert torch.equal(batch["input_ids"], plain["input_ids"]) and torch.equal(batch["labels"], plain["labels"])
+    assert "pixel_values" not in batch and collator.seen == 3
+
+
+def test_stale_vision_cache_is_not_taken(processor, tmp_path, toy_tower):
+    tower, folder, rows = toy_tower, tmp_path / "features", memory_rows(pairs(4))
+    make = lambda **kwargs: CaptionCollator(processor, PROMPT, **kwargs)  # noqa: E731
+    files = lambda: len(list(folder.glob("*.bin")))  # noqa: E731
+    first, _ = cache_vision_features(tower, make(), rows, 1, str(folder), "t")
+    for count, arguments in enumerate(
+        [
+            (make(), rows, 1, str(folder), "u"),
+            (make(seed=1), rows, 1, str(folder), "t"),
+            (make(), rows, 2, str(folder), "t"),
+        ]
+        + [(make(image_size=32), rows, 1, str(folder), "t"), (make(), rows.select([3, 2, 1]), 1, str(folder), "t")],
+        start=2,
+    ):
+        cache_vision_features(tower, *arguments)
+        assert files() == count
+    with torch.no_grad():
+        next(tower.parameters()).mul_(2.0)
+    changed, _ = cache_vision_features(tower, make(), rows, 1, str(folder), "t")
+    assert files() == 7 and not torch.equal(changed, first)
+    # a file whose index was not yet written is an interrupted run: made again
+    for index in folder.glob("*.json"):
+        index.unlink()
+    again, _ = cache_vision_features(tower, make(), rows, 1, str(folder), "t")
+    assert torch.equal(again, changed)

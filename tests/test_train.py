@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm.optim
 import torch
 import yaml
 from conftest import ROOT, MicroVLMForConditionalGeneration
@@ -27,8 +28,15 @@ from toy_data import (
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
 
 import train_hf
-from data_microvlm import CaptionCollator, load_rows
-from train_hf import MicroVLMTrainer, calibrate_adapter, load_recipe, set_trainable, trainable_table
+from data_microvlm import CaptionCollator, FeatureCollator, cache_vision_features, load_rows
+from train_hf import (
+    MicroVLMTrainer,
+    calibrate_adapter,
+    labelled_logits,
+    load_recipe,
+    set_trainable,
+    trainable_table,
+)
 
 RECIPES = sorted(ROOT.glob("recipes/*stage*.yaml"))
 FAMILIES = ("microvlm-m", "microvlm-v", "nano")
@@ -268,6 +276,31 @@ def test_learning_rates_make_groups(rows, tmp_path):
         toy_trainer(tmp_path, rows, model, trainer_kwargs={"learning_rates": {"vision_towr": 1.0}})
 
 
+def test_muon_takes_the_weights_of_linear_layers(rows, tmp_path):
+    model = toy_model("bitnet")
+    set_trainable(model, ["adapter", "language_model", "alignment"])
+    options = {"muon": True, "learning_rates": {"adapter": 0.25}}
+    trainer = toy_trainer(tmp_path, rows, model, trainer_kwargs=options, weight_decay=0.03)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, timm.optim.Muon)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            linear = p.ndim == 2 and "embed_tokens" not in name and "query_tokens" not in name
+            group = found[id(p)]
+            assert group["use_fallback"] != linear, name
+            assert group["lr"] == (0.25 if "adapter" in name else 0.1), name
+            decay = 0.0 if name.endswith("bias") or "norm" in name else 0.03
+            assert group["weight_decay"] == decay, name
+    before = state(model)
+    trainer.train()
+    weight = "model.language_model.layers.0.self_attn.q_proj.weight"
+    update = state(model)[weight] - before[weight] * (1 - 0.1 * 0.03)
+    spread = torch.linalg.svdvals(update)
+    assert spread[15] > 0.5 * spread[0]  # the gradient of four captions has rank 17; all of it moves alike
+
+
 def test_a_rate_of_zero_keeps_a_part(rows, tmp_path):
     model = toy_model()
     before = state(model)
@@ -288,6 +321,37 @@ def test_calibrate_adapter(rows, tmp_path):
     assert patches.shape == (7, 16, 24)
     torch.testing.assert_close(model.model.adapter.patch_mean, patches.flatten(0, 1).mean(0))
     torch.testing.assert_close(model.model.adapter.patch_std, patches.flatten(0, 1).std(0))
+
+
+# --- a frozen vision tower's features
+
+
+def test_kept_features_train_like_the_pictures(rows, tmp_path):
+    """The same loss and gradients as with the vision tower in the loop, up to the features' bfloat16."""
+    model, processor = toy_model().train(), toy_processor()
+    prompt = model.default_prompt(1)[0].tolist()
+    plain = CaptionCollator(processor, prompt)
+    features, kept = cache_vision_features(model.model.vision_tower, plain, rows, 1, str(tmp_path / "v"), "none")
+    assert model.model.vision_tower.training
+    trainer = toy_trainer(tmp_path, rows, model, {"lm": 1.0, "align": 0.5})
+    batch, cached = plain(list(rows)), FeatureCollator(features, processor, prompt)(list(kept))
+    model.eval()  # no dropout; compute_loss spares no logits then
+    losses = [trainer.compute_loss(model, dict(inputs)) for inputs in (batch, cached)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=0)
+    weight = model.model.adapter.fc2.weight
+    grads = [torch.autograd.grad(loss, weight)[0] for loss in losses]
+    assert torch.cosine_similarity(*(g.flatten() for g in grads), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("labels", [[[-100, -100, 5, 6], [-100, -100, -100, 7]], [[-100] * 4] * 2, [[3, 4, 5, 6]] * 2])
+def test_spared_logits_leave_the_loss(labels):
+    model, labels = toy_model().eval(), torch.tensor(labels)
+    ids = torch.randint(6, 20, labels.shape, generator=torch.Generator().manual_seed(0))
+    whole = model(input_ids=ids, labels=labels)
+    spared = model(input_ids=ids, labels=labels, **labelled_logits(labels))
+    torch.testing.assert_close(spared.loss, whole.loss, equal_nan=True)
+    if labels[0, 0] == -100 and labels[0, 2] == 5:
+        torch.testing.assert_close(spared.logits, whole.logits[:, 1:])
 
 
 # --- the loss
@@ -467,6 +531,28 @@ def run(monkeypatch, tmp_path):
             "disable_tqdm": True,
         },
     }
+
+
+def test_run_on_kept_features(run, tmp_path):
+    run["trainable"] = ["adapter", "language_model"]
+    run["optimizer"] = "muon"
+    run["attn_implementation"] = "eager"
+    run["data"]["vision_cache"] = {"views": 2, "folder": str(tmp_path / "features")}
+    train_hf.main([write_recipe(tmp_path, **run)])
+    through = load_file(tmp_path / "out" / "model.safetensors")
+    start = load_file(tmp_path / "start" / "model.safetensors")
+    moved = {name for name in through if not torch.equal(through[name], start[name])}
+    assert moved and not any("vision_tower" in name for name in moved)
+    (file,) = (tmp_path / "features").glob("*.bin")
+    written = file.stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    train_hf.main([write_recipe(tmp_path, **run), "--resume"])
+    assert file.stat().st_mtime_ns == written  # taken, not made again
+    assert same_state(load_file(tmp_path / "out" / "model.safetensors"), through)
+    run["trainable"] = [".*"]
+    message = "^data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.$"
+    with pytest.raises(ValueError, match=message):
+        train_hf.main([write_recipe(tmp_path, **run)])
 
 
 def test_resume_continues_bit_for_bit(run, tmp_path, capsys):
