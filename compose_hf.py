@@ -61,10 +61,8 @@ from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent
 # The model files import one another relatively, as Hub remote code must: give them a package to be in.
-if "microvlm" not in sys.modules:
-    package = types.ModuleType("microvlm")
-    package.__path__ = [str(ROOT)]
-    sys.modules["microvlm"] = package
+package = sys.modules.setdefault("microvlm", types.ModuleType("microvlm"))
+package.__path__ = [str(ROOT)]
 configuration, modeling, processing, quantization = (
     importlib.import_module(f"microvlm.{name}_microvlm")
     for name in ("configuration", "modeling", "processing", "quantization")

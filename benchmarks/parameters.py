@@ -12,11 +12,9 @@ Prints two markdown tables; the first is the one in docs/architecture.md. Notabl
   values a byte, rounded up per matrix, their scales not counted), everything else, the embeddings too, in bf16.
 """
 
-import importlib
 import json
 import math
 import sys
-import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +23,9 @@ import torch
 from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
-# The model files import one another relatively, as Hub remote code must: give them a package to be in.
-if "microvlm" not in sys.modules:
-    package = types.ModuleType("microvlm")
-    package.__path__ = [str(ROOT)]
-    sys.modules["microvlm"] = package
-modeling = importlib.import_module("microvlm.modeling_microvlm")
+sys.path.insert(0, str(ROOT))
+from compose_hf import modeling  # noqa: E402  gives the model files, which import one another relatively, a package
+
 MicroVLMConfig, MicroVLMForConditionalGeneration = modeling.MicroVLMConfig, modeling.MicroVLMForConditionalGeneration
 
 EMBEDDINGS = "language model embeddings"

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import types
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,13 +12,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# The model files import one another relatively, as Hub remote code must: give them a package to be in.
-package = types.ModuleType("microvlm")
-package.__path__ = [str(ROOT)]
-sys.modules["microvlm"] = package
 
-from microvlm.configuration_microvlm import MicroVLMConfig  # noqa: E402
-from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration  # noqa: E402
+from compose_hf import configuration, modeling  # noqa: E402  gives the model files the package `microvlm`
+
+MicroVLMConfig = configuration.MicroVLMConfig
+MicroVLMForConditionalGeneration = modeling.MicroVLMForConditionalGeneration
 
 CHAT_TEMPLATE = (ROOT / "chat_template.jinja").read_text()
 IMAGE_ID, VOCAB = 4, 128
