@@ -128,3 +128,30 @@ def test_command(tmp_path):
         assert line.split() == [name, *(f"{value:.3f}" for value in scores[name].values())]
     assert scores["model"]["distinct"] == scores["shuffled"]["distinct"] > 0
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_nearest_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(7, 5, generator=generator) * torch.tensor([1.0, 100.0, 0.01, 1.0, 5.0]) + 3
+    queries = train[[4, 0, 6]] + 0.05 * train.std(0) * torch.randn(3, 5, generator=generator)
+    assert evaluate_hf.nearest_neighbours(train, queries) == [4, 0, 6]
+    a, b = train.double().numpy(), (train[[1, 5]] * 1.1).double().numpy()  # against loops in float64
+    mean, std = a.mean(0), a.std(0, ddof=1)
+    cosine = lambda x, y: (x @ y) / ((x @ x) * (y @ y)) ** 0.5  # noqa: E731
+    expected = [max(range(7), key=lambda i: cosine((q - mean) / std, (a[i] - mean) / std)) for q in b]
+    assert evaluate_hf.nearest_neighbours(train, train[[1, 5]] * 1.1) == expected
+
+
+def test_yardstick_copies_the_caption_of_the_closest_picture(monkeypatch, tmp_path):
+    """Every picture is closest to itself; without its own row the yardstick has to copy another caption."""
+    model = toy_checkpoint(tmp_path / "model")
+    data, half = tmp_path / "toy.parquet", tmp_path / "half.parquet"
+    write_parquet(data, pairs())
+    write_parquet(half, pairs()[:4])
+    use_cache(monkeypatch, tmp_path / "cache")
+    for train, exact in ((data, 1.0), (half, 0.5)):
+        json_file = tmp_path / f"{train.stem}.json"
+        command = ["evaluate_hf.py", "--model", str(model), "--data", str(data), "--json", str(json_file)]
+        monkeypatch.setattr(sys, "argv", [*command, "--yardstick", str(train)])
+        evaluate_hf.main()
+        assert json.loads(json_file.read_text())[str(data)]["nearest_neighbour"]["exact"] == exact
