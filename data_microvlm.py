@@ -287,6 +287,9 @@ def cache_vision_features(
     Returns:
         The features (views, readable rows, tokens, width) in bfloat16, mapped from the file, and the readable rows without their
         picture, with a column `feature_row`.
+
+    Raises:
+        RuntimeError: no row, or too few, can be read.
     """
     digest = hashlib.sha256(f"{transform} {views} {collator.seed} {collator.size} {rows._fingerprint}".encode())
     digest.update(collator.processor.image_processor.to_json_string().encode())
@@ -305,27 +308,23 @@ def cache_vision_features(
         for view in range(views):
             collator.set_epoch(view)
             for start in tqdm(range(0, len(rows), batch_size), desc=f"vision features, view {view + 1} of {views}"):
-                chunk = (
-                    range(start, min(start + batch_size, len(rows)))
-                    if view == 0
-                    else readable[start : start + batch_size]
-                )
-                pairs = [(i, pair) for i, pair in ((i, collator.read(rows[i])) for i in chunk) if pair is not None]
-                if not pairs:
+                chunk = (range(len(rows)) if view == 0 else readable)[start : start + batch_size]
+                found = {i: pair for i in chunk if (pair := collator.read(rows[i])) is not None}
+                if not found:
                     continue
-                pixel_values = collator.pictures([picture for _, (picture, _) in pairs])["pixel_values"].to(device)
+                pixel_values = collator.pictures([picture for picture, _ in found.values()])["pixel_values"].to(device)
                 with torch.autocast(device.type, torch.bfloat16):
                     hidden = vision_tower(pixel_values).last_hidden_state.to("cpu", torch.bfloat16)
                 if features is None:
                     size = views * len(rows) * hidden[0].numel()
                     features = torch.from_file(str(part), shared=True, size=size, dtype=torch.bfloat16)
                     features = features.view(views, len(rows), *hidden.shape[1:])
+                at = len(readable) if view == 0 else start
+                features[view, at : at + len(found)] = hidden
                 if view == 0:
-                    at = len(readable)
-                    readable += [i for i, _ in pairs]
-                else:
-                    at = start
-                features[view, at : at + len(pairs)] = hidden
+                    readable += found
+            if features is None:
+                raise RuntimeError(f"none of the {len(rows)} training rows can be read.")
         collator.set_epoch(0)
         vision_tower.train(training)
         shape = list(features.shape)

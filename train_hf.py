@@ -105,7 +105,8 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
         raise ValueError(f"{path} has no data.train: the training data.")
     if recipe.get("optimizer") not in (None, "muon"):
         raise ValueError(f"optimizer {recipe['optimizer']!r} is not muon; others go by training.optim.")
-    check_keys("vision_cache", recipe["data"].get("vision_cache") or {}, ("views", "folder"))
+    if (cache := recipe["data"].get("vision_cache")) and set(cache) != {"views", "folder"}:
+        raise ValueError(f"data.vision_cache takes views and folder, got {', '.join(sorted(cache))}.")
     check_keys("loss_weights", recipe.setdefault("loss_weights", {"lm": 1.0, "align": 0.0}), LOSSES)
     return recipe
 
@@ -322,9 +323,12 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.")
         transform = json.dumps(data.get("augmentation"), sort_keys=True)
         with args.main_process_first(desc="vision features"):
-            features, rows = cache_vision_features(
+            features, readable = cache_vision_features(
                 model.model.vision_tower, collator, rows, **data["vision_cache"], transform=transform
             )
+        if len(readable) < len(rows):
+            print(f"{len(rows) - len(readable)} of {len(rows)} training rows could not be read: skipped", flush=True)
+        rows = readable
         collator = FeatureCollator(features, processor, prompt)
     for name in recipe.get("compile", []):
         model.get_submodule(name).compile()

@@ -469,6 +469,10 @@ def test_stale_vision_cache_is_not_taken(processor, tmp_path, toy_tower):
         next(tower.parameters()).mul_(2.0)
     changed, _ = cache_vision_features(tower, make(), rows, 1, str(folder), "t")
     assert files() == 7 and not torch.equal(changed, first)
+    with pytest.raises(RuntimeError, match="^none of the 2 training rows can be read.$"):
+        bad = memory_rows([truncated(1), truncated(2)])
+        cache_vision_features(tower, make(max_unreadable_share=1.0), bad, 1, str(folder), "t")
+    assert files() == 7
     # a file whose index was not yet written is an interrupted run: made again
     for index in folder.glob("*.json"):
         index.unlink()
