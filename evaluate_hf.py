@@ -2,8 +2,8 @@
 
     python evaluate_hf.py --data data/mini/validation.parquet [--model .] [--json FILE] [--yardstick TRAIN.parquet]
 
-A caption is normalised first: lower case, no punctuation, no articles. Exact match and word F1 are means over the pictures;
-CIDEr is pycocoevalcap's, on the set's own document frequencies. `distinct` is the share of different captions among all;
+A caption is normalised first: lower case, no punctuation, and for exact match and word F1, means over the pictures, no articles;
+CIDEr is pycocoevalcap's, articles kept as is usual, on the set's own document frequencies. `distinct` is the share of different captions among all;
 `shuffled` scores the same captions against the references of other pictures: a model that ignores the picture keeps its score.
 `--yardstick` also scores the nearest-neighbour caption: that of the closest training picture in EfficientNet-Lite0 feature space.
 """
@@ -22,10 +22,10 @@ from data_microvlm import decode_row, load_rows
 ARTICLES = {"a", "an", "the"}
 
 
-def normalise(caption: str) -> str:
-    """Lower case, letters and digits only, no articles."""
+def normalise(caption: str, articles: bool = False) -> str:
+    """Lower case, letters and digits only, without articles or with them."""
     words = re.sub(r"[^\w\s]", " ", caption.lower()).split()
-    return " ".join(w for w in words if w not in ARTICLES)
+    return " ".join(w for w in words if articles or w not in ARTICLES)
 
 
 def word_f1(candidate: str, reference: str) -> float:
@@ -47,12 +47,13 @@ def cider(candidates: list[str], references: list[str]) -> float:
 
 def score(candidates: list[str], references: list[str]) -> dict[str, float]:
     """exact, word_f1, cider and the share of distinct captions of raw captions."""
+    whole = [[normalise(c, articles=True) for c in captions] for captions in (candidates, references)]
     candidates, references = [normalise(c) for c in candidates], [normalise(r) for r in references]
     n = len(references)
     return {
         "exact": sum(c == r for c, r in zip(candidates, references)) / n,
         "word_f1": sum(map(word_f1, candidates, references)) / n,
-        "cider": cider(candidates, references),
+        "cider": cider(*whole),
         "distinct": len(set(candidates)) / n,
     }
 
@@ -98,9 +99,8 @@ def teacher_features(rows, image_processor) -> torch.Tensor:
 
 
 def nearest_neighbours(train: torch.Tensor, queries: torch.Tensor) -> list[int]:
-    """For each query (M, C) the index of the closest of (N, C), by cosine of features standardised over `train`."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    train, queries = (torch.nn.functional.normalize((x - mean) / std, dim=-1) for x in (train, queries))
+    """For each query (M, C) the index of the closest of (N, C), by cosine."""
+    train, queries = (torch.nn.functional.normalize(x, dim=-1) for x in (train, queries))
     return (queries @ train.mT).argmax(1).tolist()
 
 
