@@ -263,6 +263,41 @@ class FeatureCollator(CaptionCollator):
 
 
 @torch.inference_mode()
+def write_vision_features(
+    vision_tower, collator: CaptionCollator, rows: Dataset, views: int, file: Path, batch_size: int
+) -> tuple[list[int], list[int]]:
+    """Features of `views` augmentations of every picture into a file.
+
+    Returns:
+        The shape of what the file holds, (views, rows, tokens, width) in bfloat16, and the indices of the rows that could be read:
+        they fill the first places of every view.
+    """
+    device = next(vision_tower.parameters()).device
+    features, readable = None, []
+    for view in range(views):
+        collator.set_epoch(view)
+        for start in tqdm(range(0, len(rows), batch_size), desc=f"vision features, view {view + 1} of {views}"):
+            chunk = (range(len(rows)) if view == 0 else readable)[start : start + batch_size]
+            found = {i: pair for i in chunk if (pair := collator.read(rows[i])) is not None}
+            if not found:
+                continue
+            pixel_values = collator.pictures([picture for picture, _ in found.values()])["pixel_values"].to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = vision_tower(pixel_values).last_hidden_state.to("cpu", torch.bfloat16)
+            if features is None:
+                shape = [views, len(rows), *hidden.shape[1:]]
+                features = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=torch.bfloat16)
+                features = features.view(shape)
+            at = len(readable) if view == 0 else start
+            features[view, at : at + len(found)] = hidden
+            if view == 0:
+                readable += found
+        if features is None:
+            raise RuntimeError(f"none of the {len(rows)} training rows can be read.")
+    collator.set_epoch(0)
+    return shape, readable
+
+
 def cache_vision_features(
     vision_tower,
     collator: CaptionCollator,
@@ -303,32 +338,8 @@ def cache_vision_features(
         part.unlink(missing_ok=True)
         training = vision_tower.training
         vision_tower.eval()
-        device = next(vision_tower.parameters()).device
-        features, readable = None, []
-        for view in range(views):
-            collator.set_epoch(view)
-            for start in tqdm(range(0, len(rows), batch_size), desc=f"vision features, view {view + 1} of {views}"):
-                chunk = (range(len(rows)) if view == 0 else readable)[start : start + batch_size]
-                found = {i: pair for i in chunk if (pair := collator.read(rows[i])) is not None}
-                if not found:
-                    continue
-                pixel_values = collator.pictures([picture for picture, _ in found.values()])["pixel_values"].to(device)
-                with torch.autocast(device.type, torch.bfloat16):
-                    hidden = vision_tower(pixel_values).last_hidden_state.to("cpu", torch.bfloat16)
-                if features is None:
-                    size = views * len(rows) * hidden[0].numel()
-                    features = torch.from_file(str(part), shared=True, size=size, dtype=torch.bfloat16)
-                    features = features.view(views, len(rows), *hidden.shape[1:])
-                at = len(readable) if view == 0 else start
-                features[view, at : at + len(found)] = hidden
-                if view == 0:
-                    readable += found
-            if features is None:
-                raise RuntimeError(f"none of the {len(rows)} training rows can be read.")
-        collator.set_epoch(0)
+        shape, readable = write_vision_features(vision_tower, collator, rows, views, part, batch_size)
         vision_tower.train(training)
-        shape = list(features.shape)
-        del features
         part.replace(file)
         index_part = index_file.with_suffix(".json.part")
         index_part.write_text(json.dumps({"shape": shape, "rows": readable}))

@@ -8,8 +8,9 @@ the target instead of its 1,000 class probabilities, which gives 100 + 1 targets
 - pooled: its standardised pooled feature, asked of the CLS token and of the mean patch token whatever the augmentation was;
 - labels: the concept (one of N) and the words of the caption (many of M).
 
-Training runs at 112 x 112 (49 patches, four times as fast as 224 x 224). A second run can start from the weights and heads of a first (`init`), with
-Muon on the blocks' matrices (`optimizer: muon`). Teacher maps are cached beside the output, keyed by what made them. Weights are written in timm's own layout, so that `timm.create_model("deit_tiny_patch16_224")` reads them.
+Training runs at 112 x 112 (49 patches, four times as fast as 224 x 224). A second run can start from the weights and heads of a
+first (`init`), with Muon on the blocks' matrices (`optimizer: muon`). Teacher maps are cached beside the output, keyed by what
+made them. Weights are written in timm's own layout, so that `timm.create_model("deit_tiny_patch16_224")` reads them.
 
     python scripts/distill_vision.py recipes/nano_vision.yaml
 """
