@@ -11,8 +11,9 @@ $(VENV)/.ready: pyproject.toml
 	$(PY) -m pip install --quiet --editable ".[test]"
 	touch $@
 
-demo: $(VENV)/.ready  ## environment, then captions of the example pictures with the checkpoint in this folder
+demo: $(VENV)/.ready  ## environment, captions of the example pictures with the checkpoint in this folder, then facts taught and recalled
 	$(PY) caption.py examples
+	$(PY) teach.py demo
 
 test: $(VENV)/.ready lint  ## everything but the slow checks
 	$(PY) -m pytest -m "not slow"
@@ -27,6 +28,9 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready  ## the tables of docs/architecture.md and README.md
 	$(PY) benchmarks/parameters.py
 	$(PY) benchmarks/overhead.py
+	$(PY) benchmarks/memory_overhead.py
+	$(PY) benchmarks/memory_drift.py
+	$(PY) benchmarks/memory_recall.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -41,13 +41,27 @@ class MicroVLMAdapterConfig(PreTrainedConfig):
 
 
 class MicroVLMMemoryConfig(PreTrainedConfig):
-    """Shapes of the episodic memory (docs/architecture.md): used when `use_memory` is set.
+    """The episodic memory (docs/memory.md), built when `use_memory` is set.
 
     Args:
         num_slots: K, rows of the memory matrix.
-        code_size: C, width of a key and of a content vector.
+        code_size: C, width of a key and of a content slot.
         num_memory_tokens: S, memory tokens per decoder layer.
+        num_content_slots: content vectors under one address: S (default), or 1 for the seed's single vector.
+        max_content_tokens: longest sentence that can be stored, in tokens with its end.
+        max_items: most items a memory may hold; default 4 K.
+        key_hidden_size: hidden width of the key encoder.
+        addressing: `pseudoinverse` (ridge by Cholesky), `ben_cohen` (the seed's iteration) or `gaussian` (softmax of distances).
+        address_ridge: lambda of the pseudo-inverse.
+        address_temperature: tau of the Gaussian address.
+        ben_cohen_steps: of the iteration.
+        write_method: `sequential` (Sherman-Morrison) or `direct`; the same posterior.
+        observation_noise: variance of the observation noise, against a prior variance of 1.
+        ordering: `lstm` for a bidirectional LSTM over the keys of an episode, or None.
+        kv_rank: rank of the map from a read-out to keys and values; None for full rank.
         scope_hidden_size: hidden width of ScopeNet.
+        scope_context: ScopeNet sees the key, besides what the read says.
+        scope_threshold: probability from which the memory is used, chosen on validation data.
     """
 
     model_type = "microvlm_memory"
@@ -56,7 +70,44 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
     num_slots: int = 512
     code_size: int = 896
     num_memory_tokens: int = 7
+    num_content_slots: int | None = None
+    max_content_tokens: int = 32
+    max_items: int | None = None
+    key_hidden_size: int = 512
+    addressing: str = "pseudoinverse"
+    address_ridge: float = 1e-3
+    address_temperature: float = 0.25
+    ben_cohen_steps: int = 30
+    write_method: str = "sequential"
+    observation_noise: float = 0.1
+    ordering: str | None = None
+    kv_rank: int | None = None
     scope_hidden_size: int = 256
+    scope_context: bool = True
+    scope_threshold: float = 0.5
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.max_items is None:
+            self.max_items = 4 * self.num_slots
+        if self.num_content_slots is None:
+            self.num_content_slots = self.num_memory_tokens
+        for name, known in (
+            ("addressing", ("pseudoinverse", "ben_cohen", "gaussian")),
+            ("write_method", ("sequential", "direct")),
+            ("ordering", (None, "lstm")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"memory_config.{name} must be one of {known}, got {getattr(self, name)!r}.")
+        if self.num_content_slots not in (1, self.num_memory_tokens):
+            raise ValueError(
+                f"memory_config.num_content_slots must be 1 or num_memory_tokens ({self.num_memory_tokens}), "
+                f"got {self.num_content_slots}."
+            )
+        if not self.observation_noise > 0:
+            raise ValueError(f"memory_config.observation_noise must be positive, got {self.observation_noise}.")
+        if not 0 < self.scope_threshold < 1:
+            raise ValueError(f"memory_config.scope_threshold must be between 0 and 1, got {self.scope_threshold}.")
 
 
 class MicroVLMAlignmentConfig(PreTrainedConfig):
@@ -109,7 +160,7 @@ class MicroVLMConfig(PreTrainedConfig):
         image_token_id: id of the image placeholder; must be inside the text vocabulary.
         default_prompt_ids: the prompt of `generate(pixel_values=...)` without `input_ids`: token ids in which `image_token_id`
             stands once for the picture. `None`: the placeholder alone.
-        use_memory: attach the memory cache to generation.
+        use_memory: build the episodic memory.
         use_fusion: build the cross-modal fusion block.
         tie_word_embeddings: share input and output embeddings; taken from `text_config` when not given.
 
@@ -130,7 +181,14 @@ class MicroVLMConfig(PreTrainedConfig):
         "alignment_config": SubConfigSpec(config_class=MicroVLMAlignmentConfig),
         "qat_config": SubConfigSpec(config_class=MicroVLMQuantizationConfig),
     }
-    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "image_hidden_states"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "image_hidden_states",
+        "scope_logits",
+        "memory_content",
+    ]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -183,6 +241,11 @@ class MicroVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"default_prompt_ids must hold image_token_id ({self.image_token_id}) exactly once, "
                 f"got {self.default_prompt_ids}."
+            )
+        layer_types = getattr(text, "layer_types", None) or []
+        if self.use_memory and any(kind != "full_attention" for kind in layer_types):
+            raise ValueError(
+                "use_memory needs a text model with full attention in every layer, this one has sliding windows."
             )
         if self.qat_config.ternary_weights not in ("absmean", "none"):
             raise ValueError(

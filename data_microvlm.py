@@ -9,8 +9,10 @@ import io
 import json
 import logging
 import math
+import random
 import re
 import zlib
+from collections import defaultdict
 from glob import glob
 from pathlib import Path
 
@@ -214,20 +216,21 @@ class CaptionCollator:
         # a caption that says "<image>" is text: as the placeholder it would ask for another picture
         captions = tokenizer([c for _, c in pairs], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         answers = [ids + [tokenizer.eos_token_id] for ids in captions]
-        length = len(self.prompt_ids) + max(map(len, answers))
-        input_ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
-        labels = torch.full((len(pairs), length), -100)
-        attention_mask = torch.zeros(len(pairs), length, dtype=torch.long)
-        for i, answer in enumerate(answers):  # padding on the left, as in generation
-            input_ids[i, length - len(answer) - len(self.prompt_ids) :] = torch.tensor(self.prompt_ids + answer)
+        batch = self._sequences([self.prompt_ids] * len(answers), answers)
+        return batch | self.pictures([picture for picture, _ in pairs])
+
+    def _sequences(self, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Prompts and answers as `input_ids`, `attention_mask` and `labels` (B, T), padding on the left as in generation."""
+        lines = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        length = max(map(len, lines))
+        input_ids = torch.full((len(lines), length), self.processor.tokenizer.pad_token_id)
+        labels = torch.full((len(lines), length), -100)
+        attention_mask = torch.zeros(len(lines), length, dtype=torch.long)
+        for i, (line, answer) in enumerate(zip(lines, answers, strict=True)):
+            input_ids[i, length - len(line) :] = torch.tensor(line)
             labels[i, length - len(answer) :] = torch.tensor(answer)
-            attention_mask[i, length - len(answer) - len(self.prompt_ids) :] = 1
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            **self.pictures([picture for picture, _ in pairs]),
-        }
+            attention_mask[i, length - len(line) :] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
     def pictures(self, pictures: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch's part for the vision tower: resized, augmented, normalised `pixel_values` (B, 3, height, width)."""
@@ -393,3 +396,200 @@ def picture_augmentation(degrees: float = 10, shift: float = 0.1, scale: float =
         return change_colors(x, color) if color else x
 
     return augment
+
+
+# ------------------------------------------------------------------------------------------------------ episodes for the memory
+
+ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr kr sh st th tr".split()
+VOWELS = "a e i o u ai ea ie oo".split()
+CODAS = ["", "", "", "n", "r", "l", "s", "m", "k"]
+FACTS = (
+    "This is {name} the {noun}.",
+    "This is {name}, the {noun}.",
+    "{name} the {noun}.",
+    "My {noun} is called {name}.",
+    "This {noun} is named {name}.",
+    "Here is {name} the {noun}.",
+    "A {noun} called {name}.",
+    "{name} is a {noun}.",
+)
+QUESTIONS = (
+    "Who is the {noun}?",
+    "What is the {noun} called?",
+    "What is the name of the {noun}?",
+    "Tell me about the {noun}.",
+)
+
+
+def make_names(number: int, seed: int = 0) -> list[str]:
+    """Pronounceable made-up names, all different, the same for the same seed; a longer list begins with the shorter one."""
+    draw, names = random.Random(seed), {}
+    while len(names) < number:
+        name = "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(draw.choice((1, 2, 2, 3))))
+        names.setdefault((name + draw.choice(CODAS)).capitalize())
+    return list(names)
+
+
+def caption_noun(caption: str) -> str:
+    """What a caption names, without its article: `A hiking boot.` -> `hiking boot`."""
+    return re.sub(r"^(An?|The)\s+(?=\S)", "", caption.strip()).rstrip(".")
+
+
+class EpisodeCollator(FeatureCollator):
+    """Rows -> episodes: memories to be written, and the rows as queries to them. No gradient step lies between the two.
+
+    A batch has `groups` memories. Each stores a fact per support picture ("This is Bimo the penguin."), the name drawn at random every
+    time, so that no name can settle in the weights. The group's rows ask for them: `view` another view of a stored picture, `style` a
+    picture of the same concept in another style, `text` a question without picture, or `new` a picture that was not stored, with the
+    nearest look-alike of it stored for half of them. The answer is the stored sentence, or the caption where nothing was stored.
+
+    Args:
+        features: (views, rows, tokens, width), as in `FeatureCollator`.
+        pooled: key features of the same pictures (views, rows, 2 x width).
+        captions, concepts: of all rows of `features`.
+        groups: memories per batch.
+        sizes: smallest and largest number of facts in a memory; drawn evenly on a logarithmic scale.
+        shares: of the kinds of query, `view`, `style`, `text`, `new`.
+        names: how many made-up names there are in training.
+        max_tokens: longest fact, in tokens with its end.
+        key_pairs: pictures per batch for the contrastive loss of the keys, two views each.
+        seed: of all that is drawn, with the epoch and the rows.
+    """
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        pooled: torch.Tensor,
+        captions: list[str],
+        concepts: list[str],
+        processor,
+        prompt_ids: list[int],
+        max_tokens: int,
+        groups: int = 4,
+        sizes: tuple[int, int] = (1, 256),
+        shares: dict[str, float] | None = None,
+        names: int = 4000,
+        key_pairs: int = 512,
+        seed: int = 0,
+    ):
+        super().__init__(features, processor, prompt_ids)
+        self.pooled, self.captions, self.concepts = pooled, captions, concepts
+        self.groups, self.sizes, self.max_tokens, self.key_pairs = groups, sizes, max_tokens, key_pairs
+        self.shares = shares or {"view": 0.5, "style": 0.1, "text": 0.1, "new": 0.3}
+        self.names, self.seed = make_names(names), seed
+        self.mates = defaultdict(list)
+        for i, concept in enumerate(concepts):
+            self.mates[concept].append(i)
+        self.lookalikes = self._lookalikes()
+
+    def _lookalikes(self, k: int = 4) -> list[list[int]]:
+        """Per row, the rows of other concepts with the most similar key features."""
+        x = self.pooled[0].float()
+        x = F.normalize((x - x.mean(0)) / x.std(0).clamp(min=1e-4), dim=-1)
+        code = {concept: i for i, concept in enumerate(self.mates)}
+        concept = torch.tensor([code[c] for c in self.concepts])
+        nearest = []
+        for start in range(0, len(x), 1024):
+            similarity = x[start : start + 1024] @ x.mT
+            similarity[concept[start : start + 1024, None] == concept[None]] = -1
+            nearest += similarity.topk(min(k, len(x))).indices.tolist()
+        return nearest
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _fact(self, row: int, draw: random.Random) -> list[int]:
+        """Tokens of a fact about a row, with the end token; a caption too long for the memory lends only its last words."""
+        noun, name, form = caption_noun(self.captions[row]).split(), draw.choice(self.names), draw.choice(FACTS)
+        while True:
+            ids = [*self._tokens(form.format(name=name, noun=" ".join(noun))), self.processor.tokenizer.eos_token_id]
+            if len(ids) <= self.max_tokens or len(noun) == 1:
+                return ids[: self.max_tokens]
+            noun = noun[1:]
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        own = [row["feature_row"] for row in rows]
+        draw = random.Random(zlib.crc32(f"{self.seed} {int(self.counts[2])} {own}".encode()))
+        views, n, G = len(self.features), len(self.captions), self.groups
+        low, high = (math.log(s) for s in self.sizes)
+        prompt, user, assistant = self.prompt_ids, self.prompt_ids[0], self.prompt_ids[-1]
+        supports, answers, prompts, pictures, kinds = [], [], [], [], []
+        for group in range(G):
+            members = own[group * len(own) // G : (group + 1) * len(own) // G]
+            size = round(math.exp(draw.uniform(low, high)))
+            store: dict[int, list[int]] = {}  # row -> fact
+            plan = []
+            for i in members:
+                kind = draw.choices(list(self.shares), list(self.shares.values()))[0]
+                if kind == "style" and len(self.mates[self.concepts[i]]) < 2:
+                    kind = "view"
+                if kind != "new" and len(store) >= size and i not in store:  # no room: ask for what is there
+                    i = draw.choice(list(store))
+                    kind = "view" if kind == "style" else kind
+                if kind != "new" and i not in store:
+                    store[i] = self._fact(i, draw)
+                plan.append((kind, i))
+            told = {self.concepts[i] for i in store}
+            for kind, i in plan:  # a new picture's look-alike, of a concept no other query asks for
+                other = draw.choice(self.lookalikes[i])
+                if kind == "new" and len(store) < size and draw.random() < 0.5 and self.concepts[other] not in told:
+                    store[other] = self._fact(other, draw)
+            asked = {self.concepts[i] for _, i in plan}
+            while len(store) < min(size, n // 2):
+                other = draw.randrange(n)
+                if other not in store and self.concepts[other] not in asked:
+                    store[other] = self._fact(other, draw)
+            order = list(store)
+            draw.shuffle(order)
+            supports.append([(i, draw.randrange(views), store[i]) for i in order])
+            for kind, i in plan:
+                if kind == "new" and self.concepts[i] in {self.concepts[j] for j in store}:
+                    kind, i = "view", next(j for j in store if self.concepts[j] == self.concepts[i])
+                picture = i
+                if kind == "style":
+                    others = [j for j in self.mates[self.concepts[i]] if j != i and j not in store]
+                    picture = draw.choice(others) if others else i
+                if kind == "text":
+                    question = draw.choice(QUESTIONS).format(noun=caption_noun(self.captions[i]))
+                    prompts.append([user, *self._tokens(question), assistant])
+                else:
+                    prompts.append(prompt)
+                    pictures.append((draw.randrange(views), picture))
+                caption = [*self._tokens(self.captions[i]), self.processor.tokenizer.eos_token_id]
+                answers.append(caption if kind == "new" else store[i])
+                kinds.append(list(self.shares).index(kind))
+        batch = self._sequences(prompts, answers)
+        widest = max(map(len, supports))
+        place = torch.zeros(G, widest, 2, dtype=torch.long)
+        tokens = torch.full((G, widest, self.max_tokens), -1)
+        active = torch.zeros(G, widest, dtype=torch.bool)
+        target = torch.zeros(len(rows), self.max_tokens, dtype=torch.long) - 1
+        for group, items in enumerate(supports):
+            for k, (i, view, fact) in enumerate(items):
+                place[group, k] = torch.tensor([view, i])
+                tokens[group, k, : len(fact)] = torch.tensor(fact)
+                active[group, k] = True
+        for row, (answer, kind) in enumerate(zip(answers, kinds, strict=True)):
+            if list(self.shares)[kind] != "new":
+                target[row, : len(answer)] = torch.tensor(answer)
+        index = torch.tensor(pictures, dtype=torch.long).view(-1, 2)
+        batch["vision_features"] = self.features[index[:, 0], index[:, 1]]
+        batch["support_features"] = self.pooled[place[..., 0], place[..., 1]]
+        batch |= {"support_tokens": tokens, "support_active": active, "target_tokens": target}
+        batch["known"] = torch.tensor([list(self.shares)[kind] != "new" for kind in kinds])
+        return batch | self._key_batch(draw)
+
+    def _key_batch(self, draw: random.Random) -> dict[str, torch.Tensor]:
+        """Two views, or for one in ten two styles, of pictures of different concepts, and their captions."""
+        concepts = draw.sample(sorted(self.mates), min(self.key_pairs, len(self.mates)))
+        first = [draw.choice(self.mates[c]) for c in concepts]
+        second = [
+            draw.choice(self.mates[c]) if draw.random() < 0.1 else i for i, c in zip(first, concepts, strict=True)
+        ]
+        view = lambda: torch.tensor([draw.randrange(len(self.pooled)) for _ in first])  # noqa: E731
+        texts = [self._tokens(caption_noun(self.captions[i]))[: self.max_tokens] for i in first]
+        tokens = torch.full((len(texts), self.max_tokens), -1)
+        for row, ids in enumerate(texts):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        features = torch.stack([self.pooled[view(), torch.tensor(i)] for i in (first, second)])
+        return {"key_features": features, "key_tokens": tokens}

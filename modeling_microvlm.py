@@ -13,22 +13,35 @@ Pictures of all rows lie one after the other in `pixel_values`; a row has as man
 alignment head beside this path projects pictures and texts into one space for the contrastive loss; it never touches the logits.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel, TimmWrapperModel
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel, TimmWrapperModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .cache_microvlm import MemoryCache
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig
+from .memory_microvlm import (
+    EpisodicMemory,
+    MemoryContentEncoder,
+    MemoryProjection,
+    MemoryReadout,
+    MemoryState,
+    ScopeNet,
+    address_kl,
+    in_float32,
+)
 from .quantization_microvlm import replace_with_ternary
 
 # A decoder whose head does more than one linear map would give wrong logits here, so it is refused.
@@ -77,6 +90,11 @@ class MicroVLMCausalLMOutputWithPast(ModelOutput):
         text_embeds: texts of those rows, unit length, (R, projection).
         match_logits: logit of "text r belongs to picture c" (R, 2): the pair itself, and the text with the most similar other
             picture of the batch; with `use_fusion` and two such rows or more.
+        scope_probability: that the memory knows the row's query (B,), with `memory`.
+        scope_logits: their logits (B,).
+        memory_content: what was read, (B, S, C), with `memory`.
+        memory_kl: of the memories from their prior, mean over rows (), per entry; with `memory`.
+        address_kl: of the queries' addresses from their prior, mean over rows (), per slot; with `memory`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -89,6 +107,11 @@ class MicroVLMCausalLMOutputWithPast(ModelOutput):
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
     match_logits: torch.FloatTensor | None = None
+    scope_probability: torch.FloatTensor | None = None
+    scope_logits: torch.FloatTensor | None = None
+    memory_content: torch.FloatTensor | None = None
+    memory_kl: torch.FloatTensor | None = None
+    address_kl: torch.FloatTensor | None = None
 
 
 def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -249,6 +272,25 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.query_tokens, std=self.config.initializer_range)
             for linear in (module.fc1, module.fc2, module.v_proj, module.out_proj):
                 init.xavier_uniform_(linear.weight)
+        elif isinstance(module, EpisodicMemory):
+            init.orthogonal_(module.reference)
+            init.constant_(module.address_log_variance, -6.0)
+            init.zeros_(module.key_encoder.feature_mean)
+            init.ones_(module.key_encoder.feature_std)
+            for linear in (module.key_encoder.image_skip, module.key_encoder.image_fc1, module.key_encoder.text_fc1):
+                init.xavier_uniform_(linear.weight)
+        elif isinstance(module, MemoryContentEncoder):
+            S, L = module.position_bias.shape
+            init.normal_(module.slot_queries, std=self.config.initializer_range)
+            distance = (torch.arange(S).view(-1, 1) - torch.arange(L)).abs().clamp(max=1)
+            init.copy_(module.position_bias, -6.0 * distance)
+            init.copy_(module.v_proj.weight, torch.eye(*module.v_proj.weight.shape))
+        elif isinstance(module, MemoryProjection):
+            init.normal_(module.token_bias, std=0.2)
+            init.xavier_uniform_(module.up.weight)
+        elif isinstance(module, nn.LSTM):
+            for parameter in module.parameters():
+                init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
         elif isinstance(module, nn.MultiheadAttention):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
@@ -259,8 +301,6 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
 
     def __init__(self, config: MicroVLMConfig):
         super().__init__(config)
-        if config.use_memory:
-            raise ValueError("use_memory=True: this version of MicroVLM has no episodic memory; set it to False.")
         for name in UNSUPPORTED_HEAD_ATTRIBUTES:
             if getattr(config.text_config, name, None) not in (None, 1, 1.0):
                 raise ValueError(
@@ -282,6 +322,15 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         if config.use_fusion:
             alignment = config.alignment_config
             self.fusion = MicroVLMFusion(hidden_size, alignment.fusion_num_layers, alignment.fusion_num_attention_heads)
+        self.memory = self.memory_projection = self.scope = None
+        if config.use_memory:
+            text = config.text_config
+            head_dim = getattr(text, "head_dim", None) or hidden_size // text.num_attention_heads
+            self.memory = EpisodicMemory(config.memory_config, vision_width, hidden_size)
+            self.memory_projection = MemoryProjection(
+                config.memory_config, text.num_hidden_layers, text.num_key_value_heads, head_dim
+            )
+            self.scope = ScopeNet(config.memory_config)
         if config.qat_config.ternary_modules:
             replace_with_ternary(
                 self,
@@ -374,6 +423,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, MicroVLMImageFeatures] | None = None,
+        memory_readout: MemoryReadout | None = None,
         **kwargs,
     ) -> MicroVLMModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -401,6 +451,13 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, prefix)
             inputs_embeds = inputs_embeds.masked_scatter(mask, prefix)
 
+        if memory_readout is not None:
+            past_key_values, kwargs["use_cache"] = self._attach(
+                memory_readout, past_key_values, kwargs.get("use_cache")
+            )
+        if isinstance(past_key_values, MemoryCache) and past_key_values.num_memory_tokens:
+            attention_mask = self._memory_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
+
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -411,11 +468,127 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         )
         return MicroVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            past_key_values=None if kwargs.get("use_cache") is False else outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=prefix,
             pooling_attentions=pooling_attentions,
+        )
+
+    def _attach(self, readout: MemoryReadout, cache: Cache | None, use_cache: bool | None) -> tuple[MemoryCache, bool]:
+        """The cache of this pass with the memory in it, and whether it keeps the text."""
+        layers = self.language_model.layers
+        checkpointing = self.training and getattr(self.language_model, "gradient_checkpointing", False)
+        if cache is None:
+            use_cache = getattr(self.config.text_config, "use_cache", True) if use_cache is None else use_cache
+            if use_cache and not checkpointing:
+                return MemoryCache(DynamicCache(config=self.config.text_config), readout), True
+            for layer in layers:  # a read-only cache may be read twice
+                layer._can_checkpoint_with_cache = True
+            return MemoryCache.read_only(len(layers), readout), False
+        if checkpointing:
+            raise ValueError("gradient checkpointing with a memory needs a pass without past_key_values.")
+        if not isinstance(cache, MemoryCache):
+            return MemoryCache(cache, readout), use_cache
+        cache.attach(readout)
+        return cache, use_cache
+
+    def _memory_mask(
+        self,
+        inputs_embeds: torch.FloatTensor,
+        attention_mask: torch.Tensor | None,
+        cache: MemoryCache,
+        position_ids: torch.LongTensor | None,
+    ) -> torch.Tensor:
+        """The 4D mask (B, 1, T, text + S): the text's own, always spelled out, and the memory's columns."""
+        mask = create_causal_mask(
+            config=self.config.text_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+            allow_is_causal_skip=False,
+        )
+        if mask.dtype == torch.bool and not cache.hard:
+            floor = torch.finfo(inputs_embeds.dtype).min
+            mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, floor)
+        return cache.extend_mask(mask)
+
+    def get_text_mask(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
+        """Positions (B, T) of words: neither padding nor placeholder nor one of the prompt's control tokens."""
+        text = self.config.text_config
+        control = {self.config.image_token_id, *(self.config.default_prompt_ids or [])}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(text, name, None)
+            control.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
+        mask = ~torch.isin(input_ids, torch.tensor(sorted(control), device=input_ids.device))
+        return mask if attention_mask is None else mask & attention_mask.bool()
+
+    def get_memory_keys(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        vision_features: torch.FloatTensor | None,
+    ) -> torch.Tensor:
+        """Keys of the rows (B, C): of a row's pictures (their mean), or of its words when it has none.
+
+        Args:
+            input_ids: (B, T).
+            vision_features: of all pictures, (N, 1 + patches, vision width).
+        """
+        per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.num_prefix_tokens  # pictures (B,)
+        found, given = int(per_row.sum()), 0 if vision_features is None else len(vision_features)
+        if found != given:
+            raise ValueError(f"The text has placeholders for {found} pictures, {given} were given.")
+        keys = None
+        if found < len(per_row) or not bool((per_row > 0).all()):
+            words = self.get_text_mask(input_ids, attention_mask)
+            keys = self.memory.text_keys(self.get_input_embeddings()(input_ids), words)
+        if found:
+            image_keys = self.memory.image_keys(vision_features, self.vision_tower.timm_model.num_prefix_tokens)
+            owner = torch.arange(len(per_row), device=per_row.device).repeat_interleave(per_row)
+            sums = image_keys.new_zeros(len(per_row), image_keys.shape[1]).index_add(0, owner, image_keys)
+            sums = F.normalize(sums, dim=-1)
+            keys = sums if keys is None else torch.where((per_row > 0).unsqueeze(1), sums, keys)
+        return keys
+
+    def read_memory(self, memory: MemoryState, keys: torch.Tensor, gate: str | torch.Tensor = "auto") -> MemoryReadout:
+        """What `memory` adds to a forward pass of B rows with keys (B, C).
+
+        Args:
+            memory: R rows; every B / R neighbouring keys ask one of them.
+            gate: `auto` (ScopeNet: soft in training, hard by the config's threshold in eval), `on`, `off`, or per row (B,), boolean or
+                a weight in [0, 1].
+        """
+        R, B = memory.num_rows, len(keys)
+        read, addresses = self.memory.read(memory, keys.view(R, B // R, -1))
+        scope = in_float32(self.scope, keys, read.statistics.flatten(0, 1))
+        if isinstance(gate, torch.Tensor):
+            if gate.shape != (B,):
+                raise ValueError(f"memory_gate has the shape {tuple(gate.shape)}, expected ({B},).")
+            gate = gate.to(scope.device, torch.float32)
+            if not bool(((gate >= 0) & (gate <= 1)).all()):
+                raise ValueError("memory_gate must lie between 0 and 1.")
+            log_gate = gate.log()
+        elif gate == "auto" and self.training:
+            log_gate = F.logsigmoid(scope)
+        elif gate in ("auto", "on", "off"):
+            on = scope.sigmoid() >= self.config.memory_config.scope_threshold if gate == "auto" else scope == scope
+            on = torch.zeros_like(on) if gate == "off" else torch.ones_like(on) if gate == "on" else on
+            log_gate = torch.zeros_like(scope).masked_fill(~on, -torch.inf)
+        else:
+            raise ValueError(f"memory_gate must be 'auto', 'on', 'off' or a tensor, got {gate!r}.")
+        empty = (memory.counts == 0).repeat_interleave(B // R)
+        log_gate = log_gate.masked_fill(empty.to(log_gate.device), -torch.inf)
+        content = read.content.flatten(0, 1)
+        return MemoryReadout(
+            key_values=self.memory_projection(content.to(self.memory_projection.up.weight.dtype)),
+            log_gate=log_gate,
+            scope_logits=scope,
+            content=content.view(B, self.config.memory_config.num_content_slots, -1),
+            address=addresses.flatten(0, 1),
+            memory_kl=memory.kl().mean().float().to(scope.device),
+            address_kl=address_kl(addresses, self.memory.address_log_variance.float()).mean(),
         )
 
     def get_alignment(
@@ -491,6 +664,9 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         mm_encoder_outputs: dict[str, MicroVLMImageFeatures] | None = None,
         return_alignment: bool | None = None,
         use_fusion: bool | None = None,
+        memory: MemoryState | None = None,
+        memory_gate: str | torch.Tensor = "auto",
+        memory_readout: MemoryReadout | None = None,
         **kwargs,
     ) -> MicroVLMCausalLMOutputWithPast:
         """One pass.
@@ -506,10 +682,20 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             return_alignment: also return `image_embeds` and `text_embeds`; the text of a row is where `labels` are set, without
                 labels all that is neither padding nor placeholder.
             use_fusion: also return `match_logits`; default: the config's.
+            memory: memories to read with the pictures (or, in a row without one, the words) of this call: one that all rows share,
+                or one per row.
+            memory_gate: `auto` (ScopeNet decides), `on`, `off`, or per row (B,), boolean or a weight in [0, 1].
+            memory_readout: of `read_memory`, instead of `memory`.
 
         Raises:
-            ValueError: placeholders and pictures do not match, or `use_fusion` on a model built without the block.
+            ValueError: placeholders and pictures do not match, `use_fusion` on a model built without the block, or a memory of
+                another model or of another number of rows.
         """
+        if memory is not None and memory_readout is None:
+            memory_readout, mm_encoder_outputs = self._read(
+                memory, memory_gate, input_ids, attention_mask, pixel_values, mm_encoder_outputs
+            )
+            pixel_values = None
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -518,6 +704,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            memory_readout=memory_readout,
             return_dict=True,
             **kwargs,
         )
@@ -554,7 +741,294 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             image_embeds=image_embeds,
             text_embeds=text_embeds,
             match_logits=match_logits,
+            scope_probability=None if memory_readout is None else memory_readout.scope_logits.sigmoid(),
+            scope_logits=None if memory_readout is None else memory_readout.scope_logits,
+            memory_content=None if memory_readout is None else memory_readout.content,
+            memory_kl=None if memory_readout is None else memory_readout.memory_kl,
+            address_kl=None if memory_readout is None else memory_readout.address_kl,
         )
+
+    # ---- the episodic memory
+
+    def _need_memory(self) -> EpisodicMemory:
+        if self.model.memory is None:
+            raise ValueError("this model has no episodic memory: build it with config.use_memory=True.")
+        return self.model.memory
+
+    def memory_fingerprint(self) -> str:
+        """Digest of all that makes addresses and contents: a memory can be used with a model of the same fingerprint only.
+
+        The decoder's layers are not in it: fine-tuning them leaves stored memories readable.
+        """
+        memory = self._need_memory()
+        modules = {"memory": memory, "vision_tower": self.model.vision_tower}
+        tensors = {f"{part}.{n}": t for part, m in modules.items() for n, t in m.state_dict(keep_vars=True).items()}
+        tensors["embeddings"] = self.get_input_embeddings().weight
+        key = tuple((t.data_ptr(), t._version) for t in tensors.values())
+        if getattr(self, "_fingerprint", (None,))[0] != key:
+            digest = hashlib.sha256(repr(sorted(self.config.memory_config.to_diff_dict().items())).encode())
+            for name in sorted(tensors):
+                value = tensors[name].detach().float().cpu().contiguous()  # the same in bfloat16 and float32
+                digest.update(name.encode() + value.numpy().tobytes())
+            self._fingerprint = key, digest.hexdigest()[:32]
+        return self._fingerprint[1]
+
+    def new_memory(self, batch_size: int = 1) -> MemoryState:
+        """Empty memories, one per row; one row serves any number of queries."""
+        device = "cpu" if self.device.type == "mps" else self.device  # which has no float64
+        return self._need_memory().new_state(batch_size, self.memory_fingerprint(), device=device)
+
+    def load_memory(self, path: str) -> MemoryState:
+        """A memory this model has saved; see `MemoryState.load` for what is checked."""
+        expected = self.new_memory()
+        return MemoryState.load(path, expected, expected.device)
+
+    def _check_memory(self, memory: MemoryState, batch_size: int | None = None) -> None:
+        if memory.fingerprint != (own := self.memory_fingerprint()):
+            raise ValueError(
+                f"the memory was written by another model: its fingerprint is {memory.fingerprint}, this model's {own}."
+            )
+        if batch_size is not None and memory.num_rows not in (1, batch_size):
+            raise ValueError(
+                f"the memory has {memory.num_rows} rows, the batch {batch_size}: they must agree, or be one."
+            )
+
+    def _image(self, pixel_values, mm_encoder_outputs) -> MicroVLMImageFeatures | None:
+        image = (mm_encoder_outputs or {}).get("image")
+        if image is None and pixel_values is not None:
+            image = self.get_image_features(pixel_values, return_dict=True)
+        return image
+
+    def _read(self, memory, gate, input_ids, attention_mask, pixel_values, mm_encoder_outputs):
+        """The read-out for a batch, and its encoded pictures, so that the vision tower runs once."""
+        self._need_memory()
+        if input_ids is None:
+            raise ValueError(
+                "reading a memory needs input_ids: inputs_embeds alone do not say which row owns a picture."
+            )
+        self._check_memory(memory, len(input_ids))
+        image = self._image(pixel_values, mm_encoder_outputs)
+        features = None if image is None else image.last_hidden_state
+        keys = self.model.get_memory_keys(input_ids, attention_mask, features)
+        readout = self.model.read_memory(memory, keys, gate)
+        return readout, mm_encoder_outputs if image is None else {"image": image}
+
+    @torch.no_grad()
+    def write_memory(
+        self,
+        memory: MemoryState | None = None,
+        *,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, MicroVLMImageFeatures] | None = None,
+        labels: list[str] | None = None,
+    ) -> MemoryState:
+        """Store B facts, a picture and a sentence each, without a gradient step: `write_memory(**processor(images=..., text=...))`.
+
+        The address is made of the picture alone, the content of the row's words.
+
+        Args:
+            memory: where to; unchanged. One row takes all facts, more rows one each. Default: a new memory of one row.
+            input_ids: (B, T), one picture's placeholders and the words.
+            attention_mask: (B, T).
+            pixel_values: (B, 3, height, width), or `mm_encoder_outputs`.
+            labels: names to find the facts by; default: none, they go by number.
+
+        Returns:
+            The new state.
+
+        Raises:
+            ValueError: a row without words, without picture or with several, too many words, content that is not finite, a memory of
+                another model or number of rows, or one that is full.
+        """
+        B = len(input_ids)
+        encoder = self._need_memory()
+        memory = self.new_memory() if memory is None else memory
+        self._check_memory(memory, B)
+        if labels is not None and len(labels) != B:
+            raise ValueError(f"{len(labels)} labels for {B} facts.")
+        contents, token_ids = self._encode_contents(input_ids, attention_mask)
+        per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.num_prefix_tokens
+        for row, count in enumerate(per_row.tolist()):
+            if count != 1:
+                raise ValueError(f"row {row} has {count} pictures: a fact to write is one picture and its words.")
+        image = self._image(pixel_values, mm_encoder_outputs)
+        if image is None:
+            raise ValueError("the text has placeholders, but there are no pictures: give pixel_values.")
+        keys = self.model.get_memory_keys(input_ids, attention_mask, image.last_hidden_state)
+        if not torch.isfinite(contents).all() or not torch.isfinite(keys).all():
+            raise ValueError("the memory content is not finite: nothing was written.")
+        R = memory.num_rows
+        names = [""] * B if labels is None else list(labels)
+        names = [names] if R == 1 else [[name] for name in names]
+        split = lambda t: t.view(R, B // R, -1)  # noqa: E731
+        return encoder.write(memory, split(keys), split(contents), names, token_ids=split(token_ids))
+
+    def _encode_contents(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contents (B, S x C) of the rows' words, ended by the end token, and these tokens (B, L), -1 behind the end."""
+        config = self.config.memory_config
+        words, L = self.model.get_text_mask(input_ids, attention_mask), config.max_content_tokens
+        eos = self.config.text_config.eos_token_id
+        eos = eos[0] if isinstance(eos, (list, tuple)) else eos
+        end = [] if eos is None else [eos]
+        lengths = words.sum(1)
+        for row, length in enumerate(lengths.tolist()):
+            if not length:
+                raise ValueError(f"row {row} has no words: a fact to write is one picture and its words.")
+            if length + len(end) > L:
+                raise ValueError(f"row {row} has {length} tokens of words, at most {L - len(end)} can be stored.")
+        order = (~words).long().argsort(dim=1, stable=True)  # words first, in their order
+        packed = F.pad(input_ids.gather(1, order), (0, L))[:, :L]
+        place = torch.arange(L, device=input_ids.device)
+        token_ids = torch.where(place < lengths.unsqueeze(1), packed, -1)
+        if end:
+            token_ids[place == lengths.unsqueeze(1)] = eos
+        return self.encode_contents(token_ids), token_ids
+
+    def encode_contents(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        """Contents (N, S x C) of sentences (N, L), -1 behind their end."""
+        token_ids = token_ids[:, : max(1, int((token_ids >= 0).sum(1).max()))]
+        embeddings = self.get_input_embeddings()(token_ids.clamp(min=0))
+        return self.model.memory.contents(embeddings, token_ids >= 0)
+
+    def forget(self, memory: MemoryState, item: int | str, row: int | None = None) -> MemoryState:
+        """`memory` as if `item`, a number in `memory.describe()` or a label, had never been written.
+
+        Raises:
+            ValueError: a memory of another model, or an item that is not in it.
+        """
+        self._check_memory(memory)
+        return memory.forget(item, row)
+
+    @torch.no_grad()
+    def edit_memory(
+        self,
+        memory: MemoryState,
+        item: int | str,
+        input_ids: torch.LongTensor,
+        row: int | None = None,
+        label: str = "",
+        attention_mask: torch.Tensor | None = None,
+    ) -> MemoryState:
+        """`memory` with other words (1, T) under the address of `item`.
+
+        Raises:
+            ValueError: as `write_memory` and `forget`.
+        """
+        self._check_memory(memory)
+        if len(input_ids) != 1:
+            raise ValueError(f"an item is edited to one sentence, got {len(input_ids)}.")
+        contents, token_ids = self._encode_contents(input_ids, attention_mask)
+        return memory.edit(item, contents[0].to(memory.device), label, row, token_ids[0].to(memory.device))
+
+    def memory_losses(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        vision_features: torch.FloatTensor,
+        support_features: torch.FloatTensor,
+        support_tokens: torch.LongTensor,
+        support_active: torch.BoolTensor,
+        target_tokens: torch.LongTensor,
+        known: torch.BoolTensor,
+        key_features: torch.FloatTensor,
+        key_tokens: torch.LongTensor,
+    ) -> tuple[MemoryReadout, dict[str, torch.Tensor]]:
+        """Write episodes and read them with the queries of a batch, in one graph: a training step of the memory.
+
+        Half of the rows see the memory through ScopeNet's soft gate, the other half as in inference: on where the query was written, off
+        where it was not.
+
+        Args:
+            input_ids, attention_mask: queries (B, T); every B / G neighbouring rows ask one memory.
+            vision_features: of their pictures.
+            support_features: key features of what is written, (G, N, 2 x vision width), with `support_tokens` (G, N, L), -1 behind the
+                end, where `support_active` (G, N).
+            target_tokens: the stored sentence a query asks for, (B, L), where `known` (B,): the query was written.
+            key_features: two views of P pictures, (2, P, 2 x vision width), and words for them, `key_tokens` (P, L).
+
+        Returns:
+            The read-out for `forward`, and the losses: `scope`, balanced binary cross-entropy; `reconstruction`, 1 - cosine of read and
+            stored content; `key`, InfoNCE of the addresses of two views and of picture and words; `memory_kl` and `address_kl`.
+        """
+        memory = self._need_memory()
+        G, N = support_active.shape
+        contents = self.encode_contents(torch.cat([support_tokens.flatten(0, 1), target_tokens]))
+        supports, targets = contents[: G * N].view(G, N, -1), contents[G * N :]
+        state = memory.new_state(G, dtype=torch.float32, device=supports.device)
+        keys = in_float32(memory.key_encoder, support_features)
+        state = memory.write(state, keys, supports, active=support_active, method="direct")
+        readout = self.model.read_memory(state, self.model.get_memory_keys(input_ids, attention_mask, vision_features))
+        hard = torch.zeros_like(readout.log_gate).masked_fill(~known, -torch.inf)
+        readout.log_gate = torch.where(torch.rand_like(hard) < 0.5, hard, readout.log_gate)
+
+        target = known.float()
+        share = target.mean().clamp(1e-3, 1 - 1e-3)
+        balance = torch.where(known, 0.5 / share, 0.5 / (1 - share))
+        similarity = F.cosine_similarity(readout.content.flatten(1), targets, dim=-1)
+        first, second = memory.address(in_float32(memory.key_encoder, key_features))  # (P, K) each
+        words = self.get_input_embeddings()(key_tokens.clamp(min=0))
+        text = memory.address(memory.text_keys(words, key_tokens >= 0))
+        temperature = self.config.alignment_config.temperature
+        return readout, {
+            "scope": F.binary_cross_entropy_with_logits(readout.scope_logits, target, weight=balance),
+            "reconstruction": ((1 - similarity) * target).sum() / target.sum().clamp(min=1),
+            "key": contrastive_loss(first, second, temperature) + 0.5 * contrastive_loss(first, text, temperature),
+            "memory_kl": readout.memory_kl,
+            "address_kl": readout.address_kl,
+        }
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, memory: MemoryState | None = None, memory_gate="auto", **kwargs):
+        """As the parent, with what `memory` knows of the pictures in the prompt, or of its words where a row has none.
+
+        Args:
+            memory: one that all rows share, or one per row; read once, before the first token.
+            memory_gate: `auto` (ScopeNet decides), `on`, `off`, or per row (B,), boolean or a weight in [0, 1].
+
+        Raises:
+            ValueError: a memory of another model or of another number of rows.
+        """
+        if memory is not None:
+            input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+            pixel_values = kwargs.pop("pixel_values", None)
+            if input_ids is None and pixel_values is not None:
+                kwargs["input_ids"] = input_ids = self.default_prompt(len(pixel_values), pixel_values.device)
+            kwargs["memory_readout"], encoded = self._read(
+                memory,
+                memory_gate,
+                input_ids,
+                kwargs.get("attention_mask"),
+                pixel_values,
+                kwargs.get("mm_encoder_outputs"),
+            )
+            if encoded is not None:
+                kwargs["mm_encoder_outputs"] = encoded
+        return super().generate(inputs, *args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        readout = model_kwargs.pop("memory_readout", None)
+        if readout is None:
+            return
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        readout = readout.repeat_interleave(copies) if copies > 1 else readout
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:  # use_cache=False: every step is a whole pass, and needs it again
+            model_kwargs["memory_readout"] = readout
+        elif isinstance(cache, MemoryCache):
+            cache.attach(readout)
+        else:
+            model_kwargs["past_key_values"] = MemoryCache(cache, readout)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        if isinstance(past_key_values, MemoryCache) and past_key_values.num_memory_tokens:
+            return attention_mask  # the forward builds the mask, with the memory's columns
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
     def alignment_loss(self, outputs: MicroVLMCausalLMOutputWithPast) -> torch.Tensor | None:
         """InfoNCE of a forward with `return_alignment`, plus the matching loss when the fusion block ran; () or None without pairs."""

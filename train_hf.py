@@ -7,7 +7,8 @@ A recipe is a YAML file with a section per part (`RECIPE_KEYS` below): which che
 train, which data, which losses at which weight, and `training`, handed to `TrainingArguments` as it is. Unknown keys
 are refused. A stage is a recipe; the next stage names the output of the one before in `model`.
 
-The loss is `lm * LM + align * InfoNCE`, composed in `MicroVLMTrainer.compute_loss` and logged apart.
+The loss is a weighted sum of named parts (`LOSSES`), composed in `MicroVLMTrainer.compute_loss` and logged apart: language modelling
+and alignment in stage 1; with `data.episodes` also those of the memory.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     Trainer,
@@ -33,22 +35,31 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from data_microvlm import CaptionCollator, FeatureCollator, cache_vision_features, load_rows, picture_augmentation
+from data_microvlm import (
+    CaptionCollator,
+    EpisodeCollator,
+    FeatureCollator,
+    cache_vision_features,
+    load_rows,
+    picture_augmentation,
+)
 
 logger = logging.getLogger("train_hf")
 
 RECIPE_KEYS = {
     "model": "checkpoint to start from, a folder or Hub id",
     "revision": "its revision on the Hub",
+    "config": "values of the model's config to change, by dotted name: use_memory, memory_config.num_slots, ...",
     "trainable": "regular expressions on parameter names; a parameter trains when one matches",
     "attn_implementation": "of the language model: eager trains faster than sdpa on a CPU",
     "compile": "modules that run through torch.compile, by name",
     "optimizer": "muon: Muon on the weights of linear layers, AdamW on the rest; default: training.optim",
     "learning_rates": "regular expression -> learning rate, for parts that differ from training.learning_rate",
     "calibration_rows": "standardise the adapter's input with statistics of so many training pictures; 0: keep",
-    "loss_weights": "lm, align",
+    "loss_weights": "lm, align, and with episodes memory_kl, address_kl, reconstruction, scope, key",
     "data": "train, validation (path), format, exclude_copyleft, image_size, augmentation, max_unreadable_share, limit, "
-    "vision_cache (views, folder: keep the features of a frozen vision tower)",
+    "vision_cache (views, folder: keep the features of a frozen vision tower), "
+    "episodes (groups, sizes, shares, names, key_pairs: teach the memory, see EpisodeCollator)",
     "training": "TrainingArguments",
 }
 DATA_KEYS = {
@@ -61,8 +72,18 @@ DATA_KEYS = {
     "max_unreadable_share",
     "limit",
     "vision_cache",
+    "episodes",
 }
-LOSSES = ("lm", "align")
+EPISODE_INPUTS = (
+    "support_features",
+    "support_tokens",
+    "support_active",
+    "target_tokens",
+    "known",
+    "key_features",
+    "key_tokens",
+)
+LOSSES = ("lm", "align", "memory_kl", "address_kl", "reconstruction", "scope", "key")
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -107,8 +128,28 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
         raise ValueError(f"optimizer {recipe['optimizer']!r} is not muon; others go by training.optim.")
     if (cache := recipe["data"].get("vision_cache")) and set(cache) != {"views", "folder"}:
         raise ValueError(f"data.vision_cache takes views and folder, got {', '.join(sorted(cache))}.")
+    if recipe["data"].get("episodes") and not cache:
+        raise ValueError("data.episodes needs data.vision_cache: memories are trained on kept features.")
     check_keys("loss_weights", recipe.setdefault("loss_weights", {"lm": 1.0, "align": 0.0}), LOSSES)
     return recipe
+
+
+def change_config(config, values: dict[str, Any]):
+    """A config with values changed by dotted name, checked as a new one is.
+
+    Raises:
+        ValueError: a name the config does not have, or a value it refuses.
+    """
+    changed = config.to_dict()
+    for name, value in values.items():
+        *parents, leaf = name.split(".")
+        section = changed
+        for parent in parents:
+            section = section.get(parent, {})
+        if leaf not in section:
+            raise ValueError(f"config: the model has no {name!r}.")
+        section[leaf] = value
+    return type(config).from_dict(changed)
 
 
 def check_patterns(section: str, patterns: Iterable[str], model: torch.nn.Module) -> None:
@@ -209,12 +250,20 @@ class MicroVLMTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         align = self.loss_weights.get("align", 0.0)
         kwargs = {"return_alignment": True} if align else {}
+        extra = {}
+        if "support_tokens" in inputs:
+            episode = {name: inputs[name] for name in EPISODE_INPUTS}
+            inputs = {name: value for name, value in inputs.items() if name not in EPISODE_INPUTS}
+            kwargs["memory_readout"], extra = self.accelerator.unwrap_model(model).memory_losses(
+                inputs["input_ids"], inputs["attention_mask"], inputs["vision_features"], **episode
+            )
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         if "vision_features" in inputs:
             features = BaseModelOutputWithPooling(last_hidden_state=inputs["vision_features"])
             inputs = {k: v for k, v in inputs.items() if k != "vision_features"}
-            kwargs["mm_encoder_outputs"] = {"image": features}
+            if len(features.last_hidden_state):
+                kwargs["mm_encoder_outputs"] = {"image": features}
         if model.training:
             kwargs |= {"use_cache": False} | labelled_logits(inputs["labels"])
         outputs = model(**inputs, **kwargs)
@@ -231,6 +280,10 @@ class MicroVLMTrainer(Trainer):
             if alignment is not None:
                 parts["align"] = alignment
                 loss = loss + align * alignment / steps
+        for name, value in extra.items():
+            parts[name] = value
+            if weight := self.loss_weights.get(name, 0.0):
+                loss = loss + weight * value / steps
         # in the log, a mean over training steps, or over evaluated rows as in Trainer's own eval_loss
         weight = 1 if model.training else len(inputs["input_ids"])
         for name, value in parts.items():
@@ -303,7 +356,10 @@ def main(argv: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(recipe["model"], **source)
     if recipe.get("attn_implementation"):
         source["attn_implementation"] = recipe["attn_implementation"]
-    model = AutoModelForImageTextToText.from_pretrained(recipe["model"], dtype=torch.float32, **source)
+    config = AutoConfig.from_pretrained(recipe["model"], trust_remote_code=True, revision=recipe.get("revision"))
+    model = AutoModelForImageTextToText.from_pretrained(
+        recipe["model"], config=change_config(config, recipe.get("config", {})), dtype=torch.float32, **source
+    )
     set_trainable(model, recipe["trainable"])
     print(trainable_table(model), flush=True)
 
@@ -330,6 +386,22 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{len(rows) - len(readable)} of {len(rows)} training rows could not be read: skipped", flush=True)
         rows = readable
         collator = FeatureCollator(features, processor, prompt)
+    if data.get("episodes"):
+        skip = model.model.vision_tower.timm_model.num_prefix_tokens
+        pool = model.model.memory.key_encoder.pool
+        pooled = torch.stack([torch.cat([pool(part, skip) for part in view.split(512)]) for view in features])
+        model.model.memory.key_encoder.calibrate(pooled.flatten(0, 1))
+        collator = EpisodeCollator(
+            features,
+            pooled,
+            rows["caption"][:],
+            rows["concept"][:],
+            processor,
+            prompt,
+            model.config.memory_config.max_content_tokens,
+            seed=args.seed,
+            **data["episodes"],
+        )
     for name in recipe.get("compile", []):
         model.get_submodule(name).compile()
 

@@ -36,6 +36,9 @@ PARTS = {  # prefix of a parameter's name -> part
     "model.language_model.": LAYERS,
     "model.alignment.": "alignment",
     "model.fusion.": "alignment",
+    "model.memory.": "memory",
+    "model.memory_projection.": "memory",
+    "model.scope.": "memory",
 }
 TRITS_PER_BYTE = 5  # 3^5 = 243 <= 256
 
@@ -69,7 +72,7 @@ def sizes(model: PreTrainedModel) -> dict[str, Size]:
         ValueError: a parameter that belongs to no part.
     """
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    result = {part: Size() for part in ("vision tower", "adapter", EMBEDDINGS, LAYERS, "alignment")}
+    result = {part: Size() for part in ("vision tower", "adapter", EMBEDDINGS, LAYERS, "alignment", "memory")}
     for name, parameter in model.named_parameters():  # gives a tied weight once
         part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), None)
         if id(parameter) in embeddings:
@@ -110,9 +113,11 @@ def shapes(model: PreTrainedModel) -> dict[str, str]:
         "logits": f"(B, T, {text.vocab_size})",
         "tied embeddings": "yes" if config.tie_word_embeddings else "no",
         "shared space": f"(R, {config.alignment_config.projection_size})",
-        "memory matrix (planned)": f"(B, {memory.num_slots}, {memory.code_size})",
-        "memory keys, per layer (planned)": f"(B, {text.num_key_value_heads}, {memory.num_memory_tokens}, {head_dim})",
-        "memory KV numbers, all layers (planned)": f"{kv_numbers:,}",
+        "reference memory": f"({memory.num_slots}, {memory.code_size})",
+        "memory mean": f"(R, {memory.num_slots}, {memory.num_content_slots} x {memory.code_size})",
+        "memory covariance": f"(R, {memory.num_slots}, {memory.num_slots})",
+        "memory keys, per layer": f"(B, {text.num_key_value_heads}, {memory.num_memory_tokens}, {head_dim})",
+        "memory KV numbers, all layers": f"{kv_numbers:,}",
     }
 
 

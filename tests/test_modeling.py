@@ -67,9 +67,13 @@ class TestBuilding:
             model = MicroVLMForConditionalGeneration(tiny_config(use_fusion=True))
         assert {p.device.type for p in model.parameters()} == {"meta"}
 
-    @pytest.mark.parametrize("part", ["model.vision_tower", "model.adapter", "model.alignment", "model.fusion"])
+    @pytest.mark.parametrize(
+        "part",
+        ["vision_tower", "adapter", "alignment", "fusion", "memory", "memory.order", "memory_projection", "scope"],
+    )
     def test_what_a_checkpoint_lacks_is_initialised(self, tmp_path, part, monkeypatch):
-        model = tiny_model(use_fusion=True)
+        model = tiny_model(use_fusion=True, use_memory=True, memory_config={"ordering": "lstm", "num_slots": 16})
+        part = f"model.{part}."
         model.save_pretrained(tmp_path)
         weights = load_file(tmp_path / "model.safetensors")
         kept = {name: w for name, w in weights.items() if not name.startswith(part)}
@@ -127,10 +131,6 @@ class TestBuilding:
     @pytest.mark.parametrize(
         "change, message",
         [
-            (
-                {"use_memory": True},
-                "use_memory=True: this version of MicroVLM has no episodic memory; set it to False.",
-            ),
             (
                 {"adapter_config": {"vision_hidden_size": 192}},
                 "adapter_config.vision_hidden_size is 192, but deit_tiny_patch16_224 has features of width 24.",

@@ -1,0 +1,152 @@
+"""MemoryCache: the keys and values of the episodic memory beside those of the text.
+
+The layers hold text only, so every length, position, crop and mask size is that of the text. `update()` returns `[text, memory]`, memory
+last and without rotary position; the model's forward appends the memory's gate to the attention mask. With no row on, nothing is
+attached, and the cache is the plain one.
+"""
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from .memory_microvlm import MemoryReadout
+
+
+class ReadOnlyLayer(CacheLayerMixin):
+    """A layer that keeps nothing: what it is given, it returns. Checkpointed training replays a forward, and may not append twice."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        pass
+
+    def prefetch(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        pass
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        pass
+
+
+class MemoryCache(Cache):
+    """A text cache with the memory of B rows attached.
+
+    Args:
+        text: the cache of the text; its layers are shared, not copied.
+        readout: what the memory adds, or None for nothing yet.
+
+    Attributes:
+        memory: keys and values (B, heads, S, head_dim) per layer, empty when nothing is attached.
+        log_gate: added to the scores of the memory tokens, (B,): 0 is on, -inf off.
+        hard: no row is between on and off.
+    """
+
+    def __init__(self, text: Cache, readout: MemoryReadout | None = None):
+        self.__dict__.update(text.__dict__)  # layers, offloading and what a subclass of Cache may have
+        self.text = text
+        self.memory: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.log_gate: torch.Tensor | None = None
+        self.hard = True
+        if readout is not None:
+            self.attach(readout)
+
+    @classmethod
+    def read_only(cls, num_layers: int, readout: MemoryReadout) -> "MemoryCache":
+        """A cache that adds the memory and keeps no text: for training, and for forward passes without a cache."""
+        return cls(Cache(layers=[ReadOnlyLayer() for _ in range(num_layers)]), readout)
+
+    def attach(self, readout: MemoryReadout) -> None:
+        """Put a read-out of B rows in place of what was attached. All rows off: nothing is attached."""
+        self.detach()
+        log_gate = readout.log_gate
+        on = log_gate > -torch.inf
+        if not on.any():
+            return
+        self.log_gate = log_gate
+        self.hard = not log_gate.requires_grad and bool((~on | (log_gate == 0)).all())
+        # an off row may hold anything, NaN included: zero times NaN would leak through the mask
+        key_values = torch.where(on.view(-1, 1, 1, 1, 1, 1), readout.key_values, 0)
+        self.memory = [(layer[:, 0], layer[:, 1]) for layer in key_values.unbind(1)]
+
+    def detach(self) -> None:
+        """Take the memory off; the text stays."""
+        self.memory, self.log_gate, self.hard = [], None, True
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """S, or 0 when nothing is attached."""
+        return self.memory[0][0].shape[-2] if self.memory else 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Keys and values (B, heads, text + S, head_dim) for the attention of a layer; stores the text's."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not self.memory:
+            return keys, values
+        parts = [part.to(keys.device, keys.dtype) for part in self.memory[layer_idx]]
+        if len(parts[0]) != len(keys):
+            raise ValueError(
+                f"the memory was read for {len(parts[0])} rows, the text has {len(keys)}: "
+                "batch_repeat_interleave or batch_select_indices the cache along with the text."
+            )
+        return torch.cat([keys, parts[0]], dim=-2), torch.cat([values, parts[1]], dim=-2)
+
+    def extend_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """The text's 4D mask (B, 1, Q, text), boolean or additive, with the memory's S columns appended."""
+        B, S = len(self.log_gate), self.num_memory_tokens
+        mask = mask.expand(B, -1, -1, -1)
+        log_gate = self.log_gate.to(mask.device).view(B, 1, 1, 1).expand(-1, 1, mask.shape[2], S)
+        if mask.dtype == torch.bool:
+            return torch.cat([mask, log_gate > -torch.inf], dim=-1)
+        floor = torch.finfo(mask.dtype).min  # -inf in a whole row of scores would make it NaN
+        return torch.cat([mask, log_gate.clamp(min=floor).to(mask.dtype)], dim=-1)
+
+    def _map(self, function) -> None:
+        self.memory = [(function(k), function(v)) for k, v in self.memory]
+        if self.log_gate is not None:
+            self.log_gate = function(self.log_gate)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def reset(self) -> None:
+        """Empty the text and take the memory off: it was read for the prompt that is gone."""
+        super().reset()
+        self.detach()
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        super().offload(layer_idx, only_non_sliding)
+        if self.memory:
+            self.memory[layer_idx] = tuple(t.to("cpu", non_blocking=True) for t in self.memory[layer_idx])
+
+
+__all__ = ["MemoryCache"]

@@ -1,0 +1,316 @@
+"""Teaching the memory: episodes, its training run, the threshold, the recall benchmark and teach.py, on toy data."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+from toy_data import pairs, png, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
+
+from data_microvlm import EpisodeCollator, caption_noun, make_names
+
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+import calibrate_scope  # noqa: E402
+import memory_recall  # noqa: E402
+
+import teach  # noqa: E402
+import train_hf  # noqa: E402
+
+MEMORY = {
+    "num_slots": 16,
+    "code_size": 32,
+    "num_memory_tokens": 24,
+    "max_content_tokens": 40,
+    "key_hidden_size": 32,
+    "scope_hidden_size": 16,
+}
+CONCEPTS = ["square", "circle", "square", "bars", "circle", "circle", "blue", "ground"]
+
+
+def collator(**kwargs) -> EpisodeCollator:
+    torch.manual_seed(0)
+    features, captions = torch.randn(2, 8, 17, 24), [row["caption"] for row in pairs()]
+    pooled = torch.cat([features[:, :, 0], features[:, :, 1:].mean(2)], -1)
+    prompt = toy_model().default_prompt(1)[0].tolist()
+    defaults = {"groups": 2, "sizes": (1, 6), "names": 50, "key_pairs": 4}
+    processor = toy_processor()
+    return EpisodeCollator(features, pooled, captions, CONCEPTS, processor, prompt, 40, **(defaults | kwargs))
+
+
+def batch_rows(order=range(8)) -> list[dict]:
+    return [{"feature_row": i, "caption": pairs()[i]["caption"]} for i in order]
+
+
+def sentence(ids: torch.Tensor) -> list[int]:
+    return ids[ids >= 0].tolist()
+
+
+def test_names_are_different_repeatable_and_a_longer_list_goes_on():
+    names = make_names(500)
+    assert len(set(names)) == 500 and names == make_names(500) and make_names(900)[:500] == names
+    assert all(name.isalpha() and name.istitle() for name in names) and make_names(5, seed=1) != names[:5]
+
+
+@pytest.mark.parametrize(
+    "caption, noun",
+    [
+        ("A hiking boot.", "hiking boot"),
+        ("An anchor.", "anchor"),
+        ("The flag of Spain.", "flag of Spain"),
+        ("Ax.", "Ax"),
+    ],
+)
+def test_caption_noun(caption, noun):
+    assert caption_noun(caption) == noun
+
+
+@pytest.mark.parametrize("epoch", range(6))
+def test_episode_answers_what_it_stores(epoch):
+    collate = collator()
+    collate.set_epoch(epoch)
+    batch = collate(batch_rows())
+    eos = collate.processor.tokenizer.eos_token_id
+    captions = [[*collate._tokens(c), eos] for c in collate.captions]
+    stored = [
+        [sentence(t) for t, on in zip(*group) if on] for group in zip(batch["support_tokens"], batch["support_active"])
+    ]
+    for row in range(8):
+        answer = batch["labels"][row][batch["labels"][row] != -100].tolist()
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
+        assert ids[-len(answer) :] == answer
+        if batch["known"][row]:
+            assert answer in stored[row // 4] and answer == sentence(batch["target_tokens"][row])
+        else:
+            assert answer in captions and (batch["target_tokens"][row] == -1).all()
+            concept = CONCEPTS[captions.index(answer)]
+            for fact in stored[row // 4]:  # nothing of its concept is stored
+                text = collate.processor.decode(fact)
+                nouns = {caption_noun(c) for c, k in zip(collate.captions, CONCEPTS) if k == concept}
+                assert not any(f"the {noun}." in text for noun in nouns)
+    pictures = (batch["input_ids"] == 4).sum(1).sum() // 5
+    assert len(batch["vision_features"]) == pictures
+    assert all(fact[-1] == eos and len(fact) <= 40 for group in stored for fact in group)
+    assert max(map(len, stored)) <= 6 and min(map(len, stored)) >= 1
+
+
+def test_supports_carry_the_key_features_of_their_picture():
+    collate = collator(shares={"view": 1.0, "style": 0.0, "text": 0.0, "new": 0.0}, sizes=(4, 4))
+    batch = collate(batch_rows())
+    assert batch["known"].all() and len(batch["vision_features"]) == 8
+    pooled = torch.cat([batch["vision_features"][:, 0], batch["vision_features"][:, 1:].mean(1)], -1)
+    for row in range(8):  # a view query shows one of the views of the picture under which its answer is stored
+        group = row // 4
+        facts = [sentence(t) for t in batch["support_tokens"][group]]
+        place = facts.index(sentence(batch["target_tokens"][row]))
+        views = collate.pooled
+        at = [
+            (views - key).abs().sum(-1).lt(1e-5).nonzero()[0, 1].item()
+            for key in (batch["support_features"][group, place], pooled[row])
+        ]
+        assert at[0] == at[1]
+
+
+def test_other_styles_show_another_picture_of_the_concept():
+    collate = collator(shares={"view": 0.0, "style": 1.0, "text": 0.0, "new": 0.0}, sizes=(1, 1), groups=8)
+    batch = collate(batch_rows([1]) * 8)
+    shown = {int((collate.features - f).abs().sum((-1, -2)).lt(1e-5).nonzero()[0, 1]) for f in batch["vision_features"]}
+    assert shown <= {4, 5} and batch["known"].all()
+
+
+def test_questions_have_no_picture():
+    batch = collator(shares={"view": 0.0, "style": 0.0, "text": 1.0, "new": 0.0})(batch_rows())
+    assert not (batch["input_ids"] == 4).any() and not len(batch["vision_features"]) and batch["known"].all()
+
+
+def test_episodes_repeat_for_the_same_epoch_and_rows_only():
+    collate = collator()
+    first, again = collate(batch_rows()), collate(batch_rows())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    collate.set_epoch(1)
+    other = collate(batch_rows())
+    assert other["support_tokens"].shape != first["support_tokens"].shape or not torch.equal(
+        other["support_tokens"], first["support_tokens"]
+    )
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A recipe that teaches the memory of the toy checkpoint."""
+    use_cache(monkeypatch, tmp_path / "cache")
+    return {
+        "model": str(toy_checkpoint(tmp_path / "start")),
+        "config": {"use_memory": True} | {f"memory_config.{name}": value for name, value in MEMORY.items()},
+        "trainable": ["adapter", "language_model", "memory", "scope"],
+        "optimizer": "muon",
+        "loss_weights": dict(lm=1.0, memory_kl=0.02, address_kl=0.005, reconstruction=0.5, scope=0.2, key=0.3),
+        "data": {
+            "train": str(write_parquet(tmp_path / "train.parquet", pairs(concept=CONCEPTS))),
+            "vision_cache": {"views": 2, "folder": str(tmp_path / "features")},
+            "augmentation": {"degrees": 5, "shift": 0.05, "scale": 0.05, "color": 0.1},
+            "episodes": {"groups": 2, "sizes": [1, 6], "names": 50, "key_pairs": 4},
+        },
+        "training": {
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1.0e-3,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "disable_tqdm": True,
+        },
+    }
+
+
+def write_recipe(folder, recipe) -> str:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return str(folder / "recipe.yaml")
+
+
+def test_a_run_teaches_every_part_and_resumes(run, tmp_path):
+    train_hf.main([write_recipe(tmp_path, run)])
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    half = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
+    moved = {name for name in trained if not torch.equal(trained[name], half[name])}
+    for part in ("memory.reference", "memory.address_log_variance", "memory.key_encoder.image_fc1.weight",
+                 "memory.key_encoder.text_fc1.weight", "memory.content_encoder.position_bias", "memory_projection.up.weight",
+                 "scope.out.weight", "language_model.layers.0.self_attn.q_proj.weight"):  # fmt: skip
+        assert f"model.{part}" in moved, part
+    assert not any("vision_tower" in name for name in moved)
+    lines = [line for line in json.loads((tmp_path / "out" / "log.json").read_text()) if "lm_loss" in line]
+    for line in lines:
+        weighted = sum(weight * line[f"{name}_loss"] for name, weight in run["loss_weights"].items())
+        assert line["loss"] == pytest.approx(weighted, rel=1e-3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["use_memory"] and config["memory_config"]["num_slots"] == 16
+    (tmp_path / "out" / "model.safetensors").unlink()
+    import shutil
+
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    train_hf.main([write_recipe(tmp_path, run), "--resume"])
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("memory_config.slots", "config: the model has no 'memory_config.slots'."),
+        ("memori", "config: the model has no 'memori'."),
+    ],
+)
+def test_unknown_config_values_are_refused(run, tmp_path, name, message):
+    run["config"] = {name: 1}
+    with pytest.raises(ValueError) as error:
+        train_hf.main([write_recipe(tmp_path, run)])
+    assert str(error.value) == message
+
+
+def test_episodes_need_kept_features(run, tmp_path):
+    del run["data"]["vision_cache"]
+    with pytest.raises(ValueError) as error:
+        train_hf.main([write_recipe(tmp_path, run)])
+    assert str(error.value) == "data.episodes needs data.vision_cache: memories are trained on kept features."
+
+
+def test_memory_losses_against_their_definition():
+    model = toy_model(use_memory=True, memory_config=MEMORY).train()
+    for module in (model.model.memory,):
+        module.eval()  # no draws: the reference below has none
+    batch = collator(shares={"view": 0.5, "style": 0.0, "text": 0.0, "new": 0.5})(batch_rows())
+    episode = {name: batch[name] for name in train_hf.EPISODE_INPUTS}
+    readout, losses = model.memory_losses(
+        batch["input_ids"], batch["attention_mask"], batch["vision_features"], **episode
+    )
+    memory, known = model.model.memory, batch["known"]
+    p = readout.scope_logits.double().sigmoid()
+    positive, negative = -p[known].log().mean(), -(1 - p[~known]).log().mean()
+    assert losses["scope"].item() == pytest.approx((0.5 * positive + 0.5 * negative).item(), rel=1e-4)
+    targets = model.encode_contents(batch["target_tokens"][known]).double()
+    read = readout.content.flatten(1)[known].double()
+    cosine = (read * targets).sum(1) / read.norm(dim=1) / targets.norm(dim=1)
+    assert losses["reconstruction"].item() == pytest.approx((1 - cosine).mean().item(), abs=1e-5)
+    keys = memory.address(memory.key_encoder(batch["key_features"])).double()
+    scores = keys[0] @ keys[1].T / model.config.alignment_config.temperature
+    info = -(scores.log_softmax(0).diagonal().mean() + scores.log_softmax(1).diagonal().mean()) / 2
+    assert losses["key"].item() > info.item() - 1e-4  # the words' share comes on top
+    soft = torch.nn.functional.logsigmoid(readout.scope_logits)
+    hard = torch.where(known, 0.0, -math.inf)
+    assert ((readout.log_gate == soft) | (readout.log_gate == hard)).all()
+    readout.log_gate[readout.log_gate > -math.inf].sum().backward()
+
+
+def test_scores_of_the_benchmark():
+    assert memory_recall.said("Bimo", "this is bimo the cat") and not memory_recall.said("Bim", "This is Bimo.")
+    assert memory_recall.own_words("This is Bimo the pen-guin.") == "bimo pen guin"
+    p, n = torch.tensor([0.9, 0.8, 0.3]), torch.tensor([0.1, 0.3, 0.5, 0.2])
+    pairs_right = sum(float(a > b) + 0.5 * float(a == b) for a in p for b in n) / 12
+    assert memory_recall.auroc(p, n) == pytest.approx(pairs_right)
+    assert memory_recall.equal_error_rate(p, n) == pytest.approx((1 / 3 + 1 / 4) / 2)
+    assert memory_recall.equal_error_rate(torch.tensor([0.9]), torch.tensor([0.1])) == 0
+
+
+def test_the_threshold_lets_no_set_through():
+    quiet, loud = torch.linspace(0, 0.4, 100), torch.linspace(0, 0.9, 100)
+    threshold = calibrate_scope.lowest_threshold([quiet, loud], 0.05)
+    assert (loud >= threshold).float().mean() <= 0.05 and (loud >= threshold - 0.02).float().mean() > 0.05
+
+
+def test_the_benchmark_runs_and_counts(tmp_path):
+    model = toy_model(use_memory=True, memory_config=MEMORY)
+    rows = memory_recall.load_rows(str(write_parquet(tmp_path / "rows.parquet", pairs(concept=CONCEPTS))))
+    bench = memory_recall.Bench(model, toy_processor(), rows)
+    result = memory_recall.measure(bench, 2, 4)
+    assert result["facts"] == 2 and {"seen", "new", "unrelated", "lookalike", "forget", "bytes"} <= set(result)
+    for kind in ("seen", "new"):
+        assert all(0 <= share <= 1 for share in result[kind].values())
+    memory = bench.teach([[0, 3], [1, 6]], [["one.", "two."], ["three.", "four."]])
+    assert memory.labels == [["one.", "two."], ["three.", "four."]]
+    report = memory_recall.report([result], {"write": 1.0})
+    assert "| 2 | seen |" in report and "Milliseconds" in report
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A checkpoint with a memory and two pictures."""
+    folder = toy_checkpoint(tmp_path / "model", use_memory=True, memory_config=MEMORY)
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    return lambda *words: teach.main([str(w) for w in (*words, "--model", folder)])
+
+
+def test_teach_adds_lists_asks_and_forgets(shop, tmp_path, capsys):
+    file = tmp_path / "facts.safetensors"
+    assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
+    assert shop(file, "add", tmp_path / "1.png", "a blue circle") == 0
+    assert shop(file, "list") == 0
+    out = capsys.readouterr().out
+    assert "0. 'a red square'" in out and "1. 'a blue circle'" in out and "memory: 2 items of at most 64" in out
+    assert shop(file, "ask", tmp_path / "0.png", tmp_path / "1.png") == 0
+    assert capsys.readouterr().out.count("(memory ") == 2
+    assert shop(file, "forget", "a red square") == 0 and shop(file, "forget", "0") == 0
+    assert "memory: 0 items" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("{file}", "forget", "7"), "item 7 is not in the memory, which holds 1."),
+        (("{file}", "add", "{missing}", "a square"), "missing.png"),
+        (("{missing}", "list"), "does not exist"),
+        (("{picture}", "list"), "is refused: it is not a whole safetensors file"),
+    ],
+)
+def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, words, message):
+    file = tmp_path / "facts.safetensors"
+    assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
+    before = file.read_bytes()
+    names = {"file": file, "missing": tmp_path / "missing.png", "picture": tmp_path / "0.png"}
+    assert shop(*(w.format(**names) for w in words)) == 1
+    assert message in capsys.readouterr().err and file.read_bytes() == before
+    assert Image.open(tmp_path / "0.png").size == (32, 32)
