@@ -11,6 +11,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .memory_microvlm import MemoryReadout
 
+WRONG_ROWS = (
+    "the memory was read for {} rows, the text has {}: "
+    "batch_repeat_interleave or batch_select_indices the cache along with the text."
+)
+
 
 class ReadOnlyLayer(CacheLayerMixin):
     """A layer that keeps nothing: what it is given, it returns. Checkpointed training replays a forward, and may not append twice."""
@@ -94,6 +99,11 @@ class MemoryCache(Cache):
         self.memory, self.log_gate, self.hard = [], None, True
 
     @property
+    def is_read_only(self) -> bool:
+        """The text is not kept."""
+        return any(isinstance(layer, ReadOnlyLayer) for layer in self.layers)
+
+    @property
     def num_memory_tokens(self) -> int:
         """S, or 0 when nothing is attached."""
         return self.memory[0][0].shape[-2] if self.memory else 0
@@ -105,15 +115,14 @@ class MemoryCache(Cache):
             return keys, values
         parts = [part.to(keys.device, keys.dtype) for part in self.memory[layer_idx]]
         if len(parts[0]) != len(keys):
-            raise ValueError(
-                f"the memory was read for {len(parts[0])} rows, the text has {len(keys)}: "
-                "batch_repeat_interleave or batch_select_indices the cache along with the text."
-            )
+            raise ValueError(WRONG_ROWS.format(len(parts[0]), len(keys)))
         return torch.cat([keys, parts[0]], dim=-2), torch.cat([values, parts[1]], dim=-2)
 
     def extend_mask(self, mask: torch.Tensor) -> torch.Tensor:
         """The text's 4D mask (B, 1, Q, text), boolean or additive, with the memory's S columns appended."""
         B, S = len(self.log_gate), self.num_memory_tokens
+        if len(mask) not in (1, B):
+            raise ValueError(WRONG_ROWS.format(B, len(mask)))
         mask = mask.expand(B, -1, -1, -1)
         log_gate = self.log_gate.to(mask.device).view(B, 1, 1, 1).expand(-1, 1, mask.shape[2], S)
         if mask.dtype == torch.bool:

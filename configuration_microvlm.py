@@ -51,6 +51,7 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
         max_content_tokens: longest sentence that can be stored, in tokens with its end.
         max_items: most items a memory may hold; default 4 K.
         key_hidden_size: hidden width of the key encoder.
+        key_dropout: on the standardised vision features of a key, training only.
         addressing: `pseudoinverse` (ridge by Cholesky), `ben_cohen` (the seed's iteration) or `gaussian` (softmax of distances).
         address_ridge: lambda of the pseudo-inverse.
         address_temperature: tau of the Gaussian address.
@@ -74,6 +75,7 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
     max_content_tokens: int = 32
     max_items: int | None = None
     key_hidden_size: int = 512
+    key_dropout: float = 0.2
     addressing: str = "pseudoinverse"
     address_ridge: float = 1e-3
     address_temperature: float = 0.25

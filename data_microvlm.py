@@ -477,6 +477,8 @@ class EpisodeCollator(FeatureCollator):
         self.groups, self.sizes, self.max_tokens, self.key_pairs = groups, sizes, max_tokens, key_pairs
         self.shares = shares or {"view": 0.5, "style": 0.1, "text": 0.1, "new": 0.3}
         self.names, self.seed = make_names(names), seed
+        words = {word for caption in captions for word in caption_noun(caption).split()}
+        self.vocabulary = sorted(words | {name.lower() for name in self.names[: len(words) // 2]})
         self.mates = defaultdict(list)
         for i, concept in enumerate(concepts):
             self.mates[concept].append(i)
@@ -499,8 +501,17 @@ class EpisodeCollator(FeatureCollator):
         return self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _fact(self, row: int, draw: random.Random) -> list[int]:
-        """Tokens of a fact about a row, with the end token; a caption too long for the memory lends only its last words."""
+        """Tokens of a fact about a row, with the end token.
+
+        Half of the facts call the picture what it is; the others by a noun of another picture or by a few random words, so that the
+        decoder has to read the noun too instead of looking at the picture. Too long for the memory, a noun lends only its last words.
+        """
         noun, name, form = caption_noun(self.captions[row]).split(), draw.choice(self.names), draw.choice(FACTS)
+        kind = draw.random()
+        if kind > 0.75:
+            noun = [draw.choice(self.vocabulary) for _ in range(draw.choice((1, 1, 2, 3)))]
+        elif kind > 0.5:
+            noun = caption_noun(draw.choice(self.captions)).split()
         while True:
             ids = [*self._tokens(form.format(name=name, noun=" ".join(noun))), self.processor.tokenizer.eos_token_id]
             if len(ids) <= self.max_tokens or len(noun) == 1:

@@ -18,7 +18,6 @@ a `MemoryState` is made by the model, handed in, and returned changed; the model
 import json
 import math
 import os
-import tempfile
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from .configuration_microvlm import MicroVLMMemoryConfig
 
 FORMAT, FORMAT_VERSION = "microvlm-memory", "1"
 NUM_SCOPE_STATISTICS = 8
+LATEST_TIME = 253402300800.0  # the year 10000
 MAX_FILE_ITEMS = 1_000_000  # a file that claims more is refused before anything is allocated
 
 
@@ -45,9 +45,11 @@ def in_float32(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     """`module(*inputs)` in float32, whatever the dtype of its parameters and whatever autocast is on."""
     with no_autocast(inputs[0]):
         inputs = [x.float() if x.is_floating_point() else x for x in inputs]
-        if all(p.dtype == torch.float32 for p in module.parameters()):
+        tensors = dict((*module.named_parameters(), *module.named_buffers()))
+        tensors = {name: t for name, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32}
+        if not tensors:  # packed weights see to their own dtype
             return module(*inputs)
-        tensors = {name: t.float() for name, t in (*module.named_parameters(), *module.named_buffers())}
+        tensors = {name: t.float() for name, t in tensors.items()}
         return torch.func.functional_call(module, tensors, tuple(inputs))
 
 
@@ -387,6 +389,8 @@ class MemoryState:
         uids = torch.tensor([[uuid.uuid4().int >> 65 for _ in range(N)] for _ in range(R)], dtype=torch.long)
         now = torch.full((R, N), time.time(), dtype=torch.float64)
         labels = labels or [[""] * N for _ in range(R)]
+        if [len(names) for names in labels] != [N] * R:
+            raise ValueError(f"labels must be {R} lists of {N} texts.")
         if token_ids is None:
             token_ids = self.token_ids.new_full((R, N, self.token_ids.shape[2]), -1)
         return replace(
@@ -410,9 +414,13 @@ class MemoryState:
         sign[row] = -1
         w, z = (t[:, place].to(self.mean.dtype) for t in (self.addresses, self.contents))
         mean, covariance, log_det = sherman_morrison(*self._posterior(), w, z, self.noise, sign)
-        active = self.active.clone()
-        active[row, place] = False
-        state = replace(self, mean=mean, covariance=covariance, log_det=log_det, active=active)
+        receipts = {name: getattr(self, name).clone() for name in self.TENSORS[3:]}
+        for name, receipt in receipts.items():  # nothing of it stays, even where another row still uses the place
+            receipt[row, place] = -1 if name == "token_ids" else 0
+        labels = [list(names) for names in self.labels]
+        labels[row][place] = ""
+        state = replace(self, mean=mean, covariance=covariance, log_det=log_det, labels=labels, **receipts)
+        active = state.active
         if not active[row].any():  # nothing left: the prior itself, without a trace of rounding
             state = replace(state, mean=mean.clone(), covariance=covariance.clone(), log_det=state.log_det.clone())
             state.mean[row], state.log_det[row] = 0, 0
@@ -427,7 +435,7 @@ class MemoryState:
         row: int | None = None,
         token_ids: torch.Tensor | None = None,
     ) -> "MemoryState":
-        """The state with another content (Z,), label and sentence (L,) under the address of `item`."""
+        """The state with another content (Z,), label and sentence (L,) under the address of `item`, which becomes the last one."""
         row, place = self.find(item, row)
         R = self.num_rows
         contents = content.new_zeros(R, 1, content.numel())
@@ -454,7 +462,7 @@ class MemoryState:
             active = self.active.unsqueeze(1)
             coefficients = (w_sigma @ stored / self.noise).masked_fill(~active, 0)
             cosines = (w @ stored).masked_fill(~active, 0)
-        top = lambda x: F.pad(x, (0, max(0, 2 - x.shape[-1]))).topk(2, dim=-1).values  # noqa: E731
+        top = lambda x: F.pad(x, (0, 2)).topk(2, dim=-1).values  # noqa: E731  with zeros, however many places are empty
         K, count = self.mean.shape[1], self.counts.to(w.dtype).unsqueeze(-1)
         mean_variance = torch.diagonal(self.covariance, dim1=-2, dim2=-1).mean(-1, keepdim=True)
         load = torch.stack([(1 + count).log() / math.log(1 + K), count / K], -1).expand(*w.shape[:2], 2)
@@ -480,12 +488,15 @@ class MemoryState:
         return replace(self, **{name: function(getattr(self, name)) for name in self.TENSORS})
 
     def _compact(self) -> "MemoryState":
-        """Without the places that are empty in every row."""
-        keep = torch.nonzero(self.active.any(0)).flatten()
-        if len(keep) == self.active.shape[1]:
+        """Every row's items in its first places, and no more places than the fullest row needs."""
+        widest = int(self.counts.max()) if self.num_rows else 0
+        order = (~self.active).long().argsort(dim=1, stable=True)[:, :widest]  # items first, in their order
+        if widest == self.active.shape[1] and bool((order == torch.arange(widest, device=order.device)).all()):
             return self
-        parts = {name: getattr(self, name)[:, keep] for name in self.TENSORS[3:]}
-        return replace(self, **parts, labels=[[row[i] for i in keep.tolist()] for row in self.labels])
+        rows = torch.arange(self.num_rows, device=order.device).unsqueeze(1)
+        parts = {name: getattr(self, name)[rows, order] for name in self.TENSORS[3:]}
+        labels = [[names[i] for i in places] for names, places in zip(self.labels, order.tolist(), strict=True)]
+        return replace(self, **parts, labels=labels)
 
     def to(self, device: torch.device | str) -> "MemoryState":
         return self._map(lambda t: t.to(device))
@@ -515,7 +526,7 @@ class MemoryState:
                 tensors = [torch.cat([t, t.new_zeros(len(t), N - t.shape[1], *t.shape[2:])], 1) for t in tensors]
             parts[name] = torch.cat(tensors)
         labels = [[*row, *[""] * (N - len(row))] for state in states for row in state.labels]
-        return replace(states[0], **parts, labels=labels)
+        return replace(states[0], **parts, labels=labels, max_items=max(state.max_items for state in states))
 
     def _check_kin(self, other: "MemoryState") -> None:
         if self.fingerprint != other.fingerprint:
@@ -565,13 +576,13 @@ class MemoryState:
             "max_items": str(self.max_items),
         }
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self.TENSORS}
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".part")
-        os.close(handle)
+        temporary = f"{path}.{os.getpid()}.part"
         try:
             save_file(tensors, temporary, metadata)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
             raise
 
     @classmethod
@@ -620,6 +631,8 @@ class MemoryState:
                 slices = {name: file.get_slice(name) for name in shapes}
                 size = slices["addresses"].get_shape()
                 R, N = (*size, 0, 0)[:2]
+                if not R:
+                    raise refuse("it has no rows")
                 if N > min(4 * expected.max_items, MAX_FILE_ITEMS):
                     raise refuse(f"it holds {N} places, more than a memory of {expected.max_items} items needs")
                 for name, (dtype, shape) in shapes.items():
@@ -636,7 +649,7 @@ class MemoryState:
         try:
             labels = json.loads(metadata.get("labels", ""))
             noise, max_items = float(metadata.get("noise", "")), int(metadata.get("max_items", ""))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise refuse(f"its metadata cannot be read ({error})") from error
         if not (
             isinstance(labels, list)
@@ -646,7 +659,9 @@ class MemoryState:
             raise refuse(f"its labels are not {R} lists of {N} texts")
         if noise != expected.noise:
             raise refuse(f"its observation noise is {noise}, this model's is {expected.noise}")
-        if (most := int(tensors["active"].sum(1).max()) if R else 0) > expected.max_items or max_items < most:
+        if not bool(((tensors["times"] >= 0) & (tensors["times"] < LATEST_TIME)).all()):
+            raise refuse("an item was written at an impossible time")
+        if (most := int(tensors["active"].sum(1).max())) > expected.max_items or max_items < most:
             raise refuse(f"a row holds {most} items, at most {expected.max_items} fit")
         state = cls(
             **tensors, labels=labels, noise=noise, max_items=expected.max_items, fingerprint=expected.fingerprint
@@ -679,6 +694,7 @@ class MemoryKeyEncoder(nn.Module):
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(2 * vision_size))
         self.register_buffer("feature_std", torch.ones(2 * vision_size))
+        self.dropout = nn.Dropout(config.key_dropout)
         self.image_skip = nn.Linear(2 * vision_size, config.code_size)
         self.image_fc1 = nn.Linear(2 * vision_size, config.key_hidden_size)
         self.image_fc2 = nn.Linear(config.key_hidden_size, config.code_size)
@@ -699,7 +715,7 @@ class MemoryKeyEncoder(nn.Module):
         self.feature_std.copy_(pooled.float().std(0).clamp(min=1e-4))
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        x = (pooled - self.feature_mean) / self.feature_std
+        x = self.dropout((pooled - self.feature_mean) / self.feature_std)
         return F.normalize(self.image_skip(x) + self.image_fc2(F.gelu(self.image_fc1(x))), dim=-1)
 
     def embed_text(self, pooled: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,19 @@ from .quantization_microvlm import replace_with_ternary
 UNSUPPORTED_HEAD_ATTRIBUTES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 # What `forward` hands on to the language model and the loss; any other name is a mistake, and is refused.
 FORWARD_KWARGS = TransformersKwargs.__optional_keys__ | {"use_cache", "token_type_ids", "shift_labels", "ignore_index"}
+# Values of the memory's config on which addresses, contents and the posterior depend, besides weights.
+FINGERPRINT_FIELDS = (
+    "num_slots",
+    "code_size",
+    "num_content_slots",
+    "max_content_tokens",
+    "addressing",
+    "address_ridge",
+    "address_temperature",
+    "ben_cohen_steps",
+    "observation_noise",
+    "ordering",
+)
 
 
 @dataclass
@@ -458,14 +471,23 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         if isinstance(past_key_values, MemoryCache) and past_key_values.num_memory_tokens:
             attention_mask = self._memory_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
 
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            return_dict=True,
-            **kwargs,
-        )
+        replayed = []  # layers that may read the memory again, in the replay of a checkpoint
+        if self._is_checkpointing and isinstance(past_key_values, MemoryCache) and past_key_values.is_read_only:
+            replayed = list(self.language_model.layers)
+        for layer in replayed:
+            layer._can_checkpoint_with_cache = True
+        try:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                return_dict=True,
+                **kwargs,
+            )
+        finally:
+            for layer in replayed:
+                del layer._can_checkpoint_with_cache  # the class says no
         return MicroVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=None if kwargs.get("use_cache") is False else outputs.past_key_values,
@@ -475,16 +497,23 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             pooling_attentions=pooling_attentions,
         )
 
+    @property
+    def _is_checkpointing(self) -> bool:
+        return self.training and getattr(self.language_model, "gradient_checkpointing", False)
+
     def _attach(self, readout: MemoryReadout, cache: Cache | None, use_cache: bool | None) -> tuple[MemoryCache, bool]:
         """The cache of this pass with the memory in it, and whether it keeps the text."""
         layers = self.language_model.layers
-        checkpointing = self.training and getattr(self.language_model, "gradient_checkpointing", False)
+        checkpointing = self._is_checkpointing
         if cache is None:
             use_cache = getattr(self.config.text_config, "use_cache", True) if use_cache is None else use_cache
             if use_cache and not checkpointing:
                 return MemoryCache(DynamicCache(config=self.config.text_config), readout), True
-            for layer in layers:  # a read-only cache may be read twice
-                layer._can_checkpoint_with_cache = True
+            for layer in layers if checkpointing else []:
+                if layer._gradient_checkpointing_func.keywords.get("use_reentrant"):
+                    raise ValueError(
+                        "gradient checkpointing with a memory needs use_reentrant=False: all layers share the memory's graph."
+                    )
             return MemoryCache.read_only(len(layers), readout), False
         if checkpointing:
             raise ValueError("gradient checkpointing with a memory needs a pass without past_key_values.")
@@ -582,7 +611,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         log_gate = log_gate.masked_fill(empty.to(log_gate.device), -torch.inf)
         content = read.content.flatten(0, 1)
         return MemoryReadout(
-            key_values=self.memory_projection(content.to(self.memory_projection.up.weight.dtype)),
+            key_values=self.memory_projection(content.to(self.memory_projection.token_bias.dtype)),
             log_gate=log_gate,
             scope_logits=scope,
             content=content.view(B, self.config.memory_config.num_content_slots, -1),
@@ -693,7 +722,13 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         """
         if memory is not None and memory_readout is None:
             memory_readout, mm_encoder_outputs = self._read(
-                memory, memory_gate, input_ids, attention_mask, pixel_values, mm_encoder_outputs
+                memory,
+                memory_gate,
+                input_ids,
+                attention_mask,
+                pixel_values,
+                mm_encoder_outputs,
+                kwargs.get("output_attentions"),
             )
             pixel_values = None
         outputs = self.model(
@@ -764,9 +799,10 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         modules = {"memory": memory, "vision_tower": self.model.vision_tower}
         tensors = {f"{part}.{n}": t for part, m in modules.items() for n, t in m.state_dict(keep_vars=True).items()}
         tensors["embeddings"] = self.get_input_embeddings().weight
-        key = tuple((t.data_ptr(), t._version) for t in tensors.values())
+        fields = tuple((name, getattr(self.config.memory_config, name)) for name in FINGERPRINT_FIELDS)
+        key = fields, tuple((t.data_ptr(), t._version) for t in tensors.values())
         if getattr(self, "_fingerprint", (None,))[0] != key:
-            digest = hashlib.sha256(repr(sorted(self.config.memory_config.to_diff_dict().items())).encode())
+            digest = hashlib.sha256(repr(fields).encode())
             for name in sorted(tensors):
                 value = tensors[name].detach().float().cpu().contiguous()  # the same in bfloat16 and float32
                 digest.update(name.encode() + value.numpy().tobytes())
@@ -793,13 +829,14 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
                 f"the memory has {memory.num_rows} rows, the batch {batch_size}: they must agree, or be one."
             )
 
-    def _image(self, pixel_values, mm_encoder_outputs) -> MicroVLMImageFeatures | None:
-        image = (mm_encoder_outputs or {}).get("image")
-        if image is None and pixel_values is not None:
-            image = self.get_image_features(pixel_values, return_dict=True)
-        return image
+    def _image(self, pixel_values, mm_encoder_outputs, output_attentions=None) -> MicroVLMImageFeatures | None:
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if pixel_values is None:
+            return (mm_encoder_outputs or {}).get("image")
+        return self.get_image_features(pixel_values, output_attentions=output_attentions, return_dict=True)
 
-    def _read(self, memory, gate, input_ids, attention_mask, pixel_values, mm_encoder_outputs):
+    def _read(self, memory, gate, input_ids, attention_mask, pixel_values, mm_encoder_outputs, output_attentions=None):
         """The read-out for a batch, and its encoded pictures, so that the vision tower runs once."""
         self._need_memory()
         if input_ids is None:
@@ -807,7 +844,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
                 "reading a memory needs input_ids: inputs_embeds alone do not say which row owns a picture."
             )
         self._check_memory(memory, len(input_ids))
-        image = self._image(pixel_values, mm_encoder_outputs)
+        image = self._image(pixel_values, mm_encoder_outputs, output_attentions)
         features = None if image is None else image.last_hidden_state
         keys = self.model.get_memory_keys(input_ids, attention_mask, features)
         readout = self.model.read_memory(memory, keys, gate)
@@ -848,10 +885,13 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         self._check_memory(memory, B)
         if labels is not None and len(labels) != B:
             raise ValueError(f"{len(labels)} labels for {B} facts.")
+        if not B:
+            raise ValueError("The batch is empty: input_ids has no rows.")
         contents, token_ids = self._encode_contents(input_ids, attention_mask)
-        per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.num_prefix_tokens
-        for row, count in enumerate(per_row.tolist()):
-            if count != 1:
+        P = self.config.num_prefix_tokens
+        for row, count in enumerate((input_ids == self.config.image_token_id).sum(1).tolist()):
+            if count != P:
+                count = count // P if count % P == 0 else f"{count / P:.2f}"
                 raise ValueError(f"row {row} has {count} pictures: a fact to write is one picture and its words.")
         image = self._image(pixel_values, mm_encoder_outputs)
         if image is None:

@@ -1,10 +1,11 @@
-"""The episodic memory against the textbook: ridge regression, Gaussians, exact forgetting, files that cannot be trusted."""
+"""The episodic memory against the textbook: ridge regression, Gaussians, exact forgetting, files from anywhere."""
 
 import copy
 import json
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,6 @@ from conftest import IMAGE_ID, tiny_inputs, tiny_model
 from microvlm import memory_microvlm
 from microvlm.configuration_microvlm import MicroVLMMemoryConfig
 from microvlm.memory_microvlm import (
-    MemoryProjection,
     MemoryState,
     ScopeNet,
     address_kl,
@@ -25,22 +25,18 @@ from microvlm.memory_microvlm import (
     sherman_morrison,
 )
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-MEMORY = {
-    "num_slots": 16,
-    "code_size": 32,
-    "num_memory_tokens": 6,
-    "max_content_tokens": 16,
-    "key_hidden_size": 32,
-    "scope_hidden_size": 16,
-}
+MEMORY = {"num_slots": 16, "code_size": 32, "num_memory_tokens": 6, "max_content_tokens": 16}
+MEMORY |= {"key_hidden_size": 32, "scope_hidden_size": 16}
 K, C, Z = 16, 32, 6 * 32
+NAN = torch.full((2, 1, K), torch.nan)
 NO_MEMORY = "this model has no episodic memory: build it with config.use_memory=True."
-NOT_A_FACT = "pictures: a fact to write is one picture and its words."
+FACT = "a fact to write is one picture and its words."
+FULL = "the memory is full: {} items, at most {} fit. Nothing was written."
 
 
 def memory_model(**memory):
@@ -174,13 +170,7 @@ class TestPosterior:
         for row, (mean, covariance, _) in enumerate(rows):
             full = MultivariateNormal(mean.flatten(), torch.kron(covariance.contiguous(), torch.eye(3).double()))
             assert got[row].item() == pytest.approx(kl_divergence(full, prior).item() / 12, rel=1e-9)
-        assert got.min() > 0.1
-
-    def test_kl_of_the_prior_is_zero(self):
-        assert new_state(2).kl().abs().max() == 0
-        eye = torch.eye(4).double()[None]
-        got = memory_kl(torch.zeros(1, 4, 3).double(), 2.5 * eye, torch.tensor([4 * math.log(2.5)]).double(), 2.5)
-        assert got.abs().max() < 1e-12
+        assert got.min() > 0.1 and new_state(2).kl().abs().max() == 0
 
     def test_address_kl(self):
         w = observations(2, 3)[0]
@@ -221,7 +211,7 @@ class TestForgetting:
     def test_after_a_thousand_writes_and_forgets(self, slots, noise, tmp_path):
         g = torch.Generator().manual_seed(slots)
         draw = lambda high: int(torch.randint(high, (1,), generator=g))  # noqa: E731
-        state, live = new_state(1, slots, 8, noise, 48), []
+        state, live = (empty := new_state(1, slots, 8, noise, 48)), []
         w, z = observations(1, 1000, slots, 8, seed=2)
         for step in range(1000):
             if live and (len(live) == 48 or draw(100) < 45):
@@ -236,13 +226,13 @@ class TestForgetting:
             number = draw(len(live))
             state = state.forget(number)
             live.pop(number)
-        fresh = new_state(1, slots, 8, noise, 48).write(w[:, live], z[:, live])
+        fresh = empty.write(w[:, live], z[:, live])
         for got, want in zip(posterior(state), posterior(fresh)):
             assert (got - want).abs().max() < 1e-4 * want.abs().max()
         assert_is_ridge(posterior(state), w[:, live], z[:, live], noise, 1e-4)
         assert state.addresses.equal(w[:, live]) and state.contents.equal(z[:, live])
         state.save(tmp_path / "memory")
-        assert_same_state(MemoryState.load(tmp_path / "memory", new_state(1, slots, 8, noise, 48)), state)
+        assert_same_state(MemoryState.load(tmp_path / "memory", empty), state)
 
     @pytest.mark.parametrize("noise", [0.1, 0.01])
     def test_ten_thousand_writes(self, noise):
@@ -274,10 +264,10 @@ class TestAddress:
         return memory
 
     def test_pseudoinverse_and_ben_cohen(self):
-        keys = self.keys(3, 4)
-        ridge, iteration = self.memory(address_ridge=1e-5), self.memory(addressing="ben_cohen")
-        expected = F.normalize(keys.double() @ torch.linalg.pinv(ridge.reference.detach().double()), dim=-1).float()
-        for memory in (ridge, iteration):
+        keys, iteration = self.keys(3, 4), self.memory(addressing="ben_cohen")
+        inverse = torch.linalg.pinv(iteration.reference.detach().double())
+        expected = F.normalize(keys.double() @ inverse, dim=-1).float()
+        for memory in (iteration, self.memory(address_ridge=1e-5)):
             torch.testing.assert_close(memory.address(keys), expected, **CLOSE)
 
     def test_ridge(self):
@@ -286,8 +276,7 @@ class TestAddress:
         stacked = torch.cat([memory.reference.detach().mT, math.sqrt(3.0) * torch.eye(K)]).double()
         right = torch.cat([keys.mT, torch.zeros(K, 5)]).double()
         expected = F.normalize(torch.linalg.lstsq(stacked, right).solution.mT, dim=-1).float()
-        torch.testing.assert_close(memory.address(keys), expected, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(expected, self.memory(address_ridge=1e-5).address(keys), atol=0.02)
+        torch.testing.assert_close(memory.address(keys), expected, **CLOSE)
 
     def test_gaussian(self):
         memory, keys = self.memory(addressing="gaussian", address_temperature=2.0), self.keys(2, 3)
@@ -316,8 +305,7 @@ class TestAddress:
 
 class TestEpisodicMemory:
     def episode(self, rows=2, items=3):
-        keys, contents = observations(rows, items, C, Z, seed=3)
-        return keys, contents
+        return observations(rows, items, C, Z, seed=3)
 
     @torch.no_grad()
     def test_eval_is_exact(self, model):
@@ -358,7 +346,7 @@ class TestEpisodicMemory:
 
     @torch.no_grad()
     def test_order(self, model):
-        memory, (keys, _) = memory_model(ordering="lstm").model.memory, self.episode()
+        memory, (keys, contents) = memory_model(ordering="lstm").model.memory, self.episode()
         got = memory.ordered(keys)
         assert not torch.allclose(got, keys, atol=1e-2)
         assert not torch.allclose(memory.ordered(keys.flip(1)).flip(1), got, atol=1e-3)  # the order matters
@@ -367,17 +355,12 @@ class TestEpisodicMemory:
         other[1] = keys[0].flip(0)
         torch.testing.assert_close(memory.ordered(other)[0], got[0], rtol=0, atol=1e-6)
         assert memory.ordered(keys[:, :0]).shape == (2, 0, C)
+        state = memory.write(memory.new_state(2), keys[:, :1], contents[:, :1])  # a query is an episode of one
+        torch.testing.assert_close(memory.read(state, keys)[1][:, 0], state.addresses[:, 0], rtol=0, atol=1e-6)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert memory.ordered(keys).equal(got)
         assert memory.bfloat16().ordered(keys).dtype == torch.float32
         assert model.model.memory.ordered(keys) is keys
-
-    @torch.no_grad()
-    def test_query_is_an_episode_of_one(self):
-        memory, (keys, contents) = memory_model(ordering="lstm").model.memory, self.episode(1, 1)
-        state = memory.write(memory.new_state(1), keys, contents)
-        query = torch.cat([keys, self.episode(1, 4)[0]], 1)
-        torch.testing.assert_close(memory.read(state, query)[1][:, 0], state.addresses[:, 0], rtol=0, atol=1e-6)
 
     @torch.no_grad()
     def test_float32_whatever_the_module(self):
@@ -401,16 +384,6 @@ class TestEpisodicMemory:
         assert logits.shape == (2, 3) and scope(key[0, 0], statistics[0, 0]).shape == ()
         assert scope(-key, statistics).equal(logits) != context
         assert not torch.allclose(scope(key, statistics + 1), logits)
-
-    @pytest.mark.parametrize("config", [{}, {"num_content_slots": 1}, {"kv_rank": 3}])
-    def test_projection(self, config):
-        config = MicroVLMMemoryConfig(**MEMORY, **config)
-        projection = MemoryProjection(config, num_layers=2, num_heads=3, head_dim=5)
-        torch.nn.init.zeros_(projection.token_bias)
-        content = torch.randn(4, config.num_content_slots * C)
-        got = projection(content)
-        assert got.shape == (4, 2, 2, 3, 6, 5)
-        torch.testing.assert_close(projection(10 * content), got, **CLOSE)  # the load scales a read-out, and must not
 
 
 class TestState:
@@ -450,14 +423,6 @@ class TestState:
             [c.sort(-1, descending=True)[0][..., :2], (q @ w.mT).sort(-1, descending=True)[0][..., :2]], -1
         )
         torch.testing.assert_close(read.statistics[..., :4].double(), expected, rtol=1e-4, atol=1e-6)
-
-    def test_rows_are_apart(self):
-        state, q = written(3, 4), observations(3, 2, seed=1)[0]
-        read = state.read(q)
-        for row in range(3):
-            alone = state.select([row]).read(q[row : row + 1])
-            for name in ("content", "variance", "coefficients", "statistics"):
-                torch.testing.assert_close(getattr(read, name)[row], getattr(alone, name)[0])
 
     def test_select(self):
         state = written(3, 2).forget(1, row=0)
@@ -526,11 +491,6 @@ class TestState:
         state = written(2, 2)
         assert_same_state(state.to("cpu"), state)
 
-    def test_bytes(self):
-        small, large = written(2, 2).num_bytes, written(2, 6).num_bytes
-        assert small["posterior"] == large["posterior"] == 8 * 2 * (K * 8 + K * K + 1)
-        assert large["receipts"] == 3 * small["receipts"] == 2 * 6 * (4 * K + 4 * 8 + 1 + 8 + 8 + 5 * 8)
-
     def test_describe(self):
         state = written(1, 2)
         state.labels[0][1] = ""
@@ -538,8 +498,9 @@ class TestState:
         state.times[:] = 86400.0
         when = "(written 1970-01-02 00:00:00 UTC)"
         assert state.describe() == f"memory: 2 items of at most 64\n  0. '0-0-0': 3 tokens {when}\n  1. 5 tokens {when}"
-        spell = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-        lines = f"  0. '0-0-0': '0 1 2' {when}\n  1. '5 6 7 8 9' {when}"
+        words = lambda ids, skip_special_tokens=False: " ".join(str(i) for i in ids if i or not skip_special_tokens)  # noqa: E731
+        spell = SimpleNamespace(decode=words)  # 0 is special
+        lines = f"  0. '0-0-0': '1 2' {when}\n  1. '5 6 7 8 9' {when}"
         assert state.describe(spell) == f"memory: 2 items of at most 64\n{lines}"
 
     def test_no_verb_changes_the_old_state(self, tmp_path):
@@ -561,6 +522,10 @@ class TestState:
             a.read(w), a.kl(), a.describe(), a.save(tmp_path / "memory")
         assert all(not state.mean.equal(a.mean) for state in results[:6])
 
+    SHAPES = "a memory of 2 rows, 16 slots and content size 8 takes addresses (2, N, 16) and contents (2, N, 8), got "
+    STRANGER = "memories of different models: fingerprints 'model' and 'x'."
+    NOT_KIN = "memories of different shape or observation noise cannot be joined."
+
     @pytest.mark.parametrize(
         "verb, message",
         [
@@ -573,42 +538,22 @@ class TestState:
             (lambda s: s.forget(0, row=0).forget("0-0-0", row=0), "'0-0-0' is not in the memory."),
             (lambda s: s.edit(7, torch.ones(8), row=1), "item 7 is not in the memory, which holds 3."),
             (lambda s: s.edit(0, torch.ones(8)), "the memory has 2 rows: say in which one with row=."),
+            (lambda s: s.edit(0, torch.ones(8) / 0, row=1), "memory contents are not finite: nothing was written."),
+            (lambda s: s.edit(0, torch.ones(9), row=1), SHAPES + "(2, 1, 16) and (2, 1, 9)."),
+            (lambda s: s.write(torch.ones(1, 1, K), torch.ones(2, 1, 8)), SHAPES + "(1, 1, 16) and (2, 1, 8)."),
+            (lambda s: s.write(torch.ones(2, K), torch.ones(2, 1, 8)), SHAPES + "(2, 16) and (2, 1, 8)."),
+            (lambda s: s.write(NAN, torch.ones(2, 1, 8)), "memory addresses are not finite: nothing was written."),
+            (lambda s: s.write(*observations(2, 2)), FULL.format(5, 4)),
             (
-                lambda s: s.edit(0, torch.full((8,), torch.nan), row=1),
-                "memory contents are not finite: nothing was written.",
+                lambda s: s.write(NAN[:, :0], NAN[:, :0, :8], method="x"),
+                "write method 'x' is not one of sequential, direct.",
             ),
-            (
-                lambda s: s.edit(0, torch.ones(9), row=1),
-                "a memory of 2 rows, 16 slots and content size 8 takes addresses (2, N, 16) and contents (2, N, 8), "
-                "got (2, 1, 16) and (2, 1, 9).",
-            ),
-            (
-                lambda s: s.write(torch.full((2, 1, K), torch.inf), torch.ones(2, 1, 8)),
-                "memory addresses are not finite: nothing was written.",
-            ),
-            (
-                lambda s: s.write(torch.ones(1, 1, K), torch.ones(2, 1, 8)),
-                "a memory of 2 rows, 16 slots and content size 8 takes addresses (2, N, 16) and contents (2, N, 8), "
-                "got (1, 1, 16) and (2, 1, 8).",
-            ),
-            (
-                lambda s: s.write(*observations(2, 2)),
-                "the memory is full: 5 items, at most 4 fit. Nothing was written.",
-            ),
-            (
-                lambda s: s.write(*observations(2, 1), method="best"),
-                "write method 'best' is not one of sequential, direct.",
-            ),
-            (lambda s: s.merge(written(2, 2, 1)), "the memory is full: 5 items, at most 4 fit. Nothing was written."),
+            (lambda s: s.merge(written(2, 2, 1)), FULL.format(5, 4)),
             (lambda s: s.merge(written(1)), "memories of 2 and 1 rows cannot be merged."),
-            (
-                lambda s: s.merge(written(2, noise=0.2)),
-                "memories of different shape or observation noise cannot be joined.",
-            ),
-            (
-                lambda s: MemoryState.stack([s, new_state(size=9)]),
-                "memories of different shape or observation noise cannot be joined.",
-            ),
+            (lambda s: s.merge(written(2, noise=0.2)), NOT_KIN),
+            (lambda s: MemoryState.stack([s, new_state(size=9)]), NOT_KIN),
+            (lambda s: s.merge(replace(s, fingerprint="x")), STRANGER),
+            (lambda s: MemoryState.stack([s, replace(s, fingerprint="x")]), STRANGER),
             (lambda s: MemoryState.stack([]), "stack needs at least one memory."),
         ],
     )
@@ -618,155 +563,137 @@ class TestState:
         with refused(message, state):
             verb(state)
 
-    @pytest.mark.parametrize("join", [lambda a, b: a.merge(b), lambda a, b: MemoryState.stack([a, b])])
-    def test_memories_of_different_models(self, join):
-        a, b = written(), written()
-        b.fingerprint = "other"
-        with refused("memories of different models: fingerprints 'model' and 'other'.", a, b):
-            join(a, b)
 
-
-def tamper(path: Path, drop: str = "", metadata: dict | None = None, **tensors) -> None:
+def tamper(path: Path, metadata: dict | None = None, drop: str = "", **tensors) -> None:
     """Change tensors and metadata of a saved memory."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() | (metadata or {})
-        old = {name: file.get_tensor(name).clone() for name in file.keys() if name != drop}
-    save_file(old | tensors, path, metadata)
+    old = {name: tensor.clone() for name, tensor in load_file(path).items() if name != drop}
+    save_file(old | {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
-TENSOR_NAMES = sorted(MemoryState.TENSORS)
-
-
-def with_value(tensor, value):
-    tensor = tensor.clone()
-    tensor[(0,) * tensor.ndim] = value
+def spoil(tensor, value):
+    """The tensor with another first value."""
+    tensor.view(-1)[0] = value
     return tensor
 
 
 class TestFiles:
+    NAMES = sorted(MemoryState.TENSORS)
+    LABELS = "its labels are not 2 lists of 3 texts"
+
+    def load(self, path, **expected):
+        return MemoryState.load(path, new_state(**expected))
+
     def test_round_trip(self, tmp_path, monkeypatch):
         state = written(2, 3).forget(1, row=0)
         state.labels[0][0] = 'a "quoted" näme \u2028 日本'
         state.save(tmp_path / "memory.safetensors")
-        assert_same_state(MemoryState.load(tmp_path / "memory.safetensors", new_state()), state)
+        assert_same_state(self.load(tmp_path / "memory.safetensors"), state)
         monkeypatch.chdir(tmp_path)
         state.save("here")
-        assert_same_state(MemoryState.load(str(tmp_path / "here"), new_state()), state)
+        assert_same_state(self.load(str(tmp_path / "here")), state)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "memory.safetensors"]
         new_state(2).save("here")  # an empty one over an old one
-        assert_same_state(MemoryState.load("here", new_state()), new_state(2))
+        assert_same_state(self.load("here"), new_state(2))
 
     def test_a_failed_save_leaves_the_old_file(self, tmp_path, monkeypatch):
-        state = written()
-        state.save(tmp_path / "memory")
-        before = (tmp_path / "memory").read_bytes()
-
         def broken(tensors, path, metadata):
             Path(path).write_bytes(b"half of it")
             raise OSError("disk full")
 
+        state, path = written(), tmp_path / "memory"
+        state.save(path)
+        before = path.read_bytes()
         monkeypatch.setattr(memory_microvlm, "save_file", broken)
         with pytest.raises(OSError, match="disk full"):
-            state.forget(0).save(tmp_path / "memory")
-        assert (tmp_path / "memory").read_bytes() == before
-        assert [p.name for p in tmp_path.iterdir()] == ["memory"]
-
-    def load(self, path, expected=None):
-        return MemoryState.load(path, expected or new_state())
+            state.forget(0).save(path)
+        assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["memory"]
 
     def test_no_such_file(self, tmp_path):
         with pytest.raises(FileNotFoundError) as error:
             self.load(tmp_path / "memory")
         assert str(error.value) == f"memory file {tmp_path / 'memory'} does not exist."
 
-    @pytest.mark.parametrize(
-        "change", [lambda b: b"", lambda b: bytes(range(256)), lambda b: b[:-10], lambda b: b[:100]]
-    )
-    def test_not_safetensors(self, tmp_path, change):
+    @pytest.mark.parametrize("damage", [slice(0), slice(99), slice(-10), slice(1, None)])
+    def test_not_safetensors(self, tmp_path, damage):
         path = tmp_path / "memory"
         written().save(path)
-        path.write_bytes(change(path.read_bytes()))
+        path.write_bytes(path.read_bytes()[damage])
         why = re.escape(f"memory file {path} is refused: it is not a whole safetensors file (")
         with pytest.raises(ValueError, match=f"^{why}.+\\)\\.$"):
             self.load(path)
 
+    def refuse(self, path, why, changed, **kwargs):
+        written(2, 3).save(path)
+        self.load(path)
+        tamper(path, **changed)
+        with refused(f"memory file {path} is refused: {why}."):
+            self.load(path, **kwargs)
+
     @pytest.mark.parametrize(
-        "change, why",
+        "metadata, why",
         [
-            (lambda s: {"metadata": {"format": "pt"}}, "it is not a memory of MicroVLM"),
-            (lambda s: {"metadata": {"version": "2"}}, "format version 2, this code reads 1"),
-            (
-                lambda s: {"metadata": {"fingerprint": "other"}},
-                "it was written by another model (fingerprint other, this model's is model)",
-            ),
-            (
-                lambda s: {"drop": "times"},
-                f"its tensors are {', '.join(n for n in TENSOR_NAMES if n != 'times')}, expected {', '.join(TENSOR_NAMES)}",
-            ),
-            (
-                lambda s: {"zebra": torch.ones(1)},
-                f"its tensors are {', '.join(TENSOR_NAMES)}, zebra, expected {', '.join(TENSOR_NAMES)}",
-            ),
-            (lambda s: {"mean": s.mean.float()}, "mean is F32 (2, 16, 8), expected F64 (2, 16, 8)"),
-            (lambda s: {"uids": s.uids.int()}, "uids is I32 (2, 3), expected I64 (2, 3)"),
-            (
-                lambda s: {"covariance": s.covariance[:, :15].contiguous()},
-                "covariance is F64 (2, 15, 16), expected F64 (2, 16, 16)",
-            ),
-            (lambda s: {"log_det": s.log_det[:1].clone()}, "log_det is F64 (1,), expected F64 (2,)"),
-            (
-                lambda s: {"token_ids": s.token_ids[..., :4].contiguous()},
-                "token_ids is I64 (2, 3, 4), expected I64 (2, 3, 5)",
-            ),
-            (lambda s: {"addresses": torch.ones(())}, "mean is F64 (2, 16, 8), expected F64 (0, 16, 8)"),
-            (lambda s: {"contents": with_value(s.contents, torch.nan)}, "contents has values that are not finite"),
-            (lambda s: {"mean": with_value(s.mean, torch.nan)}, "mean has values that are not finite"),
-            (lambda s: {"times": with_value(s.times, torch.inf)}, "times has values that are not finite"),
-            (lambda s: {"metadata": {"labels": '[["a", "b", "c"]]'}}, "its labels are not 2 lists of 3 texts"),
-            (lambda s: {"metadata": {"labels": '[["a", "b", "c"], ["d"]]'}}, "its labels are not 2 lists of 3 texts"),
-            (
-                lambda s: {"metadata": {"labels": '[["a", "b", "c"], ["d", "e", 6]]'}},
-                "its labels are not 2 lists of 3 texts",
-            ),
-            (lambda s: {"metadata": {"labels": '{"a": 1, "b": 2}'}}, "its labels are not 2 lists of 3 texts"),
-            (lambda s: {"metadata": {"noise": "0.2"}}, "its observation noise is 0.2, this model's is 0.1"),
-            (lambda s: {"metadata": {"noise": "nan"}}, "its observation noise is nan, this model's is 0.1"),
-            (lambda s: {"addresses": with_value(s.addresses, 0.9)}, "an address is not of unit length"),
-            (lambda s: {"addresses": 2 * s.addresses}, "an address is not of unit length"),
-            (lambda s: {"mean": with_value(s.mean, s.mean[0, 0, 0] + 1e-3)}, "its receipts do not give its mean"),
-            (lambda s: {"contents": -s.contents}, "its receipts do not give its mean"),
-            (lambda s: {"active": with_value(s.active, False)}, "its receipts do not give its mean"),
-            (lambda s: {"covariance": 0.99 * s.covariance}, "its receipts do not give its covariance"),
-            (lambda s: {"covariance": -s.covariance}, "its receipts do not give its covariance"),
-            (lambda s: {"log_det": s.log_det + 1e-3}, "its receipts do not give its log_det"),
+            ({"format": "pt"}, "it is not a memory of MicroVLM"),
+            ({"version": "2"}, "format version 2, this code reads 1"),
+            ({"fingerprint": "x"}, "it was written by another model (fingerprint x, this model's is model)"),
+            ({"labels": '[["a", "b", "c"]]'}, LABELS),
+            ({"labels": '[["a", "b", "c"], ["d"]]'}, LABELS),
+            ({"labels": '[["a", "b", "c"], ["d", "e", 6]]'}, LABELS),
+            ({"labels": '{"a": 1, "b": 2}'}, LABELS),
+            ({"noise": "0.2"}, "its observation noise is 0.2, this model's is 0.1"),
+            ({"noise": "nan"}, "its observation noise is nan, this model's is 0.1"),
         ],
     )
-    def test_refusals(self, tmp_path, change, why):
-        path, state = tmp_path / "memory", written(2, 3)
-        state.save(path)
-        self.load(path)
-        tamper(path, **change(state))
-        with pytest.raises(ValueError, match=f"^{re.escape(f'memory file {path} is refused: {why}.')}$"):
-            self.load(path)
+    def test_metadata(self, tmp_path, metadata, why):
+        self.refuse(tmp_path / "memory", why, {"metadata": metadata})
 
     @pytest.mark.parametrize("metadata", [{"labels": "[["}, {"noise": "small"}, {"max_items": "many"}, {"noise": ""}])
     def test_unreadable_metadata(self, tmp_path, metadata):
         written().save(tmp_path / "memory")
-        tamper(tmp_path / "memory", metadata=metadata)
+        tamper(tmp_path / "memory", metadata)
         with pytest.raises(ValueError, match=r"is refused: its metadata cannot be read \(.+\)\.$"):
             self.load(tmp_path / "memory")
 
+    def test_other_tensors(self, tmp_path):
+        expected = f"expected {', '.join(self.NAMES)}"
+        fewer = ", ".join(name for name in self.NAMES if name != "times")
+        self.refuse(tmp_path / "memory", f"its tensors are {fewer}, {expected}", {"drop": "times"})
+        more = ", ".join([*self.NAMES, "zebra"])
+        self.refuse(tmp_path / "memory", f"its tensors are {more}, {expected}", {"zebra": torch.ones(1)})
+
     @pytest.mark.parametrize(
-        "items, cap, why",
+        "name, damage, why",
         [
-            (3, 2, "a row holds 3 items, at most 2 fit"),
-            (9, 2, "it holds 9 places, more than a memory of 2 items needs"),
+            ("mean", lambda x: x.float(), "mean is F32 (2, 16, 8), expected F64 (2, 16, 8)"),
+            ("uids", lambda x: x.int(), "uids is I32 (2, 3), expected I64 (2, 3)"),
+            ("active", lambda x: x.long(), "active is I64 (2, 3), expected BOOL (2, 3)"),
+            ("covariance", lambda x: x[:, 1:], "covariance is F64 (2, 15, 16), expected F64 (2, 16, 16)"),
+            ("log_det", lambda x: x[:1], "log_det is F64 (1,), expected F64 (2,)"),
+            ("token_ids", lambda x: x[..., 1:], "token_ids is I64 (2, 3, 4), expected I64 (2, 3, 5)"),
+            ("addresses", lambda x: x[0, 0, 0], "mean is F64 (2, 16, 8), expected F64 (0, 16, 8)"),
+            ("contents", lambda x: spoil(x, torch.nan), "contents has values that are not finite"),
+            ("mean", lambda x: spoil(x, torch.nan), "mean has values that are not finite"),
+            ("times", lambda x: spoil(x, torch.inf), "times has values that are not finite"),
+            ("addresses", lambda x: spoil(x, 0.9), "an address is not of unit length"),
+            ("addresses", lambda x: 2 * x, "an address is not of unit length"),
+            ("addresses", lambda x: -x, "its receipts do not give its mean"),
+            ("contents", lambda x: -x, "its receipts do not give its mean"),
+            ("active", lambda x: spoil(x, False), "its receipts do not give its mean"),
+            ("mean", lambda x: spoil(x, x[0, 0, 0] + 1e-3), "its receipts do not give its mean"),
+            ("covariance", lambda x: 0.99 * x, "its receipts do not give its covariance"),
+            ("covariance", lambda x: -x, "its receipts do not give its covariance"),
+            ("log_det", lambda x: x + 1e-3, "its receipts do not give its log_det"),
         ],
     )
-    def test_too_many_items(self, tmp_path, items, cap, why):
-        written(1, items).save(tmp_path / "memory")
-        with pytest.raises(ValueError, match=f"is refused: {why}\\.$"):
-            self.load(tmp_path / "memory", new_state(max_items=cap))
+    def test_tensors(self, tmp_path, name, damage, why):
+        self.refuse(tmp_path / "memory", why, {name: damage(getattr(written(2, 3), name))})
+
+    def test_too_many_items(self, tmp_path):
+        self.refuse(tmp_path / "memory", "a row holds 3 items, at most 2 fit", {}, max_items=2)
+        written(1, 9).save(path := tmp_path / "memory")
+        with refused(f"memory file {path} is refused: it holds 9 places, more than a memory of 2 items needs."):
+            self.load(path, max_items=2)
 
 
 def fact(inputs, row):
@@ -824,22 +751,6 @@ class TestVerbs:
             assert getattr(other, name).equal(getattr(state, name)), name
 
     @torch.no_grad()
-    def test_keys(self, model):
-        """Of a row's pictures, their mean; of its words where it has none."""
-        P, words = [IMAGE_ID] * 5, [20, 21, 22]
-        rows = [[1] * 10 + words, [1] * 5 + P + words, P + P + words]
-        ids, pictures = torch.tensor(rows), torch.randn(3, 3, 32, 32)
-        features = model.get_image_features(pictures).last_hidden_state
-        got = model.model.get_memory_keys(ids, (ids != 1).long(), features)
-        image, memory = model.model.memory.image_keys(features, 1), model.model.memory
-        embeddings = model.get_input_embeddings()(torch.tensor([words]))
-        text = memory.text_keys(embeddings, torch.ones(1, 3).bool())
-        expected = torch.stack([text[0], image[0], F.normalize(image[1] + image[2], dim=-1)])
-        torch.testing.assert_close(got, expected, **CLOSE)
-        text_only = model.model.get_memory_keys(torch.tensor([words]), None, None)
-        torch.testing.assert_close(text_only, text, **CLOSE)
-
-    @torch.no_grad()
     def test_read(self, model):
         facts = tiny_inputs(3, 10)
         apart = model.write_memory(model.new_memory(3), **facts)
@@ -854,35 +765,6 @@ class TestVerbs:
         assert not torch.allclose(own.logits, model(**facts).logits, atol=1e-2)
         off = model(**facts, memory=apart, memory_gate="off").logits
         torch.testing.assert_close(off, model(**facts).logits, **CLOSE)
-
-    def test_gates(self):
-        model, inputs = memory_model(), tiny_inputs(3, 10)
-        features = model.get_image_features(inputs["pixel_values"]).last_hidden_state
-        keys = model.model.get_memory_keys(inputs["input_ids"], None, features)
-        state = model.write_memory(model.new_memory(3), **inputs).forget(0, row=1)
-        read = lambda gate, memory=state: model.model.read_memory(memory, keys, gate)  # noqa: E731
-        off = -math.inf
-        assert read("on").log_gate.tolist() == [0, off, 0]  # what is empty says nothing
-        assert read("off").log_gate.tolist() == read(torch.zeros(3)).log_gate.tolist() == [off] * 3
-        assert read(torch.tensor([True, True, False])).log_gate.tolist() == [0, off, off]
-        torch.testing.assert_close(read(torch.tensor([0.25, 1, 1])).log_gate[0].exp().item(), 0.25)
-        assert read("on", model.new_memory()).log_gate.tolist() == [off] * 3
-        probability = read("auto").scope_logits.sigmoid()
-        for threshold in (0.5 * probability[0].item(), 0.5 + 0.5 * probability[0].item()):
-            model.config.memory_config.scope_threshold = threshold
-            assert read("auto").log_gate[0].item() == (0 if probability[0] >= threshold else off)
-        assert read("on").key_values.shape == (3, 2, 2, 2, 6, 8)
-        for gate, message in (
-            (torch.ones(2), "memory_gate has the shape (2,), expected (3,)."),
-            (torch.tensor([0, 1, 1.5]), "memory_gate must lie between 0 and 1."),
-            (torch.tensor([0, 1, torch.nan]), "memory_gate must lie between 0 and 1."),
-            ("maybe", "memory_gate must be 'auto', 'on', 'off' or a tensor, got 'maybe'."),
-        ):
-            with refused(message, state):
-                read(gate)
-        model.train()
-        soft = read("auto")
-        torch.testing.assert_close(soft.log_gate[[0, 2]], F.logsigmoid(soft.scope_logits[[0, 2]]))
 
     @torch.no_grad()
     def test_forgotten_is_as_never_written(self, model):
@@ -907,27 +789,13 @@ class TestVerbs:
         text_only = words["input_ids"][words["input_ids"] != IMAGE_ID][None]
         assert model.edit_memory(state, 1, text_only).mean.equal(got.mean)
 
-    def test_describe(self, model):
-        state = model.write_memory(**tiny_inputs(2, 3), labels=["cat", ""])
-        lines = state.describe().splitlines()
-        assert lines[0] == "memory: 2 items of at most 64"
-        assert re.fullmatch(r"  0\. 'cat': 4 tokens \(written \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\)", lines[1])
-        assert lines[2].startswith("  1. 4 tokens (written ")
-        ids = tiny_inputs(2, 3)["input_ids"]
-        words = " ".join(str(i) for i in ids[0].tolist() if i != IMAGE_ID)
-        spell = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-        assert f"  0. 'cat': '{words} 0' (written" in state.describe(spell)
-
     @pytest.mark.parametrize(
         "inputs, message",
         [
-            ({"input_ids": torch.full((2, 5), IMAGE_ID), "attention_mask": None}, "row 0 has no words"),
-            ({"attention_mask": (tiny_inputs(2, 10)["input_ids"] == IMAGE_ID).long()}, "row 0 has no words"),
-            ({"input_ids": torch.full((2, 15), 9)}, f"row 0 has 0 {NOT_A_FACT}"),
-            (
-                {"input_ids": tiny_inputs(2, 10, pictures=2)["input_ids"], "attention_mask": None},
-                f"row 0 has 2 {NOT_A_FACT}",
-            ),
+            ({"input_ids": torch.full((2, 15), IMAGE_ID)}, "row 0 has no words: " + FACT),
+            ({"attention_mask": torch.zeros(2, 15)}, "row 0 has no words: " + FACT),
+            ({"input_ids": torch.full((2, 15), 9)}, "row 0 has 0 pictures: " + FACT),
+            ({"input_ids": torch.tensor([[*[IMAGE_ID] * 10, *range(5, 10)]] * 2)}, "row 0 has 2 pictures: " + FACT),
             ({"pixel_values": None}, "the text has placeholders, but there are no pictures: give pixel_values."),
             ({"pixel_values": torch.ones(3, 3, 32, 32)}, "The text has placeholders for 2 pictures, 3 were given."),
             (tiny_inputs(2, 16), "row 0 has 16 tokens of words, at most 15 can be stored."),
@@ -936,8 +804,6 @@ class TestVerbs:
         ],
     )
     def test_what_is_no_fact(self, model, inputs, message):
-        if message.endswith("no words"):
-            message += ": a fact to write is one picture and its words."
         memory = model.write_memory(model.new_memory(2), **tiny_inputs(2, 15))  # 15 words and their end just fit
         with refused(message, memory):
             model.write_memory(memory, **(tiny_inputs(2, 10) | inputs))
@@ -952,10 +818,8 @@ class TestVerbs:
             ("item 0 is not in the memory, which holds 0.", lambda: model.forget(model.new_memory(), 0)),
             ("'cat' is not in the memory.", lambda: model.edit_memory(state, "cat", ids[:1, :9])),
             ("an item is edited to one sentence, got 2.", lambda: model.edit_memory(state, 0, ids)),
-            (
-                "row 0 has 16 tokens of words, at most 15 can be stored.",
-                lambda: model.edit_memory(state, 0, ids[:1]),
-            ),
+            ("row 0 has 16 tokens of words, at most 15 can be stored.", lambda: model.edit_memory(state, 0, ids[:1])),
+            ("row 0 has no words: " + FACT, lambda: model.edit_memory(state, 0, torch.tensor([[0, IMAGE_ID]]))),
         ):
             with refused(message, state):
                 verb()
@@ -963,7 +827,7 @@ class TestVerbs:
     def test_full(self):
         model, facts = memory_model(max_items=2), tiny_inputs(2, 10)
         state = model.write_memory(**facts)
-        with refused("the memory is full: 3 items, at most 2 fit. Nothing was written.", state):
+        with refused(FULL.format(3, 2), state):
             model.write_memory(state, **fact(facts, 0))
         assert model.edit_memory(state, 0, facts["input_ids"][:1]).counts.tolist() == [2]
         assert model.write_memory(model.forget(state, 0), **fact(facts, 0)).counts.tolist() == [2]
@@ -981,34 +845,19 @@ class TestVerbs:
         nudge(other, "memory.reference")
         state, own, theirs = other.write_memory(**facts), model.memory_fingerprint(), other.memory_fingerprint()
         assert own != theirs
+        message = f"the memory was written by another model: its fingerprint is {theirs}, this model's {own}."
         for verb in (
             lambda: model.write_memory(state, **facts),
             lambda: model.forget(state, 0),
             lambda: model.edit_memory(state, 0, facts["input_ids"][:1]),
-            lambda: model(**facts, memory=state),
-            lambda: model.generate(**facts, memory=state, max_new_tokens=1),
         ):
-            with refused(
-                f"the memory was written by another model: its fingerprint is {theirs}, this model's {own}.", state
-            ):
+            with refused(message, state):
                 verb()
         state.save(path := tmp_path / "memory")
         assert_same_state(other.load_memory(path), state)
-        with refused(
-            f"memory file {path} is refused: it was written by another model (fingerprint {theirs}, "
-            f"this model's is {own})."
-        ):
+        why = f"it was written by another model (fingerprint {theirs}, this model's is {own})"
+        with refused(f"memory file {path} is refused: {why}."):
             model.load_memory(path)
-
-    def test_batch_of_another_size(self, model):
-        facts, memory = tiny_inputs(2, 10), model.new_memory(3)
-        for verb in (
-            lambda: model.write_memory(memory, **facts),
-            lambda: model(**facts, memory=memory),
-            lambda: model.generate(**facts, memory=memory, max_new_tokens=1),
-        ):
-            with refused("the memory has 3 rows, the batch 2: they must agree, or be one.", memory):
-                verb()
 
     def test_model_without_memory(self, model, tmp_path):
         plain, facts = tiny_model(), tiny_inputs(2, 10)
@@ -1019,8 +868,6 @@ class TestVerbs:
             lambda: plain.forget(state, 0),
             lambda: plain.edit_memory(state, 0, facts["input_ids"][:1]),
             lambda: plain.load_memory(tmp_path / "memory"),
-            lambda: plain(**facts, memory=state),
-            lambda: plain.generate(**facts, memory=state, max_new_tokens=1),
         ):
             with refused(NO_MEMORY, state):
                 verb()
@@ -1031,22 +878,10 @@ class TestFingerprint:
         model = memory_model()
         seen = [model.memory_fingerprint()]
         assert re.fullmatch("[0-9a-f]{32}", seen[0]) and memory_model().memory_fingerprint() == seen[0]
-        for name in (
-            "language_model.layers.0.mlp.up_proj.weight",
-            "language_model.norm.weight",
-            "memory_projection.up.weight",
-            "scope.out.weight",
-            "adapter.fc1.weight",
-        ):
+        for name in ("language_model.layers.0.mlp.up_proj.weight", "memory_projection.up.weight", "scope.out.weight"):
             nudge(model, name)
             assert model.memory_fingerprint() == seen[0], name
-        for name in (
-            "memory.reference",
-            "memory.key_encoder.feature_mean",
-            "memory.content_encoder.slot_queries",
-            "language_model.embed_tokens.weight",
-            "vision_tower.timm_model.patch_embed.proj.weight",
-        ):
+        for name in ("memory.reference", "memory.key_encoder.feature_mean", "language_model.embed_tokens.weight"):
             nudge(model, name)
             assert model.memory_fingerprint() not in seen, name
             seen.append(model.memory_fingerprint())
@@ -1063,9 +898,10 @@ class TestFingerprint:
         loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
         assert loaded.dtype == dtype and loaded.memory_fingerprint() == model.memory_fingerprint()
 
-    def test_version_of_transformers_does_not_count(self, model, monkeypatch):
+    def test_version_of_transformers_does_not_count(self, monkeypatch):
+        before = memory_model().memory_fingerprint()
         monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0.0")
-        assert memory_model().memory_fingerprint() == model.memory_fingerprint()
+        assert memory_model().memory_fingerprint() == before
 
 
 class TestCorners:
@@ -1109,19 +945,13 @@ class TestCorners:
         state.save(tmp_path / "memory")
         assert_same_state(MemoryState.load(tmp_path / "memory", new_state(max_items=2)), state)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda s: {name: getattr(s, name)[:0] for name in MemoryState.TENSORS} | {"metadata": {"labels": "[]"}},
-            lambda s: {"metadata": {"labels": "[" * 100_000}},
-        ],
-    )
-    def test_hostile_files(self, tmp_path, change):
-        state = written()
-        state.save(tmp_path / "memory")
-        tamper(tmp_path / "memory", **change(state))
+    @pytest.mark.parametrize("rows, labels", [(0, "[]"), (1, "[" * 100_000)])
+    def test_hostile_files(self, tmp_path, rows, labels):
+        state, path = written(), tmp_path / "memory"
+        state.save(path)
+        tamper(path, {"labels": labels}, **{name: getattr(state, name)[:rows] for name in MemoryState.TENSORS})
         with pytest.raises(ValueError, match="is refused: "):
-            MemoryState.load(tmp_path / "memory", new_state())
+            MemoryState.load(path, new_state())
 
     @pytest.mark.parametrize("time", [-1e18, 1e300])
     def test_impossible_times(self, tmp_path, time):
