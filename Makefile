@@ -30,6 +30,7 @@ bench: $(VENV)/.ready  ## the tables of docs/architecture.md and README.md
 	$(PY) benchmarks/overhead.py
 	$(PY) benchmarks/memory_overhead.py
 	$(PY) benchmarks/memory_drift.py
+	$(PY) -m pip install --quiet --editable ".[bench]"
 	$(PY) benchmarks/memory_recall.py
 
 clean:

@@ -476,6 +476,8 @@ class EpisodeCollator(FeatureCollator):
         self.pooled, self.captions, self.concepts = pooled, captions, concepts
         self.groups, self.sizes, self.max_tokens, self.key_pairs = groups, sizes, max_tokens, key_pairs
         self.shares = shares or {"view": 0.5, "style": 0.1, "text": 0.1, "new": 0.3}
+        if set(self.shares) != {"view", "style", "text", "new"}:
+            raise ValueError(f"shares must be of view, style, text and new, got {', '.join(self.shares)}.")
         self.names, self.seed = make_names(names), seed
         words = {word for caption in captions for word in caption_noun(caption).split()}
         self.vocabulary = sorted(words | {name.lower() for name in self.names[: len(words) // 2]})
@@ -520,6 +522,10 @@ class EpisodeCollator(FeatureCollator):
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         own = [row["feature_row"] for row in rows]
+        if len(own) % self.groups:
+            raise ValueError(
+                f"a batch of {len(own)} rows does not divide into {self.groups} groups: set dataloader_drop_last."
+            )
         draw = random.Random(zlib.crc32(f"{self.seed} {int(self.counts[2])} {own}".encode()))
         views, n, G = len(self.features), len(self.captions), self.groups
         low, high = (math.log(s) for s in self.sizes)
@@ -546,10 +552,9 @@ class EpisodeCollator(FeatureCollator):
                 if kind == "new" and len(store) < size and draw.random() < 0.5 and self.concepts[other] not in told:
                     store[other] = self._fact(other, draw)
             asked = {self.concepts[i] for _, i in plan}
-            while len(store) < min(size, n // 2):
-                other = draw.randrange(n)
-                if other not in store and self.concepts[other] not in asked:
-                    store[other] = self._fact(other, draw)
+            rest = [i for i in range(n) if i not in store and self.concepts[i] not in asked]
+            for i in draw.sample(rest, min(len(rest), max(0, size - len(store)))):
+                store[i] = self._fact(i, draw)
             order = list(store)
             draw.shuffle(order)
             supports.append([(i, draw.randrange(views), store[i]) for i in order])

@@ -115,10 +115,10 @@ def direct_write(mean, covariance, log_det, addresses, contents, noise, active=N
     return mean, covariance, log_det
 
 
-def memory_kl(mean, covariance, log_det, prior_variance: float = 1.0) -> torch.Tensor:
-    """KL of the matrix-normal posterior N(mean, covariance x I_Z) from the prior N(0, prior_variance I x I_Z), divided by K Z.
+def memory_kl(mean, covariance, log_det) -> torch.Tensor:
+    """KL of the matrix-normal posterior N(mean, covariance x I_Z) from the prior N(0, I x I_Z), divided by K Z.
 
-        KL = (Z tr(Sigma) / p + |M|^2 / p - K Z + Z (K log p - log det Sigma)) / 2
+        KL = (Z tr(Sigma) + |M|^2 - K Z - Z log det Sigma) / 2
 
     The seed's formula has C on the square term only; the trace and the log-determinant count once per content column.
 
@@ -128,14 +128,14 @@ def memory_kl(mean, covariance, log_det, prior_variance: float = 1.0) -> torch.T
     K, Z = mean.shape[1:]
     trace = torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1)
     square = mean.square().sum((1, 2))
-    log_ratio = K * math.log(prior_variance) - log_det
-    return ((Z * trace + square) / prior_variance - K * Z + Z * log_ratio) / (2 * K * Z)
+    return (Z * trace + square - K * Z - Z * log_det) / (2 * K * Z)
 
 
 def address_kl(address: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """KL of the address posterior from its prior, the seed's formula for u = sqrt(K) w with a standard normal prior, divided by K.
 
-    A unit address has entries of size 1 / sqrt(K); scaled by sqrt(K) they have the unit size the standard normal expects.
+    A unit address has entries of size 1 / sqrt(K); scaled by sqrt(K) they have the unit size the standard normal expects. As the length
+    is fixed, the term in the mean is a constant: what is learned from it is the variance.
 
     Args:
         address: means w (..., K).
@@ -373,7 +373,21 @@ class MemoryState:
         fullest = int((self.counts + active.sum(1)).max())
         if fullest > self.max_items:
             raise ValueError(f"the memory is full: {fullest} items, at most {self.max_items} fit. Nothing was written.")
-        addresses, contents = addresses.float(), contents.float()
+        labels = labels or [[""] * N for _ in range(R)]
+        if [len(names) for names in labels] != [N] * R or not all(
+            isinstance(x, str) for names in labels for x in names
+        ):
+            raise ValueError(f"labels must be {R} lists of {N} texts.")
+        if token_ids is None:
+            token_ids = self.token_ids.new_full((R, N, self.token_ids.shape[2]), -1)
+        if token_ids.shape != (R, N, self.token_ids.shape[2]):
+            raise ValueError(
+                f"token_ids must have the shape {(R, N, self.token_ids.shape[2])}, got {tuple(token_ids.shape)}."
+            )
+        # a place left out keeps nothing
+        addresses, contents = (t.float().masked_fill(~active.unsqueeze(-1), 0) for t in (addresses, contents))
+        token_ids = token_ids.to(self.device).masked_fill(~active.unsqueeze(-1), -1)
+        labels = [[x if on else "" for x, on in zip(*row)] for row in zip(labels, active.tolist())]
         w, z = (t.to(self.mean.dtype) for t in observed or (addresses, contents))
         if method not in ("sequential", "direct"):
             raise ValueError(f"write method {method!r} is not one of sequential, direct.")
@@ -388,11 +402,7 @@ class MemoryState:
                     )
         uids = torch.tensor([[uuid.uuid4().int >> 65 for _ in range(N)] for _ in range(R)], dtype=torch.long)
         now = torch.full((R, N), time.time(), dtype=torch.float64)
-        labels = labels or [[""] * N for _ in range(R)]
-        if [len(names) for names in labels] != [N] * R:
-            raise ValueError(f"labels must be {R} lists of {N} texts.")
-        if token_ids is None:
-            token_ids = self.token_ids.new_full((R, N, self.token_ids.shape[2]), -1)
+        uids, now = uids.to(self.device), now.to(self.device)
         return replace(
             self,
             mean=mean,
@@ -401,9 +411,9 @@ class MemoryState:
             addresses=torch.cat([self.addresses, addresses], 1),
             contents=torch.cat([self.contents, contents], 1),
             active=torch.cat([self.active, active], 1),
-            uids=torch.cat([self.uids, uids.view(R, N).to(self.device)], 1),
-            times=torch.cat([self.times, now.to(self.device)], 1),
-            token_ids=torch.cat([self.token_ids, token_ids.to(self.device)], 1),
+            uids=torch.cat([self.uids, uids.view(R, N) * active], 1),
+            times=torch.cat([self.times, now * active], 1),
+            token_ids=torch.cat([self.token_ids, token_ids], 1),
             labels=[[*old, *new] for old, new in zip(self.labels, labels, strict=True)],
         )
 
@@ -413,7 +423,8 @@ class MemoryState:
         sign = torch.zeros(self.num_rows, dtype=self.mean.dtype, device=self.device)
         sign[row] = -1
         w, z = (t[:, place].to(self.mean.dtype) for t in (self.addresses, self.contents))
-        mean, covariance, log_det = sherman_morrison(*self._posterior(), w, z, self.noise, sign)
+        with no_autocast(w):
+            mean, covariance, log_det = sherman_morrison(*self._posterior(), w, z, self.noise, sign)
         receipts = {name: getattr(self, name).clone() for name in self.TENSORS[3:]}
         for name, receipt in receipts.items():  # nothing of it stays, even where another row still uses the place
             receipt[row, place] = -1 if name == "token_ids" else 0
@@ -431,7 +442,7 @@ class MemoryState:
         self,
         item: int | str,
         content: torch.Tensor,
-        label: str = "",
+        label: str | None = None,
         row: int | None = None,
         token_ids: torch.Tensor | None = None,
     ) -> "MemoryState":
@@ -444,6 +455,7 @@ class MemoryState:
         active[row] = True
         addresses = self.addresses[:, place : place + 1]
         number = self._places(row).index(place)
+        label = self.labels[row][place] if label is None else label
         labels = [[label if r == row else ""] for r in range(R)]
         if token_ids is not None:
             token_ids = token_ids.view(1, 1, -1).expand(R, -1, -1)
@@ -559,7 +571,7 @@ class MemoryState:
             "direct",
             token_ids=other.token_ids,
         )
-        state.uids[:, N:], state.times[:, N:] = uids, other.times.to(self.device)
+        state.uids[:, N:], state.times[:, N:] = uids * active, other.times.to(self.device) * active
         return state._compact()
 
     # ---- files
@@ -659,6 +671,8 @@ class MemoryState:
             raise refuse(f"its labels are not {R} lists of {N} texts")
         if noise != expected.noise:
             raise refuse(f"its observation noise is {noise}, this model's is {expected.noise}")
+        if not bool(((tensors["token_ids"] >= -1) & (tensors["token_ids"] < 2**31)).all()):
+            raise refuse("it has impossible token ids")
         if not bool(((tensors["times"] >= 0) & (tensors["times"] < LATEST_TIME)).all()):
             raise refuse("an item was written at an impossible time")
         if (most := int(tensors["active"].sum(1).max())) > expected.max_items or max_items < most:
@@ -724,7 +738,7 @@ class MemoryKeyEncoder(nn.Module):
 
 
 class MemoryContentEncoder(nn.Module):
-    """Token embeddings (N, L, D) with mask (N, L) -> content (N, S, C), every slot of unit length or zero.
+    """Token embeddings (N, L, D) with mask (N, L) -> content (N, S, C), every slot a mean of unit vectors.
 
     S learned queries pool the raw embeddings; a bias on the position starts slot s at token s, and the projection starts as the
     identity where the widths allow: what the decoder reads back are words it knows. One pooled vector for the whole sentence taught a
@@ -843,6 +857,8 @@ class EpisodicMemory(nn.Module):
 
         In training the address is a sample (learned log-variance) and the content carries observation noise; in eval both are exact.
         """
+        if self.order is not None and active is not None and not bool(active.all()):
+            raise ValueError("with ordering='lstm' every row's episode must be of the same length.")
         addresses = self.address(self.ordered(keys))
         observed = None
         if self.training:
@@ -952,8 +968,8 @@ class MemoryReadout:
         log_gate: added to the attention scores of the memory tokens, (B,): 0 is on, -inf off.
         scope_logits: of ScopeNet, (B,).
         content: read-out (B, S, C).
-        address: (B, K).
-        read: the raw read.
+        address: of the query, (B, K).
+        memory_kl, address_kl: means over rows, ().
     """
 
     key_values: torch.Tensor

@@ -720,7 +720,9 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             ValueError: placeholders and pictures do not match, `use_fusion` on a model built without the block, or a memory of
                 another model or of another number of rows.
         """
-        if memory is not None and memory_readout is None:
+        if memory is not None and memory_readout is not None:
+            raise ValueError("You cannot specify both memory and memory_readout at the same time")
+        if memory is not None:
             memory_readout, mm_encoder_outputs = self._read(
                 memory,
                 memory_gate,
@@ -800,12 +802,12 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         tensors = {f"{part}.{n}": t for part, m in modules.items() for n, t in m.state_dict(keep_vars=True).items()}
         tensors["embeddings"] = self.get_input_embeddings().weight
         fields = tuple((name, getattr(self.config.memory_config, name)) for name in FINGERPRINT_FIELDS)
-        key = fields, tuple((t.data_ptr(), t._version) for t in tensors.values())
+        key = fields, tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors.values())
         if getattr(self, "_fingerprint", (None,))[0] != key:
             digest = hashlib.sha256(repr(fields).encode())
             for name in sorted(tensors):
-                value = tensors[name].detach().float().cpu().contiguous()  # the same in bfloat16 and float32
-                digest.update(name.encode() + value.numpy().tobytes())
+                value = tensors[name].detach().to(torch.bfloat16).cpu().contiguous()  # the same in both widths
+                digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
             self._fingerprint = key, digest.hexdigest()[:32]
         return self._fingerprint[1]
 
@@ -950,10 +952,10 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         item: int | str,
         input_ids: torch.LongTensor,
         row: int | None = None,
-        label: str = "",
+        label: str | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> MemoryState:
-        """`memory` with other words (1, T) under the address of `item`.
+        """`memory` with other words (1, T) under the address of `item`, which keeps its label unless another is given.
 
         Raises:
             ValueError: as `write_memory` and `forget`.

@@ -24,6 +24,12 @@ from caption import load
 from processing_microvlm import open_picture
 
 ROOT = Path(__file__).resolve().parent
+COMMANDS = {  # how many words, and what they are
+    "add": ((2,), "a picture and a sentence"),
+    "ask": (range(1, 1_000_000), "pictures"),
+    "list": ((0,), "nothing"),
+    "forget": ((1,), "a number or a sentence"),
+}
 DEMO = (("swan.png", "This is Bimo the swan."), ("robot.png", "This is Kesora the robot."))
 
 
@@ -41,12 +47,17 @@ def ask(model, processor, memory, pictures: list[str]) -> list[tuple[str, float 
     for path in pictures:
         pixel_values = processor.image_processor([open_picture(path)], return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(model.device, model.dtype)
-        prompt = model.default_prompt(1)
-        scope = None
+        prompt, scope = model.default_prompt(1), None
+        image = model.get_image_features(pixel_values, return_dict=True)  # once, for scope and caption
         if memory is not None:
-            scope = float(model(input_ids=prompt, pixel_values=pixel_values, memory=memory).scope_probability)
+            keys = model.model.get_memory_keys(prompt, None, image.last_hidden_state)
+            scope = float(model.model.read_memory(memory, keys).scope_logits.sigmoid())
         ids = model.generate(
-            input_ids=prompt, pixel_values=pixel_values, memory=memory, max_new_tokens=32, do_sample=False
+            input_ids=prompt,
+            mm_encoder_outputs={"image": image},
+            memory=memory,
+            max_new_tokens=32,
+            do_sample=False,
         )
         answers.append((processor.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip(), scope))
     return answers
@@ -76,18 +87,16 @@ def demo(model, processor) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="memory file, or the word demo")
-    commands = parser.add_subparsers(dest="command")
-    writing = commands.add_parser("add", help="store a sentence about a picture")
-    writing.add_argument("picture")
-    writing.add_argument("sentence")
-    commands.add_parser("ask", help="caption pictures").add_argument("pictures", nargs="+")
-    commands.add_parser("list", help="what is stored")
-    commands.add_parser("forget", help="take a fact out again").add_argument("item", help="its number or sentence")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS))
+    parser.add_argument("words", nargs="*", help="; ".join(f"{name}: {what}" for name, (_, what) in COMMANDS.items()))
     parser.add_argument("--model", default=str(ROOT), help="checkpoint folder or Hub id")
     parser.add_argument("--revision", default="main")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if (options.file == "demo") == bool(options.command):
         parser.error("give a memory file and add, ask, list or forget; or the word demo alone")
+    words = options.words
+    if options.command and len(words) not in COMMANDS[options.command][0]:
+        parser.error(f"{options.command} takes {COMMANDS[options.command][1]}, got {len(words)} words")
 
     try:
         model, processor = load(options.model, options.revision)
@@ -98,12 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command != "add" or os.path.exists(options.file):
             memory = model.load_memory(options.file)
         if options.command == "add":
-            memory = add(model, processor, memory, options.picture, options.sentence)
+            memory = add(model, processor, memory, *words)
         elif options.command == "forget":
-            item = int(options.item) if options.item.isdigit() else options.item
-            memory = model.forget(memory, item)
+            memory = model.forget(memory, int(words[0]) if words[0].isdigit() else words[0])
         elif options.command == "ask":
-            show(options.pictures, ask(model, processor, memory, options.pictures))
+            show(words, ask(model, processor, memory, words))
             return 0
         if options.command != "list":
             memory.save(options.file)

@@ -145,8 +145,8 @@ def change_config(config, values: dict[str, Any]):
         *parents, leaf = name.split(".")
         section = changed
         for parent in parents:
-            section = section.get(parent, {})
-        if leaf not in section:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or leaf not in section:
             raise ValueError(f"config: the model has no {name!r}.")
         section[leaf] = value
     return type(config).from_dict(changed)
@@ -266,15 +266,18 @@ class MicroVLMTrainer(Trainer):
                 kwargs["mm_encoder_outputs"] = {"image": features}
         if model.training:
             kwargs |= {"use_cache": False} | labelled_logits(inputs["labels"])
-        outputs = model(**inputs, **kwargs)
+        speaks = not model.training or align or self.loss_weights.get("lm", 1.0)  # else only the memory's own losses
+        outputs = model(**inputs, **kwargs) if speaks else None
         # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all
         # ranks. Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that
         # is a mean over its own micro-batch has to be divided by their number, or it would count that often.
         shared = num_items_in_batch is not None
         steps = self.current_gradient_accumulation_steps if model.training and shared else 1
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices and shared else 1
-        parts = {"lm": outputs.loss * ranks}
-        loss = self.loss_weights.get("lm", 1.0) * parts["lm"]
+        parts, loss = {}, 0.0
+        if speaks:
+            parts["lm"] = outputs.loss * ranks
+            loss = self.loss_weights.get("lm", 1.0) * parts["lm"]
         if align:
             alignment = self.accelerator.unwrap_model(model).alignment_loss(outputs)
             if alignment is not None:
@@ -387,6 +390,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = readable
         collator = FeatureCollator(features, processor, prompt)
     if data.get("episodes"):
+        if "concept" not in rows.column_names:
+            raise ValueError("data.episodes needs a column `concept`: which pictures show the same thing.")
         skip = model.model.vision_tower.timm_model.num_prefix_tokens
         pool = model.model.memory.key_encoder.pool
         pooled = torch.stack([torch.cat([pool(part, skip) for part in view.split(512)]) for view in features])

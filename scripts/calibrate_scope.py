@@ -31,7 +31,10 @@ def scores(bench: Bench, size: int, memories: int) -> tuple[torch.Tensor, torch.
         stored = set().union(*(bench.words[i] for i in pictures))
         unrelated = [i for i in range(len(bench.captions)) if not bench.words[i] & stored]
         positive.append(bench.scope(1, pictures, memory))
-        negative.append(bench.scope(0, unrelated, memory))
+        if unrelated:
+            negative.append(bench.scope(0, unrelated, memory))
+    if not negative:
+        raise ValueError(f"no picture is unrelated to {size} facts: give more pictures.")
     return torch.cat(positive), torch.cat(negative)
 
 
@@ -41,7 +44,7 @@ def lowest_threshold(negatives: list[torch.Tensor], false_alarms: float) -> floa
     for negative in negatives:
         allowed = int(false_alarms * len(negative))
         highest = max(highest, float(negative.sort(descending=True).values[min(allowed, len(negative) - 1)]))
-    return min(max(highest + 1e-4, 0.01), 0.99)
+    return min(max(highest + 1e-4, 1e-4), 1 - 1e-4)
 
 
 def main() -> None:

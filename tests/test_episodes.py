@@ -2,13 +2,13 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT
-from PIL import Image
 from safetensors.torch import load_file
 from toy_data import pairs, png, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
 
@@ -25,7 +25,9 @@ MEMORY = {
     "num_slots": 16,
     "code_size": 32,
     "num_memory_tokens": 24,
+    "num_content_slots": 24,
     "max_content_tokens": 40,
+    "max_items": 64,
     "key_hidden_size": 32,
     "scope_hidden_size": 16,
 }
@@ -189,8 +191,6 @@ def test_a_run_teaches_every_part_and_resumes(run, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["use_memory"] and config["memory_config"]["num_slots"] == 16
     (tmp_path / "out" / "model.safetensors").unlink()
-    import shutil
-
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     train_hf.main([write_recipe(tmp_path, run), "--resume"])
     again = load_file(tmp_path / "out" / "model.safetensors")
@@ -220,8 +220,7 @@ def test_episodes_need_kept_features(run, tmp_path):
 
 def test_memory_losses_against_their_definition():
     model = toy_model(use_memory=True, memory_config=MEMORY).train()
-    for module in (model.model.memory,):
-        module.eval()  # no draws: the reference below has none
+    model.model.memory.eval()  # no draws: the reference below has none
     batch = collator(shares={"view": 0.5, "style": 0.0, "text": 0.0, "new": 0.5})(batch_rows())
     episode = {name: batch[name] for name in train_hf.EPISODE_INPUTS}
     readout, losses = model.memory_losses(
@@ -236,9 +235,16 @@ def test_memory_losses_against_their_definition():
     cosine = (read * targets).sum(1) / read.norm(dim=1) / targets.norm(dim=1)
     assert losses["reconstruction"].item() == pytest.approx((1 - cosine).mean().item(), abs=1e-5)
     keys = memory.address(memory.key_encoder(batch["key_features"])).double()
-    scores = keys[0] @ keys[1].T / model.config.alignment_config.temperature
-    info = -(scores.log_softmax(0).diagonal().mean() + scores.log_softmax(1).diagonal().mean()) / 2
-    assert losses["key"].item() > info.item() - 1e-4  # the words' share comes on top
+    tokens, table = batch["key_tokens"], model.get_input_embeddings().weight.double()
+    means = torch.stack([table[row[row >= 0]].mean(0) for row in tokens]).float()
+    words = memory.address(memory.key_encoder.embed_text(means)).double()
+
+    def info_nce(a, b):
+        scores = a @ b.T / model.config.alignment_config.temperature
+        return -(scores.log_softmax(0).diagonal().mean() + scores.log_softmax(1).diagonal().mean()) / 2
+
+    wanted = info_nce(keys[0], keys[1]) + 0.5 * info_nce(keys[0], words)
+    assert losses["key"].item() == pytest.approx(wanted.item(), rel=1e-4)
     soft = torch.nn.functional.logsigmoid(readout.scope_logits)
     hard = torch.where(known, 0.0, -math.inf)
     assert ((readout.log_gate == soft) | (readout.log_gate == hard)).all()
@@ -271,6 +277,15 @@ def test_the_benchmark_runs_and_counts(tmp_path):
         assert all(0 <= share <= 1 for share in result[kind].values())
     memory = bench.teach([[0, 3], [1, 6]], [["one.", "two."], ["three.", "four."]])
     assert memory.labels == [["one.", "two."], ["three.", "four."]]
+    assert not {name for kind in bench.names.values() for name in kind} & {"Red", "Blue", "This", "The"}
+    mute = bench.answers
+    bench.answers = lambda view, indices, *args, **kwargs: ["This is Kesora." for _ in indices]  # whatever is asked
+    half = memory_recall.forget_half(bench, bench.teach([[0, 3]], [["a", "b"]]), [[0, 3]], [["Kesora", "Bimo"]], 4)
+    assert half == {"forget": {"forgotten": 1.0, "kept": 0.0, "kept_before": 0.0}}
+    bench.plain = dict.fromkeys(range(8), "This is Kesora.")
+    said = memory_recall.negatives(bench, bench.teach([[0]], [["a"]]), [[0]], [["Kesora"]], None, [0], 4)["unrelated"]
+    assert (said["false_recall"], said["unchanged"]) == (1.0, 1.0) and said["pictures"] > 0
+    bench.answers = mute
     report = memory_recall.report([result], {"write": 1.0})
     assert "| 2 | seen |" in report and "Milliseconds" in report
 
@@ -313,4 +328,12 @@ def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, wo
     names = {"file": file, "missing": tmp_path / "missing.png", "picture": tmp_path / "0.png"}
     assert shop(*(w.format(**names) for w in words)) == 1
     assert message in capsys.readouterr().err and file.read_bytes() == before
-    assert Image.open(tmp_path / "0.png").size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "words", [("facts.safetensors",), ("demo", "list"), ("facts.safetensors", "forget"), ("f", "add", "p")]
+)
+def test_teach_with_wrong_arguments(words):
+    with pytest.raises(SystemExit) as error:
+        teach.main(list(words))
+    assert error.value.code == 2
