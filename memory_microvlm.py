@@ -442,7 +442,7 @@ class MemoryState:
         self,
         item: int | str,
         content: torch.Tensor,
-        label: str | None = None,
+        label: str = "",
         row: int | None = None,
         token_ids: torch.Tensor | None = None,
     ) -> "MemoryState":
@@ -455,7 +455,6 @@ class MemoryState:
         active[row] = True
         addresses = self.addresses[:, place : place + 1]
         number = self._places(row).index(place)
-        label = self.labels[row][place] if label is None else label
         labels = [[label if r == row else ""] for r in range(R)]
         if token_ids is not None:
             token_ids = token_ids.view(1, 1, -1).expand(R, -1, -1)

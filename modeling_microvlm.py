@@ -952,10 +952,10 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         item: int | str,
         input_ids: torch.LongTensor,
         row: int | None = None,
-        label: str | None = None,
+        label: str = "",
         attention_mask: torch.Tensor | None = None,
     ) -> MemoryState:
-        """`memory` with other words (1, T) under the address of `item`, which keeps its label unless another is given.
+        """`memory` with other words (1, T) under the address of `item`, whose label, made for the old ones, goes.
 
         Raises:
             ValueError: as `write_memory` and `forget`.

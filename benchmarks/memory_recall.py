@@ -251,7 +251,7 @@ def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new")) -> dic
             result |= negatives(bench, memory, pictures, names, rows, asked, queries)
             result |= forget_half(bench, memory, pictures, names, queries)
             result |= in_prompt(bench, pictures, facts, places, wanted)
-            result["bytes"] = memory.num_bytes | {"retrieval": retrieval_bytes(bench, facts[0])}
+            result["bytes"] = memory.select([0]).num_bytes | {"retrieval": retrieval_bytes(bench, facts[0])}
     return result
 
 

@@ -670,7 +670,7 @@ class TestFiles:
             ("covariance", lambda x: x[:, 1:], "covariance is F64 (2, 15, 16), expected F64 (2, 16, 16)"),
             ("log_det", lambda x: x[:1], "log_det is F64 (1,), expected F64 (2,)"),
             ("token_ids", lambda x: x[..., 1:], "token_ids is I64 (2, 3, 4), expected I64 (2, 3, 5)"),
-            ("addresses", lambda x: x[0, 0, 0], "mean is F64 (2, 16, 8), expected F64 (0, 16, 8)"),
+            ("addresses", lambda x: x[0, 0, 0], "it has no rows"),
             ("contents", lambda x: spoil(x, torch.nan), "contents has values that are not finite"),
             ("mean", lambda x: spoil(x, torch.nan), "mean has values that are not finite"),
             ("times", lambda x: spoil(x, torch.inf), "times has values that are not finite"),
@@ -888,7 +888,7 @@ class TestFingerprint:
     def test_dtype_does_not_count(self):
         model = memory_model().bfloat16()
         rounded = model.memory_fingerprint()
-        assert model.float().memory_fingerprint() == rounded != memory_model().memory_fingerprint()
+        assert model.float().memory_fingerprint() == rounded == memory_model().memory_fingerprint()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_survives_saving(self, tmp_path, dtype):

@@ -115,12 +115,12 @@ def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.
     [
         (
             {"modle": "x", "colour": 1},
-            "unknown key in {path}: colour, modle. Known: attn_implementation, calibration_rows, compile, data, "
+            "unknown key in {path}: colour, modle. Known: attn_implementation, calibration_rows, compile, config, data, "
             "learning_rates, loss_weights, model, optimizer, revision, trainable, training.",
         ),
         (
             {"data": {"train": "d", "validate": "v"}},
-            "unknown key in data: validate. Known: augmentation, exclude_copyleft, format, image_size, limit, "
+            "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, format, image_size, limit, "
             "max_unreadable_share, train, validation, vision_cache.",
         ),
         ({"optimizer": "sgd"}, "optimizer 'sgd' is not muon; others go by training.optim."),
@@ -128,7 +128,10 @@ def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.
             {"data": {"train": "d", "vision_cache": {"views": 2, "path": "p"}}},
             "data.vision_cache takes views and folder, got path, views.",
         ),
-        ({"loss_weights": {"lm": 1, "kl": 2}}, "unknown key in loss_weights: kl. Known: align, lm."),
+        (
+            {"loss_weights": {"lm": 1, "kl": 2}},
+            "unknown key in loss_weights: kl. Known: address_kl, align, key, lm, memory_kl, reconstruction, scope.",
+        ),
         ({"data": {"validation": "v"}}, "{path} has no data.train: the training data."),
     ],
 )
