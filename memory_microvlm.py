@@ -791,18 +791,38 @@ class EpisodicMemory(nn.Module):
         """
         config = self.config
         with no_autocast(keys):
-            k, reference = keys.float(), self.reference.float()
+            k = keys.float()
             if config.addressing == "gaussian":
+                reference = self.reference.float()
                 distance = k.square().sum(-1, keepdim=True) - 2 * k @ reference.mT + reference.square().sum(-1)
                 w = (-distance / (2 * config.address_temperature**2)).softmax(-1)
-            elif config.addressing == "ben_cohen":
-                w = k @ ben_cohen_inverse(reference, config.ben_cohen_steps)
             else:
-                gram = reference @ reference.mT
-                gram = gram + config.address_ridge * torch.eye(len(gram), device=k.device)
-                right = (k @ reference.mT).reshape(-1, len(gram)).mT
-                w = torch.cholesky_solve(right, torch.linalg.cholesky(gram)).mT.reshape(*k.shape[:-1], -1)
+                w = k @ self.inverse()
             return F.normalize(w, dim=-1)
+
+    def inverse(self) -> torch.Tensor:
+        """The pseudo-inverse of M_ref, (C, K) float32; where no gradient is wanted, computed once for the same M_ref."""
+        reference, config = self.reference, self.config
+        version = None if reference.is_inference() else reference._version
+        key = (
+            config.addressing,
+            config.address_ridge,
+            config.ben_cohen_steps,
+            reference.data_ptr(),
+            version,
+            reference.device,
+        )
+        if not torch.is_grad_enabled() and getattr(self, "_inverse", (None,))[0] == key:
+            return self._inverse[1]
+        a = reference.float()
+        if config.addressing == "ben_cohen":
+            inverse = ben_cohen_inverse(a, config.ben_cohen_steps)
+        else:
+            gram = a @ a.mT + config.address_ridge * torch.eye(len(a), device=a.device)
+            inverse = torch.cholesky_solve(a, torch.linalg.cholesky(gram)).mT
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._inverse = key, inverse
+        return inverse
 
     def ordered(self, keys: torch.Tensor) -> torch.Tensor:
         """Keys (R, E, C) of one episode per row, with what the bidirectional LSTM says of their order, when there is one.

@@ -581,13 +581,16 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             keys = sums if keys is None else torch.where((per_row > 0).unsqueeze(1), sums, keys)
         return keys
 
-    def read_memory(self, memory: MemoryState, keys: torch.Tensor, gate: str | torch.Tensor = "auto") -> MemoryReadout:
+    def read_memory(
+        self, memory: MemoryState, keys: torch.Tensor, gate: str | torch.Tensor = "auto", kl: bool = True
+    ) -> MemoryReadout:
         """What `memory` adds to a forward pass of B rows with keys (B, C).
 
         Args:
             memory: R rows; every B / R neighbouring keys ask one of them.
             gate: `auto` (ScopeNet: soft in training, hard by the config's threshold in eval), `on`, `off`, or per row (B,), boolean or
                 a weight in [0, 1].
+            kl: also compute the two KL terms, which generation does without.
         """
         R, B = memory.num_rows, len(keys)
         read, addresses = self.memory.read(memory, keys.view(R, B // R, -1))
@@ -616,8 +619,8 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             scope_logits=scope,
             content=content.view(B, self.config.memory_config.num_content_slots, -1),
             address=addresses.flatten(0, 1),
-            memory_kl=memory.kl().mean().float().to(scope.device),
-            address_kl=address_kl(addresses, self.memory.address_log_variance.float()).mean(),
+            memory_kl=memory.kl().mean().float().to(scope.device) if kl else None,
+            address_kl=address_kl(addresses, self.memory.address_log_variance.float()).mean() if kl else None,
         )
 
     def get_alignment(
@@ -838,7 +841,9 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             return (mm_encoder_outputs or {}).get("image")
         return self.get_image_features(pixel_values, output_attentions=output_attentions, return_dict=True)
 
-    def _read(self, memory, gate, input_ids, attention_mask, pixel_values, mm_encoder_outputs, output_attentions=None):
+    def _read(
+        self, memory, gate, input_ids, attention_mask, pixel_values, mm_encoder_outputs, output_attentions=None, kl=True
+    ):
         """The read-out for a batch, and its encoded pictures, so that the vision tower runs once."""
         self._need_memory()
         if input_ids is None:
@@ -849,7 +854,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         image = self._image(pixel_values, mm_encoder_outputs, output_attentions)
         features = None if image is None else image.last_hidden_state
         keys = self.model.get_memory_keys(input_ids, attention_mask, features)
-        readout = self.model.read_memory(memory, keys, gate)
+        readout = self.model.read_memory(memory, keys, gate, kl)
         return readout, mm_encoder_outputs if image is None else {"image": image}
 
     @torch.no_grad()
@@ -1046,6 +1051,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
                 kwargs.get("attention_mask"),
                 pixel_values,
                 kwargs.get("mm_encoder_outputs"),
+                kl=False,
             )
             if encoded is not None:
                 kwargs["mm_encoder_outputs"] = encoded

@@ -37,7 +37,7 @@ def measure(config: str, repeats: int) -> dict[str, float]:
     written = model.write_memory(memory, input_ids=ids, mm_encoder_outputs=encoded)
     parts = {
         "prefill": forward,
-        "read": lambda: model.model.read_memory(memory, keys(), "on"),
+        "read": lambda: model.model.read_memory(memory, keys(), "on", kl=False),
         "prefill with memory": lambda: forward(memory_readout=readout),
         "write": lambda: model.write_memory(memory, input_ids=ids, mm_encoder_outputs=encoded),
         "forget": lambda: model.forget(written, K),
