@@ -625,3 +625,27 @@ def test_compiled_static_cache_equals_eager(model, inputs, memory, gate):
         got = tokens(model, inputs, cache_implementation="static", compile_config=compile_config, **kwargs)
         assert got.equal(expected)
         assert hasattr(model, "_compiled_call")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_content_slots": 1},
+        {"kv_rank": 4},
+        {"addressing": "gaussian"},
+        {"ordering": "lstm"},
+        {"scope_context": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_form_of_memory_writes_reads_and_decodes(change):
+    model, inputs = tiny_model(use_memory=True, memory_config=MEMORY | change), tiny_inputs(2, 8)
+    memory = model.write_memory(**inputs)
+    config = model.config.memory_config
+    assert memory.mean.shape == (1, config.num_slots, config.num_content_slots * config.code_size)
+    with torch.no_grad():
+        on, off = (model(**inputs, memory=memory, memory_gate=gate).logits for gate in ("on", "off"))
+        uncached = model(**inputs, memory=memory, memory_gate="on", use_cache=False).logits
+        less = model(**inputs, memory=model.forget(model.forget(memory, 1), 0), memory_gate="on").logits
+    assert (on - off).abs().max() > 1e-3 and torch.equal(less, off)
+    torch.testing.assert_close(uncached, on)
