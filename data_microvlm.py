@@ -136,6 +136,11 @@ def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
         raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {error}") from error
 
 
+def text_ids(tokenizer, text: str | list[str]) -> list:
+    """Token ids of a text, or of several; one that says "<image>" is text: as the placeholder it would ask for another picture."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 class CaptionCollator:
     """Rows -> batch: `<prompt with the picture><caption><eos>`, loss on the caption and the end only.
 
@@ -213,8 +218,7 @@ class CaptionCollator:
         if not pairs:
             raise RuntimeError(f"none of the {len(rows)} rows of a batch can be read.")
         tokenizer = self.processor.tokenizer
-        # a caption that says "<image>" is text: as the placeholder it would ask for another picture
-        captions = tokenizer([c for _, c in pairs], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        captions = text_ids(tokenizer, [c for _, c in pairs])
         answers = [ids + [tokenizer.eos_token_id] for ids in captions]
         batch = self._sequences([self.prompt_ids] * len(answers), answers)
         return batch | self.pictures([picture for picture, _ in pairs])
@@ -500,7 +504,7 @@ class EpisodeCollator(FeatureCollator):
         return nearest
 
     def _tokens(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return text_ids(self.processor.tokenizer, text)
 
     def _fact(self, row: int, draw: random.Random) -> list[int]:
         """Tokens of a fact about a row, with the end token.

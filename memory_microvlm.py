@@ -102,7 +102,6 @@ def direct_write(mean, covariance, log_det, addresses, contents, noise, active=N
     """
     if active is not None:  # an observation at address zero changes nothing
         addresses = addresses * active.unsqueeze(-1)
-        contents = contents * active.unsqueeze(-1)
     w_sigma = addresses @ covariance  # (R, N, K)
     gram = w_sigma @ addresses.mT + noise * torch.eye(addresses.shape[1], dtype=mean.dtype, device=mean.device)
     factor = torch.linalg.cholesky(gram)

@@ -35,7 +35,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data_microvlm import FACTS, QUESTIONS, caption_noun, decode_row, load_rows, make_names, picture_augmentation  # noqa: E402
+from data_microvlm import (  # noqa: E402
+    FACTS,
+    QUESTIONS,
+    caption_noun,
+    decode_row,
+    load_rows,
+    make_names,
+    picture_augmentation,
+    text_ids,
+)
 from evaluate_hf import normalise, word_f1  # noqa: E402
 
 STOPWORDS = set("a an the of with and in on to for from at by is 3d model picture".split())
@@ -120,16 +129,10 @@ class Bench:
         return {"image": self.features_class(last_hidden_state=features, pooler_output=tuple(prefix))}
 
     def tokens(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return text_ids(self.processor.tokenizer, text)
 
     def pad(self, lines: list[list[int]]) -> dict[str, torch.Tensor]:
-        length = max(map(len, lines))
-        ids = torch.full((len(lines), length), self.processor.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, line in enumerate(lines):
-            ids[row, length - len(line) :] = torch.tensor(line)
-            mask[row, length - len(line) :] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        return self.processor.tokenizer.pad({"input_ids": lines}, return_tensors="pt")
 
     @torch.inference_mode()
     def answers(self, view: int | None, indices: list[int], prompts=None, memory=None, rows=None) -> list[str]:

@@ -8,7 +8,6 @@ with any of them. The threshold is the lowest at which no number of facts up to 
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from memory_recall import Bench, auroc, equal_error_rate, table  # noqa: E402
 
+from caption import replacing  # noqa: E402
 from data_microvlm import load_rows  # noqa: E402
 
 
@@ -73,9 +73,8 @@ def main() -> None:
     path = Path(options.checkpoint) / "config.json"
     config = json.loads(path.read_text())
     config["memory_config"]["scope_threshold"] = round(threshold, 4)
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(part, path)
+    with replacing(str(path), "w") as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

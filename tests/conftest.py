@@ -76,6 +76,24 @@ def tiny_model(text: str = "qwen2", **kwargs) -> MicroVLMForConditionalGeneratio
     return model
 
 
+def outspoken_model(text: str, **kwargs) -> MicroVLMForConditionalGeneration:
+    """A model whose words depend on the picture and on all that was said, and which never stops by itself."""
+    model = tiny_model(text, **kwargs)
+    model.generation_config.eos_token_id = None
+    pictures = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features, adapter = model.get_image_features(pictures).last_hidden_state, model.model.adapter
+        adapter.calibrate(features[:, 1:])
+        adapter.query_tokens.mul_(0.2)
+        if model.model.memory is not None:
+            key_encoder = model.model.memory.key_encoder
+            key_encoder.calibrate(key_encoder.pool(features, 1))
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+            layer.self_attn.o_proj.weight.mul_(3)
+    return model
+
+
 def tiny_inputs(rows: int = 2, length: int = 12, pictures: int = 1, seed: int = 0) -> dict:
     """Rows of `pictures` pictures and some text; no padding."""
     g = torch.Generator().manual_seed(seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE_ID, VOCAB, tiny_inputs, tiny_model
+from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_inputs
 from transformers import CompileConfig, DynamicCache, TextStreamer
 from transformers.cache_utils import StaticCache
 
@@ -11,24 +11,9 @@ GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": PAD}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def build(text_type: str):
-    """A model whose words depend on the picture and on all that was said, and which never stops by itself."""
-    model = tiny_model(text_type)
-    model.generation_config.eos_token_id = None
-    pictures = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        adapter = model.model.adapter
-        adapter.calibrate(model.get_image_features(pictures).last_hidden_state[:, 1:])
-        adapter.query_tokens.mul_(0.2)
-        for layer in model.model.language_model.layers:
-            layer.self_attn.q_proj.weight.mul_(6)
-            layer.self_attn.o_proj.weight.mul_(3)
-    return model
-
-
 @pytest.fixture
 def model(text_type):
-    return build(text_type)
+    return outspoken_model(text_type)
 
 
 def text_row(length: int, seed: int) -> list[int]:
@@ -157,7 +142,7 @@ class TestAgreement:
 
     @pytest.mark.parametrize("same", [True, False])
     def test_assistant_model_equals_greedy(self, model, text_type, same):
-        inputs, assistant = tiny_inputs(1), model if same else build("llama")
+        inputs, assistant = tiny_inputs(1), model if same else outspoken_model("llama")
         kwargs = {"max_new_tokens": 12}
         expected = new_tokens(model, inputs, **kwargs)
         assert new_tokens(model, inputs, assistant_model=assistant, **kwargs) == expected
@@ -277,7 +262,7 @@ class TestOutputs:
         assert len(runs[0]) == 4 and len(set(map(tuple, runs[0]))) > 1
 
     def test_sampling_follows_the_logits(self):
-        model = build("qwen2")
+        model = outspoken_model("qwen2")
         inputs = tiny_inputs(1)
         torch.manual_seed(0)
         kwargs = {"do_sample": True, "top_k": 0, "num_return_sequences": 2000, "max_new_tokens": 1}
@@ -335,7 +320,7 @@ class TestOutputs:
 
 @pytest.mark.slow
 def test_compiled_static_cache_equals_eager(text_type):
-    model = build(text_type)
+    model = outspoken_model(text_type)
     compile_config = CompileConfig(fullgraph=True)
     compile_config._compile_all_devices = True  # generate() compiles on accelerators only, unless told
     torch.compiler.reset()

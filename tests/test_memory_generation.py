@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import IMAGE_ID, VOCAB, tiny_config, tiny_inputs, tiny_model
+from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_config, tiny_inputs, tiny_model
 from microvlm.cache_microvlm import MemoryCache
 from microvlm.memory_microvlm import MemoryState
 from peft import LoraConfig, get_peft_model
@@ -24,20 +24,8 @@ one_text_type = pytest.mark.parametrize("text_type", ["qwen2"])
 
 
 def build(text_type: str, **kwargs):
-    """A model whose words depend on pictures, prompt and memory, and which never stops by itself."""
-    model = tiny_model(text_type, **({"use_memory": True, "memory_config": MEMORY} | kwargs))
-    model.generation_config.eos_token_id = None
-    pictures = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        features = model.get_image_features(pictures).last_hidden_state
-        adapter, key_encoder = model.model.adapter, model.model.memory.key_encoder
-        adapter.calibrate(features[:, 1:])
-        adapter.query_tokens.mul_(0.2)
-        key_encoder.calibrate(key_encoder.pool(features, 1))
-        for layer in model.model.language_model.layers:
-            layer.self_attn.q_proj.weight.mul_(6)
-            layer.self_attn.o_proj.weight.mul_(3)
-    return model
+    """An outspoken model with a memory."""
+    return outspoken_model(text_type, **({"use_memory": True, "memory_config": MEMORY} | kwargs))
 
 
 @pytest.fixture
