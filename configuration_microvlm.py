@@ -52,17 +52,21 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
         max_items: most items a memory may hold; default 4 K.
         key_hidden_size: hidden width of the key encoder.
         key_dropout: on the standardised vision features of a key, training only.
+        gray_weight: of the picture's grey copy in the key under which it is stored; 0 for the picture alone.
         addressing: `pseudoinverse` (ridge by Cholesky), `ben_cohen` (the seed's iteration) or `gaussian` (softmax of distances).
         address_ridge: lambda of the pseudo-inverse.
         address_temperature: tau of the Gaussian address.
         ben_cohen_steps: of the iteration.
         write_method: `sequential` (Sherman-Morrison) or `direct`; the same posterior.
         observation_noise: variance of the observation noise, against a prior variance of 1.
+        read_sharpness: draws the address of a query to the nearest stored ones before content is read; 0 for the linear read.
         ordering: `lstm` for a bidirectional LSTM over the keys of an episode, or None.
         kv_rank: rank of the map from a read-out to keys and values; None for full rank.
         scope_hidden_size: hidden width of ScopeNet.
         scope_context: ScopeNet sees the key, besides what the read says.
-        scope_threshold: probability from which the memory is used, chosen on validation data.
+        scope_threshold: probability from which the memory is used, chosen on validation data: one for all, or pairs
+            [facts, probability] in rising order of facts.
+        word_threshold: the same for questions in words; default: `scope_threshold`.
     """
 
     model_type = "microvlm_memory"
@@ -76,17 +80,20 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
     max_items: int | None = None
     key_hidden_size: int = 512
     key_dropout: float = 0.2
+    gray_weight: float = 0.5
     addressing: str = "pseudoinverse"
     address_ridge: float = 1e-3
     address_temperature: float = 0.25
     ben_cohen_steps: int = 30
     write_method: str = "sequential"
-    observation_noise: float = 0.1
+    observation_noise: float = 0.01
+    read_sharpness: float = 40.0
     ordering: str | None = None
     kv_rank: int | None = None
     scope_hidden_size: int = 256
     scope_context: bool = True
-    scope_threshold: float = 0.5
+    scope_threshold: float | list = 0.5
+    word_threshold: float | list | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -108,8 +115,29 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
             )
         if not self.observation_noise > 0:
             raise ValueError(f"memory_config.observation_noise must be positive, got {self.observation_noise}.")
-        if not 0 < self.scope_threshold < 1:
-            raise ValueError(f"memory_config.scope_threshold must be between 0 and 1, got {self.scope_threshold}.")
+        if not self.gray_weight >= 0:
+            raise ValueError(f"memory_config.gray_weight must not be negative, got {self.gray_weight}.")
+        if not self.read_sharpness >= 0:
+            raise ValueError(f"memory_config.read_sharpness must not be negative, got {self.read_sharpness}.")
+        if self.word_threshold is None:
+            self.word_threshold = self.scope_threshold
+        self._check_threshold("scope_threshold")
+        self._check_threshold("word_threshold")
+
+    def _check_threshold(self, name: str):
+        threshold = getattr(self, name)
+        if isinstance(threshold, list):
+            if not threshold or any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in threshold):
+                raise ValueError(
+                    f"memory_config.{name} must be a number or pairs [facts, probability], got {threshold}."
+                )
+            facts, values = zip(*threshold)
+            if facts[0] < 0 or any(a >= b for a, b in zip(facts, facts[1:])):
+                raise ValueError(f"memory_config.{name} must be in rising order of facts, got {threshold}.")
+        else:
+            values = [threshold]
+        if not all(0 < value < 1 for value in values):
+            raise ValueError(f"memory_config.{name} must be between 0 and 1, got {threshold}.")
 
 
 class MicroVLMAlignmentConfig(PreTrainedConfig):

@@ -232,7 +232,7 @@ class CaptionCollator:
         attention_mask = torch.zeros(len(lines), length, dtype=torch.long)
         for i, (line, answer) in enumerate(zip(lines, answers, strict=True)):
             input_ids[i, length - len(line) :] = torch.tensor(line)
-            labels[i, length - len(answer) :] = torch.tensor(answer)
+            labels[i, length - len(answer) :] = torch.tensor(answer, dtype=torch.long)
             attention_mask[i, length - len(line) :] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
@@ -402,6 +402,11 @@ def picture_augmentation(degrees: float = 10, shift: float = 0.1, scale: float =
     return augment
 
 
+def gray_copy(x: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W) without their colours, in the same shape."""
+    return x.mean(1, keepdim=True).expand_as(x).contiguous()
+
+
 # ------------------------------------------------------------------------------------------------------ episodes for the memory
 
 ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr kr sh st th tr".split()
@@ -444,16 +449,18 @@ class EpisodeCollator(FeatureCollator):
 
     A batch has `groups` memories. Each stores a fact per support picture ("This is Bimo the penguin."), the name drawn at random every
     time, so that no name can settle in the weights. The group's rows ask for them: `view` another view of a stored picture, `style` a
-    picture of the same concept in another style, `text` a question without picture, or `new` a picture that was not stored, with the
-    nearest look-alike of it stored for half of them. The answer is the stored sentence, or the caption where nothing was stored.
+    picture of the same concept in another style, `text` a question in words, `new` a picture that was not stored, with the nearest
+    look-alike of it stored for half of them, or `unknown` a question in words about one. The answer is the stored sentence, or the caption
+    where nothing was stored; an unknown question has none, ScopeNet alone learns from it.
 
     Args:
         features: (views, rows, tokens, width), as in `FeatureCollator`.
         pooled: key features of the same pictures (views, rows, 2 x width).
+        gray: key features of their grey copies (rows, 2 x width), or None.
         captions, concepts: of all rows of `features`.
         groups: memories per batch.
         sizes: smallest and largest number of facts in a memory; drawn evenly on a logarithmic scale.
-        shares: of the kinds of query, `view`, `style`, `text`, `new`.
+        shares: of the kinds of query, `view`, `style`, `text`, `new`, `unknown`.
         names: how many made-up names there are in training.
         max_tokens: longest fact, in tokens with its end.
         key_pairs: pictures per batch for the contrastive loss of the keys, two views each.
@@ -464,6 +471,7 @@ class EpisodeCollator(FeatureCollator):
         self,
         features: torch.Tensor,
         pooled: torch.Tensor,
+        gray: torch.Tensor | None,
         captions: list[str],
         concepts: list[str],
         processor,
@@ -477,14 +485,17 @@ class EpisodeCollator(FeatureCollator):
         seed: int = 0,
     ):
         super().__init__(features, processor, prompt_ids)
-        self.pooled, self.captions, self.concepts = pooled, captions, concepts
+        self.pooled, self.gray, self.captions, self.concepts = pooled, gray, captions, concepts
         self.groups, self.sizes, self.max_tokens, self.key_pairs = groups, sizes, max_tokens, key_pairs
-        self.shares = shares or {"view": 0.5, "style": 0.1, "text": 0.1, "new": 0.3}
-        if set(self.shares) != {"view", "style", "text", "new"}:
-            raise ValueError(f"shares must be of view, style, text and new, got {', '.join(self.shares)}.")
+        self.shares = shares or {"view": 0.45, "style": 0.1, "text": 0.1, "new": 0.3, "unknown": 0.05}
+        if set(self.shares) != {"view", "style", "text", "new", "unknown"}:
+            raise ValueError(f"shares must be of view, style, text, new and unknown, got {', '.join(self.shares)}.")
         self.names, self.seed = make_names(names), seed
         words = {word for caption in captions for word in caption_noun(caption).split()}
         self.vocabulary = sorted(words | {name.lower() for name in self.names[: len(words) // 2]})
+        tokens = [t for t in processor.tokenizer.get_vocab() if t.lstrip("Ġ▁").isascii() and t.lstrip("Ġ▁").isalpha()]
+        self.starts = sorted(t[1:] for t in tokens if t[0] in "Ġ▁")
+        self.endings = sorted(t for t in tokens if t[0] not in "Ġ▁")
         self.mates = defaultdict(list)
         for i, concept in enumerate(concepts):
             self.mates[concept].append(i)
@@ -506,23 +517,35 @@ class EpisodeCollator(FeatureCollator):
     def _tokens(self, text: str) -> list[int]:
         return text_ids(self.processor.tokenizer, text)
 
-    def _fact(self, row: int, draw: random.Random) -> list[int]:
-        """Tokens of a fact about a row, with the end token.
+    def _fact(self, row: int, draw: random.Random) -> tuple[list[int], str]:
+        """Tokens of a fact about a row, with the end token, and the noun it uses.
 
-        Half of the facts call the picture what it is; the others by a noun of another picture or by a few random words, so that the
-        decoder has to read the noun too instead of looking at the picture. Too long for the memory, a noun lends only its last words.
+        Four facts in ten call the picture what it is; the others by a noun of another picture, a few random words or words made of random
+        tokens, so that the decoder has to read the noun too instead of looking at the picture, and learns to repeat any token. Too
+        long for the memory, a noun lends only its last words.
         """
         noun, name, form = caption_noun(self.captions[row]).split(), draw.choice(self.names), draw.choice(FACTS)
         kind = draw.random()
-        if kind > 0.75:
+        if kind > 0.8 and self.starts and self.endings:
+            parts = [draw.choice((0, 1, 1, 2, 3)) for _ in range(draw.choice((1, 1, 2, 3)))]
+            noun = [draw.choice(self.starts) + "".join(draw.choices(self.endings, k=k)) for k in parts]
+        elif kind > 0.6:
             noun = [draw.choice(self.vocabulary) for _ in range(draw.choice((1, 1, 2, 3)))]
-        elif kind > 0.5:
+        elif kind > 0.4:
             noun = caption_noun(draw.choice(self.captions)).split()
         while True:
             ids = [*self._tokens(form.format(name=name, noun=" ".join(noun))), self.processor.tokenizer.eos_token_id]
             if len(ids) <= self.max_tokens or len(noun) == 1:
-                return ids[: self.max_tokens]
+                return ids[: self.max_tokens], " ".join(noun)
             noun = noun[1:]
+
+    def sentences(self) -> list[list[int]]:
+        """Tokens of a fact and of a question about every picture, their forms by turns."""
+        out = []
+        for i, caption in enumerate(self.captions):
+            words = {"noun": caption_noun(caption), "name": self.names[i % len(self.names)]}
+            out += [self._tokens(forms[i % len(forms)].format(**words)) for forms in (FACTS, QUESTIONS)]
+        return out
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         own = [row["feature_row"] for row in rows]
@@ -538,22 +561,28 @@ class EpisodeCollator(FeatureCollator):
         for group in range(G):
             members = own[group * len(own) // G : (group + 1) * len(own) // G]
             size = round(math.exp(draw.uniform(low, high)))
-            store: dict[int, list[int]] = {}  # row -> fact
+            store: dict[int, tuple[list[int], str]] = {}  # row -> fact and its noun
             plan = []
             for i in members:
                 kind = draw.choices(list(self.shares), list(self.shares.values()))[0]
                 if kind == "style" and len(self.mates[self.concepts[i]]) < 2:
                     kind = "view"
-                if kind != "new" and len(store) >= size and i not in store:  # no room: ask for what is there
+                written = kind not in ("new", "unknown")
+                if written and len(store) >= size and i not in store:  # no room: ask for what is there
                     i = draw.choice(list(store))
                     kind = "view" if kind == "style" else kind
-                if kind != "new" and i not in store:
+                if written and i not in store:
                     store[i] = self._fact(i, draw)
                 plan.append((kind, i))
             told = {self.concepts[i] for i in store}
             for kind, i in plan:  # a new picture's look-alike, of a concept no other query asks for
                 other = draw.choice(self.lookalikes[i])
-                if kind == "new" and len(store) < size and draw.random() < 0.5 and self.concepts[other] not in told:
+                if (
+                    kind in ("new", "unknown")
+                    and len(store) < size
+                    and draw.random() < 0.5
+                    and self.concepts[other] not in told
+                ):
                     store[other] = self._fact(other, draw)
             asked = {self.concepts[i] for _, i in plan}
             rest = [i for i in range(n) if i not in store and self.concepts[i] not in asked]
@@ -561,22 +590,27 @@ class EpisodeCollator(FeatureCollator):
                 store[i] = self._fact(i, draw)
             order = list(store)
             draw.shuffle(order)
-            supports.append([(i, draw.randrange(views), store[i]) for i in order])
+            supports.append([(i, draw.randrange(views), store[i][0]) for i in order])
+            nouns = {noun.lower() for _, noun in store.values()}
             for kind, i in plan:
-                if kind == "new" and self.concepts[i] in {self.concepts[j] for j in store}:
-                    kind, i = "view", next(j for j in store if self.concepts[j] == self.concepts[i])
+                if kind in ("new", "unknown") and self.concepts[i] in {self.concepts[j] for j in store}:
+                    kind = "view" if kind == "new" else "text"
+                    i = next(j for j in store if self.concepts[j] == self.concepts[i])
+                if kind == "unknown" and caption_noun(self.captions[i]).lower() in nouns:  # a fact has borrowed it
+                    kind = "new"
                 picture = i
                 if kind == "style":
                     others = [j for j in self.mates[self.concepts[i]] if j != i and j not in store]
                     picture = draw.choice(others) if others else i
-                if kind == "text":
-                    question = draw.choice(QUESTIONS).format(noun=caption_noun(self.captions[i]))
+                if kind in ("text", "unknown"):
+                    noun = store[i][1] if kind == "text" else caption_noun(self.captions[i])
+                    question = draw.choice(QUESTIONS).format(noun=noun)
                     prompts.append([user, *self._tokens(question), assistant])
                 else:
                     prompts.append(prompt)
                     pictures.append((draw.randrange(views), picture))
                 caption = [*self._tokens(self.captions[i]), self.processor.tokenizer.eos_token_id]
-                answers.append(caption if kind == "new" else store[i])
+                answers.append(store[i][0] if i in store else [] if kind == "unknown" else caption)
                 kinds.append(list(self.shares).index(kind))
         batch = self._sequences(prompts, answers)
         widest = max(map(len, supports))
@@ -589,27 +623,29 @@ class EpisodeCollator(FeatureCollator):
                 place[group, k] = torch.tensor([view, i])
                 tokens[group, k, : len(fact)] = torch.tensor(fact)
                 active[group, k] = True
-        for row, (answer, kind) in enumerate(zip(answers, kinds, strict=True)):
-            if list(self.shares)[kind] != "new":
+        known = [list(self.shares)[kind] not in ("new", "unknown") for kind in kinds]
+        for row, answer in enumerate(answers):
+            if known[row]:
                 target[row, : len(answer)] = torch.tensor(answer)
         index = torch.tensor(pictures, dtype=torch.long).view(-1, 2)
         batch["vision_features"] = self.features[index[:, 0], index[:, 1]]
-        batch["support_features"] = self.pooled[place[..., 0], place[..., 1]]
+        written = [self.pooled[place[..., 0], place[..., 1]]]
+        if self.gray is not None:
+            written.append(self.gray[place[..., 1]])
+        batch["support_features"] = torch.stack(written, 2)
         batch |= {"support_tokens": tokens, "support_active": active, "target_tokens": target}
-        batch["known"] = torch.tensor([list(self.shares)[kind] != "new" for kind in kinds])
+        batch["known"] = torch.tensor(known)
         return batch | self._key_batch(draw)
 
     def _key_batch(self, draw: random.Random) -> dict[str, torch.Tensor]:
-        """Two views, or for one in ten two styles, of pictures of different concepts, and their captions."""
+        """Two views, or for one in ten two styles, of pictures of different concepts, and the first one's grey copies."""
         concepts = draw.sample(sorted(self.mates), min(self.key_pairs, len(self.mates)))
         first = [draw.choice(self.mates[c]) for c in concepts]
         second = [
             draw.choice(self.mates[c]) if draw.random() < 0.1 else i for i, c in zip(first, concepts, strict=True)
         ]
         view = lambda: torch.tensor([draw.randrange(len(self.pooled)) for _ in first])  # noqa: E731
-        texts = [self._tokens(caption_noun(self.captions[i]))[: self.max_tokens] for i in first]
-        tokens = torch.full((len(texts), self.max_tokens), -1)
-        for row, ids in enumerate(texts):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-        features = torch.stack([self.pooled[view(), torch.tensor(i)] for i in (first, second)])
-        return {"key_features": features, "key_tokens": tokens}
+        features = [self.pooled[view(), torch.tensor(i)] for i in (first, second)]
+        if self.gray is not None:
+            features.append(self.gray[first])
+        return {"key_features": torch.stack(features)}

@@ -32,8 +32,9 @@ from torch import nn
 from .configuration_microvlm import MicroVLMMemoryConfig
 
 FORMAT, FORMAT_VERSION = "microvlm-memory", "1"
-NUM_SCOPE_STATISTICS = 8
+NUM_SCOPE_STATISTICS = 9
 LATEST_TIME = 253402300800.0  # the year 10000
+WORD_SHARPNESS = 40.0  # of the address of a question in words
 MAX_FILE_ITEMS = 1_000_000  # a file that claims more is refused before anything is allocated
 
 
@@ -172,14 +173,30 @@ class MemoryRead:
     Args:
         content: read-out w M, (R, Q, Z).
         variance: predictive variance w Sigma w^T, (R, Q); 1 where nothing was written, near 0 on a written address.
-        coefficients: share of every stored item in the read-out, w Sigma W^T / noise, (R, Q, N); 0 on empty places.
-        statistics: what ScopeNet sees, (R, Q, 8).
+        coefficients: share of every stored item in the read-out, a Sigma W^T / noise for the address a read at, (R, Q, N); 0 on
+            empty places.
+        statistics: what ScopeNet sees, (R, Q, 9).
     """
 
     content: torch.Tensor
     variance: torch.Tensor
     coefficients: torch.Tensor
     statistics: torch.Tensor
+
+
+@dataclass
+class MemoryQuery:
+    """What B rows ask a memory by: their pictures, or their words where a row has no picture.
+
+    Args:
+        keys: of the pictures, (B, C), unit length; zero where a row has none.
+        words: of the rows without picture, in the space of contents, unit length, (B, T, C); None if every row has a picture.
+        weights: of the words, (B, T), zero on padding and in rows with a picture.
+    """
+
+    keys: torch.Tensor
+    words: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 @dataclass
@@ -461,31 +478,51 @@ class MemoryState:
         written = written.write(addresses, contents.to(self.device), labels, active, token_ids=token_ids)
         return replace(written.forget(number, row), max_items=self.max_items)
 
-    def read(self, queries: torch.Tensor) -> MemoryRead:
-        """Read with unit addresses (R, Q, K); row r of the queries asks row r of the memory."""
+    def similarity(self, addresses: torch.Tensor) -> torch.Tensor:
+        """Cosines of addresses (R, Q, K) with the stored ones, (R, Q, N); 0 on empty places."""
+        return (addresses @ self.addresses.to(addresses.dtype).mT).masked_fill(~self.active.unsqueeze(1), 0)
+
+    def draw(self, similarity: torch.Tensor, sharpness: float) -> torch.Tensor:
+        """The address that a similarity (R, Q, N) to the stored items points to, (R, Q, K): one step of a modern Hopfield network
+        (arXiv 2008.02217, eq. 3), the mean of the stored addresses under softmax(sharpness x similarity), brought back to unit
+        length; zero where nothing is stored.
+        """
+        active = self.active.unsqueeze(1)
+        scores = (sharpness * similarity).masked_fill(~active, torch.finfo(similarity.dtype).min)
+        return F.normalize((scores.softmax(-1) * active) @ self.addresses.to(similarity.dtype), dim=-1)
+
+    def read(
+        self,
+        queries: torch.Tensor,
+        sharpness: float = 0.0,
+        similarity: torch.Tensor | None = None,
+        by_words: torch.Tensor | None = None,
+    ) -> MemoryRead:
+        """Read with unit addresses (R, Q, K); row r of the queries asks row r of the memory.
+
+        Args:
+            queries: unit addresses (R, Q, K).
+            sharpness: read the content at the address drawn to the nearest stored ones (see `draw`); 0 at the query's own.
+            similarity: of the queries to the stored items (R, Q, N), if it is not that of their addresses.
+            by_words: which queries are questions in words, (R, Q, 1); default: none.
+        """
         w = queries.to(self.mean.dtype)
         with no_autocast(w):
-            content = w @ self.mean
-            w_sigma = w @ self.covariance
-            variance = (w_sigma * w).sum(-1)
-            stored = self.addresses.to(w.dtype).mT  # (R, K, N)
-            active = self.active.unsqueeze(1)
-            coefficients = (w_sigma @ stored / self.noise).masked_fill(~active, 0)
-            cosines = (w @ stored).masked_fill(~active, 0)
-        top = lambda x: F.pad(x, (0, 2)).topk(2, dim=-1).values  # noqa: E731  with zeros, however many places are empty
-        K, count = self.mean.shape[1], self.counts.to(w.dtype).unsqueeze(-1)
-        mean_variance = torch.diagonal(self.covariance, dim1=-2, dim2=-1).mean(-1, keepdim=True)
-        load = torch.stack([(1 + count).log() / math.log(1 + K), count / K], -1).expand(*w.shape[:2], 2)
-        statistics = torch.cat(
-            [
-                top(coefficients),
-                top(cosines),
-                variance.unsqueeze(-1),
-                mean_variance.unsqueeze(-1).expand(*w.shape[:2], 1),
-                load,
-            ],
-            -1,
-        )
+            similarity = self.similarity(w) if similarity is None else similarity.to(w.dtype)
+            variance = ((w @ self.covariance) * w).sum(-1)
+            at = self.draw(similarity, sharpness) if sharpness > 0 else w
+            content = at @ self.mean
+            shares = at @ self.covariance @ self.addresses.to(w.dtype).mT / self.noise
+            coefficients = shares.masked_fill(~self.active.unsqueeze(1), 0)
+        K, count = self.mean.shape[1], self.counts.to(w.dtype).view(-1, 1, 1)
+        # with zeros, however many places are empty
+        top = F.pad(similarity, (0, 3)).topk(3, dim=-1).values
+        mean = similarity.sum(-1, keepdim=True) / count.clamp(min=1)
+        spread = ((similarity - mean) * self.active.unsqueeze(1)).square().sum(-1, keepdim=True) / count.clamp(min=1)
+        spread = (spread + 1e-6).sqrt()
+        load = torch.cat([(1 + count).log() / math.log(1 + K), count / K], -1).expand(*w.shape[:2], 2)
+        kind = torch.zeros_like(mean) if by_words is None else by_words.to(w.dtype)
+        statistics = torch.cat([top, mean, spread, variance.unsqueeze(-1), load, kind], -1)
         return MemoryRead(content.float(), variance.float(), coefficients.float(), statistics.float())
 
     def kl(self) -> torch.Tensor:
@@ -695,14 +732,13 @@ class MemoryState:
 
 
 class MemoryKeyEncoder(nn.Module):
-    """Pictures and texts -> keys of unit length in one space, (..., C).
+    """Pictures -> keys of unit length, (..., C).
 
-    A picture's key is made of vision features alone and a text query's of token embeddings alone: never of what is to be stored, or
-    reading would give the label away. Features are standardised with training statistics (`calibrate`): raw mean-pooled features
+    A key is made of vision features alone: never of what is to be stored, or reading would give the label away. Features are standardised with training statistics (`calibrate`): raw mean-pooled features
     share one large direction and barely tell pictures apart.
     """
 
-    def __init__(self, config: MicroVLMMemoryConfig, vision_size: int, hidden_size: int):
+    def __init__(self, config: MicroVLMMemoryConfig, vision_size: int):
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(2 * vision_size))
         self.register_buffer("feature_std", torch.ones(2 * vision_size))
@@ -710,9 +746,6 @@ class MemoryKeyEncoder(nn.Module):
         self.image_skip = nn.Linear(2 * vision_size, config.code_size)
         self.image_fc1 = nn.Linear(2 * vision_size, config.key_hidden_size)
         self.image_fc2 = nn.Linear(config.key_hidden_size, config.code_size)
-        self.text_norm = nn.LayerNorm(hidden_size)
-        self.text_fc1 = nn.Linear(hidden_size, config.key_hidden_size)
-        self.text_fc2 = nn.Linear(config.key_hidden_size, config.code_size)
 
     @staticmethod
     def pool(vision_features: torch.Tensor, skip: int) -> torch.Tensor:
@@ -730,10 +763,6 @@ class MemoryKeyEncoder(nn.Module):
         x = self.dropout((pooled - self.feature_mean) / self.feature_std)
         return F.normalize(self.image_skip(x) + self.image_fc2(F.gelu(self.image_fc1(x))), dim=-1)
 
-    def embed_text(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Keys (..., C) of mean token embeddings (..., D)."""
-        return F.normalize(self.text_fc2(F.gelu(self.text_fc1(self.text_norm(pooled)))), dim=-1)
-
 
 class MemoryContentEncoder(nn.Module):
     """Token embeddings (N, L, D) with mask (N, L) -> content (N, S, C), every slot a mean of unit vectors.
@@ -750,15 +779,16 @@ class MemoryContentEncoder(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(S, L))
         self.v_proj = nn.Linear(hidden_size, config.code_size, bias=False)
 
+    def values(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (..., D) -> unit vectors (..., C): rare words weigh as much as common ones."""
+        value = self.v_proj(embeddings)
+        return value / value.square().sum(-1, keepdim=True).add(1e-12).sqrt()
+
     def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         L, T = self.position_bias.shape[1], embeddings.shape[1]
-        x = embeddings * mask.unsqueeze(-1)
+        x, value = embeddings * mask.unsqueeze(-1), self.values(embeddings)
         scores = self.slot_queries @ x.mT / math.sqrt(x.shape[-1])  # (N, S, T)
         scores = F.pad(scores, (0, L - T)) + self.position_bias  # a slot past the end looks at nothing and stays zero
-        value = self.v_proj(x)
-        value = (
-            value / value.square().sum(-1, keepdim=True).add(1e-12).sqrt()
-        )  # rare words weigh as much as common ones
         return scores.softmax(-1)[..., :T] @ (value * mask.unsqueeze(-1))
 
 
@@ -769,12 +799,14 @@ class EpisodicMemory(nn.Module):
         config: K slots, code size C, how to address, noise.
         vision_size: width W of a vision feature.
         hidden_size: text width D.
+        vocab_size: of the text model.
     """
 
-    def __init__(self, config: MicroVLMMemoryConfig, vision_size: int, hidden_size: int):
+    def __init__(self, config: MicroVLMMemoryConfig, vision_size: int, hidden_size: int, vocab_size: int):
         super().__init__()
         self.config = config
-        self.key_encoder = MemoryKeyEncoder(config, vision_size, hidden_size)
+        self.register_buffer("word_weight", torch.ones(vocab_size))
+        self.key_encoder = MemoryKeyEncoder(config, vision_size)
         self.content_encoder = MemoryContentEncoder(config, hidden_size)
         self.reference = nn.Parameter(torch.empty(config.num_slots, config.code_size))  # M_ref
         self.address_log_variance = nn.Parameter(torch.empty(config.num_slots))
@@ -836,11 +868,45 @@ class EpisodicMemory(nn.Module):
         """Vision features (N, skip + patches, W) -> keys (N, C), float32."""
         return in_float32(self.key_encoder, self.key_encoder.pool(vision_features, skip))
 
-    def text_keys(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (N, T, D) with mask (N, T) -> keys (N, C), float32."""
-        weight = mask.float().unsqueeze(-1)
-        pooled = (embeddings.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return in_float32(TextKeys(self.key_encoder), pooled)
+    def written_keys(self, keys: torch.Tensor, gray_keys: torch.Tensor | None) -> torch.Tensor:
+        """Keys under which pictures are stored, of unit length (..., C): their own, drawn to those of their grey copies.
+
+        The views that lie farthest from a picture are those without its colours; seeing it once more in grey brings them near,
+        and costs a reader nothing.
+        """
+        if gray_keys is None:
+            return keys
+        return F.normalize(keys + self.config.gray_weight * gray_keys, dim=-1)
+
+    @torch.no_grad()
+    def calibrate_words(self, sentences: list[list[int]], smoothing: float = 0.01) -> None:
+        """Weigh every token by how few sentences (token ids) have it, smoothing / (smoothing + share): smooth inverse frequency (Arora
+        et al. 2017), so that a question is looked up by "penguin" and not by "is" and "the".
+        """
+        counts = torch.zeros(len(self.word_weight), dtype=torch.float64)
+        for ids in sentences:
+            counts[sorted(set(ids))] += 1
+        self.word_weight.copy_(smoothing / (smoothing + counts / max(1, len(sentences))))
+
+    def weigh_words(self, ids: torch.Tensor) -> torch.Tensor:
+        """Weights of tokens, in the shape of `ids`, float32; 1 for those added to the vocabulary since."""
+        known = ids < len(self.word_weight)
+        return self.word_weight.float()[ids * known].masked_fill(~known, 1.0)
+
+    def match(self, state: MemoryState, words: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """How much of what a question asks the stored sentences say, (R, Q, N): the weighted mean over its words (R, Q, T, C), weights
+        (R, Q, T), of the largest cosine with a content slot (late interaction, arXiv 2004.12832); about 1 where all are said.
+        """
+        R, Q, T, C = words.shape
+        slots = F.normalize(state.contents.float().view(R, -1, C), dim=-1)  # (R, N S, C)
+        with no_autocast(words):
+            cosines = words.reshape(R, Q * T, C).float() @ slots.mT
+        best = cosines.view(R, Q, T, -1, self.config.num_content_slots).amax(-1)  # (R, Q, T, N)
+        return (best * weights.unsqueeze(-1)).sum(2) / weights.sum(2, keepdim=True).clamp(min=1e-6)
+
+    def words(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (..., D) -> unit vectors in the space of contents (..., C), float32."""
+        return in_float32(WordValues(self.content_encoder), embeddings)
 
     def contents(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Token embeddings (N, L, D) with mask (N, L) -> contents (N, S x C), float32."""
@@ -892,13 +958,28 @@ class EpisodicMemory(nn.Module):
         std = (0.5 * self.address_log_variance.float()).exp() / math.sqrt(addresses.shape[-1])
         return addresses + std * torch.randn_like(addresses)
 
-    def read(self, state: MemoryState, keys: torch.Tensor) -> tuple[MemoryRead, torch.Tensor]:
-        """What the state says to queries (R, Q, C), and their addresses (R, Q, K)."""
-        R, Q, C = keys.shape
-        addresses = self.address(self.ordered(keys.reshape(R * Q, 1, C))).view(R, Q, -1)
-        asked = self.sample(addresses) if self.training else addresses
-        read = state.read(asked.to(state.device))  # the state may live on another device, one that has float64
-        return MemoryRead(**{name: value.to(keys.device) for name, value in vars(read).items()}), addresses
+    def read(self, state: MemoryState, query: MemoryQuery) -> tuple[MemoryRead, torch.Tensor]:
+        """What the state says to a query, B / R neighbouring rows to each of its R rows, and the addresses asked, (R, B / R, K).
+
+        A picture's address is a function of its key. Words have none: they are compared with the stored sentences, and the address
+        is that of the sentences they match.
+        """
+        R, C = state.num_rows, query.keys.shape[-1]
+        addresses = self.address(self.ordered(query.keys.view(-1, 1, C))).view(R, -1, self.config.num_slots)
+        asked = (self.sample(addresses) if self.training else addresses).to(state.device)
+        similarity = by_words = None
+        if query.words is not None:
+            words, weights = (
+                t.view(*asked.shape[:2], *t.shape[1:]).to(state.device) for t in (query.words, query.weights)
+            )
+            match, by_words = self.match(state, words, weights), weights.sum(-1, keepdim=True) > 0
+            drawn = state.draw(match, WORD_SHARPNESS)
+            similarity = torch.where(by_words, match.to(state.mean.dtype), state.similarity(asked.to(state.mean.dtype)))
+            asked = torch.where(by_words, drawn, asked)
+            addresses = torch.where(by_words, drawn, addresses.to(state.device)).to(addresses.device)
+        # the state may live on another device, one that has float64
+        read = state.read(asked, self.config.read_sharpness, similarity, by_words)
+        return MemoryRead(**{name: value.to(addresses.device) for name, value in vars(read).items()}), addresses
 
 
 class OrderOutput(nn.Module):
@@ -912,15 +993,15 @@ class OrderOutput(nn.Module):
         return self.lstm(x)[0]
 
 
-class TextKeys(nn.Module):
-    """The text side of a key encoder as a module of its own."""
+class WordValues(nn.Module):
+    """`values` of a content encoder as a module of its own."""
 
-    def __init__(self, encoder: MemoryKeyEncoder):
+    def __init__(self, encoder: MemoryContentEncoder):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        return self.encoder.embed_text(pooled)
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return self.encoder.values(embeddings)
 
 
 class MemoryProjection(nn.Module):
@@ -955,10 +1036,10 @@ class MemoryProjection(nn.Module):
 
 
 class ScopeNet(nn.Module):
-    """Does the memory know this query? Context key (..., C) and what the read said (..., 8) -> logit (...).
+    """Does the memory know this query? Context key (..., C) and what the read said (..., 9) -> logit (...).
 
-    The statistics are the two largest ridge coefficients and cosines, the predictive variance beside its mean over all addresses, and
-    the load: with the load in view one threshold serves every number of items.
+    The statistics are the three largest similarities of the query to stored items, mean and standard deviation of all of them, the
+    predictive variance, the load, and whether it asks in words: the best of many cosines is high by chance, and the more so the more alike the stored items are.
     """
 
     def __init__(self, config: MicroVLMMemoryConfig):
@@ -975,6 +1056,24 @@ class ScopeNet(nn.Module):
         if self.context is not None:
             x = x + self.context(key)
         return self.out(F.gelu(self.hidden(F.gelu(x)))).squeeze(-1)
+
+
+def scope_threshold(threshold: float | list[list[float]], facts: torch.Tensor) -> torch.Tensor:
+    """Probability from which a memory of that many facts applies, in the shape of `facts`, float32.
+
+    Args:
+        threshold: one for all, or pairs [facts, probability] in rising order; between them the logit is linear in log(1 + facts), beyond
+            them constant.
+        facts: number of facts in each memory.
+    """
+    if isinstance(threshold, float):
+        return torch.full(facts.shape, threshold, device=facts.device)
+    table = torch.tensor(threshold, dtype=torch.float64, device=facts.device)
+    x, y, at = table[:, 0].log1p(), table[:, 1].logit(), facts.double().log1p()
+    right = torch.searchsorted(x, at).clamp(1, len(x) - 1) if len(x) > 1 else torch.zeros_like(facts)
+    left = (right - 1).clamp(min=0)
+    share = ((at - x[left]) / (x[right] - x[left]).clamp(min=1e-9)).clamp(0, 1)
+    return (y[left] + share * (y[right] - y[left])).sigmoid().float()
 
 
 @dataclass
@@ -1003,4 +1102,12 @@ class MemoryReadout:
         return replace(self, **{name: getattr(self, name).repeat_interleave(repeats, 0) for name in fields})
 
 
-__all__ = ["EpisodicMemory", "MemoryProjection", "MemoryReadout", "MemoryState", "ScopeNet"]
+__all__ = [
+    "EpisodicMemory",
+    "MemoryProjection",
+    "MemoryQuery",
+    "MemoryReadout",
+    "MemoryState",
+    "ScopeNet",
+    "scope_threshold",
+]

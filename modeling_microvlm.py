@@ -36,11 +36,13 @@ from .memory_microvlm import (
     EpisodicMemory,
     MemoryContentEncoder,
     MemoryProjection,
+    MemoryQuery,
     MemoryReadout,
     MemoryState,
     ScopeNet,
     address_kl,
     in_float32,
+    scope_threshold,
 )
 from .quantization_microvlm import replace_with_ternary
 
@@ -60,6 +62,7 @@ FINGERPRINT_FIELDS = (
     "ben_cohen_steps",
     "observation_noise",
     "ordering",
+    "gray_weight",
 )
 
 
@@ -290,7 +293,8 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
             init.constant_(module.address_log_variance, -6.0)
             init.zeros_(module.key_encoder.feature_mean)
             init.ones_(module.key_encoder.feature_std)
-            for linear in (module.key_encoder.image_skip, module.key_encoder.image_fc1, module.key_encoder.text_fc1):
+            init.ones_(module.word_weight)
+            for linear in (module.key_encoder.image_skip, module.key_encoder.image_fc1):
                 init.xavier_uniform_(linear.weight)
         elif isinstance(module, MemoryContentEncoder):
             S, L = module.position_bias.shape
@@ -339,7 +343,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         if config.use_memory:
             text = config.text_config
             head_dim = getattr(text, "head_dim", None) or hidden_size // text.num_attention_heads
-            self.memory = EpisodicMemory(config.memory_config, vision_width, hidden_size)
+            self.memory = EpisodicMemory(config.memory_config, vision_width, hidden_size, text.vocab_size)
             self.memory_projection = MemoryProjection(
                 config.memory_config, text.num_hidden_layers, text.num_key_value_heads, head_dim
             )
@@ -553,13 +557,13 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         mask = ~torch.isin(input_ids, torch.tensor(sorted(control), device=input_ids.device))
         return mask if attention_mask is None else mask & attention_mask.bool()
 
-    def get_memory_keys(
+    def get_memory_query(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
         vision_features: torch.FloatTensor | None,
-    ) -> torch.Tensor:
-        """Keys of the rows (B, C): of a row's pictures (their mean), or of its words when it has none.
+    ) -> MemoryQuery:
+        """What B rows ask a memory by: a row's pictures (the mean of their keys), or its words when it has none.
 
         Args:
             input_ids: (B, T).
@@ -569,32 +573,39 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         found, given = int(per_row.sum()), 0 if vision_features is None else len(vision_features)
         if found != given:
             raise ValueError(f"The text has placeholders for {found} pictures, {given} were given.")
-        keys = None
-        if found < len(per_row) or not bool((per_row > 0).all()):
-            words = self.get_text_mask(input_ids, attention_mask)
-            keys = self.memory.text_keys(self.get_input_embeddings()(input_ids), words)
+        keys = torch.zeros(len(per_row), self.config.memory_config.code_size, device=input_ids.device)
         if found:
             image_keys = self.memory.image_keys(vision_features, self.vision_tower.timm_model.num_prefix_tokens)
             owner = torch.arange(len(per_row), device=per_row.device).repeat_interleave(per_row)
-            sums = image_keys.new_zeros(len(per_row), image_keys.shape[1]).index_add(0, owner, image_keys)
-            sums = F.normalize(sums, dim=-1)
-            keys = sums if keys is None else torch.where((per_row > 0).unsqueeze(1), sums, keys)
-        return keys
+            keys = F.normalize(keys.index_add(0, owner, image_keys), dim=-1)
+        if bool((per_row > 0).all()):
+            return MemoryQuery(keys)
+        mask = self.get_text_mask(input_ids, attention_mask) & (per_row == 0).unsqueeze(1)
+        place = (~mask).long().argsort(dim=1, stable=True)[:, : max(1, int(mask.sum(1).max()))]  # words first, in order
+        ids, mask = input_ids.gather(1, place), mask.gather(1, place)
+        words = self.memory.words(self.get_input_embeddings()(ids))
+        return MemoryQuery(keys, words, self.memory.weigh_words(ids) * mask)
+
+    def scope_threshold(self, memory: MemoryState, by_words: bool = False) -> torch.Tensor:
+        """Probability from which each of R memories applies to a picture, or to a question in words, (R,)."""
+        config = self.config.memory_config
+        return scope_threshold(config.word_threshold if by_words else config.scope_threshold, memory.counts)
 
     def read_memory(
-        self, memory: MemoryState, keys: torch.Tensor, gate: str | torch.Tensor = "auto", kl: bool = True
+        self, memory: MemoryState, query: MemoryQuery, gate: str | torch.Tensor = "auto", kl: bool = True
     ) -> MemoryReadout:
-        """What `memory` adds to a forward pass of B rows with keys (B, C).
+        """What `memory` adds to a forward pass of B rows.
 
         Args:
-            memory: R rows; every B / R neighbouring keys ask one of them.
+            memory: R rows; every B / R neighbouring rows of the query ask one of them.
+            query: of `get_memory_query`.
             gate: `auto` (ScopeNet: soft in training, hard by the config's threshold in eval), `on`, `off`, or per row (B,), boolean or
                 a weight in [0, 1].
             kl: also compute the two KL terms, which generation does without.
         """
-        R, B = memory.num_rows, len(keys)
-        read, addresses = self.memory.read(memory, keys.view(R, B // R, -1))
-        scope = in_float32(self.scope, keys, read.statistics.flatten(0, 1))
+        R, B = memory.num_rows, len(query.keys)
+        read, addresses = self.memory.read(memory, query)
+        scope = in_float32(self.scope, query.keys, read.statistics.flatten(0, 1))
         if isinstance(gate, torch.Tensor):
             if gate.shape != (B,):
                 raise ValueError(f"memory_gate has the shape {tuple(gate.shape)}, expected ({B},).")
@@ -605,8 +616,17 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         elif gate == "auto" and self.training:
             log_gate = F.logsigmoid(scope)
         elif gate in ("auto", "on", "off"):
-            on = scope.sigmoid() >= self.config.memory_config.scope_threshold if gate == "auto" else scope == scope
-            on = torch.zeros_like(on) if gate == "off" else torch.ones_like(on) if gate == "on" else on
+            on = torch.ones_like(scope, dtype=torch.bool)
+            if gate == "auto":
+                of_pictures, of_words = (
+                    self.scope_threshold(memory, by_words).to(scope.device).repeat_interleave(B // R)
+                    for by_words in (False, True)
+                )
+                least = of_pictures
+                if query.weights is not None:
+                    least = torch.where((query.weights > 0).any(1), of_words, of_pictures)
+                on = scope.sigmoid() >= least
+            on = torch.zeros_like(on) if gate == "off" else on
             log_gate = torch.zeros_like(scope).masked_fill(~on, -torch.inf)
         else:
             raise ValueError(f"memory_gate must be 'auto', 'on', 'off' or a tensor, got {gate!r}.")
@@ -726,11 +746,14 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         if memory is not None and memory_readout is not None:
             raise ValueError("You cannot specify both memory and memory_readout at the same time")
         if memory is not None:
+            asked = attention_mask
+            if labels is not None:  # the answer is no part of the question
+                asked = (labels == -100) & (True if attention_mask is None else attention_mask.bool())
             memory_readout, mm_encoder_outputs = self._read(
                 memory,
                 memory_gate,
                 input_ids,
-                attention_mask,
+                asked,
                 pixel_values,
                 mm_encoder_outputs,
                 kwargs.get("output_attentions"),
@@ -853,8 +876,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         self._check_memory(memory, len(input_ids))
         image = self._image(pixel_values, mm_encoder_outputs, output_attentions)
         features = None if image is None else image.last_hidden_state
-        keys = self.model.get_memory_keys(input_ids, attention_mask, features)
-        readout = self.model.read_memory(memory, keys, gate, kl)
+        query = self.model.get_memory_query(input_ids, attention_mask, features)
+        readout = self.model.read_memory(memory, query, gate, kl)
         return readout, mm_encoder_outputs if image is None else {"image": image}
 
     @torch.no_grad()
@@ -876,7 +899,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             memory: where to; unchanged. One row takes all facts, more rows one each. Default: a new memory of one row.
             input_ids: (B, T), one picture's placeholders and the words.
             attention_mask: (B, T).
-            pixel_values: (B, 3, height, width), or `mm_encoder_outputs`.
+            pixel_values: (B, 3, height, width), or `mm_encoder_outputs` with `image` and, if `memory_config.gray_weight` is not 0, `gray`:
+                `get_image_features` of the pictures and of their grey copies (the mean of the channels).
             labels: names to find the facts by; default: none, they go by number.
 
         Returns:
@@ -900,10 +924,19 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             if count != P:
                 count = count // P if count % P == 0 else f"{count / P:.2f}"
                 raise ValueError(f"row {row} has {count} pictures: a fact to write is one picture and its words.")
-        image = self._image(pixel_values, mm_encoder_outputs)
+        image, gray = self._image(pixel_values, mm_encoder_outputs), None
         if image is None:
             raise ValueError("the text has placeholders, but there are no pictures: give pixel_values.")
-        keys = self.model.get_memory_keys(input_ids, attention_mask, image.last_hidden_state)
+        if self.config.memory_config.gray_weight:
+            if pixel_values is not None:
+                gray = self._image(pixel_values.mean(1, keepdim=True).expand_as(pixel_values), None)
+            elif (gray := mm_encoder_outputs.get("gray")) is None:
+                raise ValueError("mm_encoder_outputs lacks `gray`: a key to write needs the pictures in grey as well.")
+        keys, gray_keys = (
+            None if x is None else self.model.get_memory_query(input_ids, attention_mask, x.last_hidden_state).keys
+            for x in (image, gray)
+        )
+        keys = encoder.written_keys(keys, gray_keys)
         if not torch.isfinite(contents).all() or not torch.isfinite(keys).all():
             raise ValueError("the memory content is not finite: nothing was written.")
         R = memory.num_rows
@@ -982,7 +1015,6 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         target_tokens: torch.LongTensor,
         known: torch.BoolTensor,
         key_features: torch.FloatTensor,
-        key_tokens: torch.LongTensor,
     ) -> tuple[MemoryReadout, dict[str, torch.Tensor]]:
         """Write episodes and read them with the queries of a batch, in one graph: a training step of the memory.
 
@@ -990,25 +1022,27 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         where it was not.
 
         Args:
-            input_ids, attention_mask: queries (B, T); every B / G neighbouring rows ask one memory.
+            input_ids, attention_mask: queries (B, T), where the mask is 1; every B / G neighbouring rows ask one memory.
             vision_features: of their pictures.
-            support_features: key features of what is written, (G, N, 2 x vision width), with `support_tokens` (G, N, L), -1 behind the
-                end, where `support_active` (G, N).
+            support_features: key features of what is written, (G, N, 1 or 2, 2 x vision width), the second of the grey copy, with
+                `support_tokens` (G, N, L), -1 behind the end, where `support_active` (G, N).
             target_tokens: the stored sentence a query asks for, (B, L), where `known` (B,): the query was written.
-            key_features: two views of P pictures, (2, P, 2 x vision width), and words for them, `key_tokens` (P, L).
+            key_features: P pictures: one view, another and, if there is one, the grey copy, (2 or 3, P, 2 x vision width).
 
         Returns:
             The read-out for `forward`, and the losses: `scope`, balanced binary cross-entropy; `reconstruction`, 1 - cosine of read and
-            stored content; `key`, InfoNCE of the addresses of two views and of picture and words; `memory_kl` and `address_kl`.
+            stored content; `key`, InfoNCE of the addresses of two views; `memory_kl` and `address_kl`.
         """
         memory = self._need_memory()
         G, N = support_active.shape
         contents = self.encode_contents(torch.cat([support_tokens.flatten(0, 1), target_tokens]))
         supports, targets = contents[: G * N].view(G, N, -1), contents[G * N :]
         state = memory.new_state(G, dtype=torch.float32, device=supports.device)
-        keys = in_float32(memory.key_encoder, support_features)
+        keys = in_float32(memory.key_encoder, support_features).unbind(2)
+        keys = memory.written_keys(keys[0], keys[1] if len(keys) > 1 else None)
         state = memory.write(state, keys, supports, active=support_active, method="direct")
-        readout = self.model.read_memory(state, self.model.get_memory_keys(input_ids, attention_mask, vision_features))
+        query = self.model.get_memory_query(input_ids, attention_mask, vision_features)
+        readout = self.model.read_memory(state, query)
         hard = torch.zeros_like(readout.log_gate).masked_fill(~known, -torch.inf)
         readout.log_gate = torch.where(torch.rand_like(hard) < 0.5, hard, readout.log_gate)
 
@@ -1016,14 +1050,14 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         share = target.mean().clamp(1e-3, 1 - 1e-3)
         balance = torch.where(known, 0.5 / share, 0.5 / (1 - share))
         similarity = F.cosine_similarity(readout.content.flatten(1), targets, dim=-1)
-        first, second = memory.address(in_float32(memory.key_encoder, key_features))  # (P, K) each
-        words = self.get_input_embeddings()(key_tokens.clamp(min=0))
-        text = memory.address(memory.text_keys(words, key_tokens >= 0))
+        first, second, *gray = in_float32(memory.key_encoder, key_features)  # (P, C) each
+        first = memory.written_keys(first, gray[0] if gray else None)
+        first, second = memory.address(first), memory.address(second)  # (P, K)
         temperature = self.config.alignment_config.temperature
         return readout, {
             "scope": F.binary_cross_entropy_with_logits(readout.scope_logits, target, weight=balance),
             "reconstruction": ((1 - similarity) * target).sum() / target.sum().clamp(min=1),
-            "key": contrastive_loss(first, second, temperature) + 0.5 * contrastive_loss(first, text, temperature),
+            "key": contrastive_loss(first, second, temperature),
             "memory_kl": readout.memory_kl,
             "address_kl": readout.address_kl,
         }

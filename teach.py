@@ -1,12 +1,12 @@
 """Teach a model facts about pictures, and ask for them: no training, one file that holds what was taught.
 
     python teach.py facts.safetensors add examples/swan.png "This is Bimo the swan."
-    python teach.py facts.safetensors ask examples/swan.png examples/drum.png
+    python teach.py facts.safetensors ask examples/swan.png examples/drum.png "Who is the swan?"
     python teach.py facts.safetensors list
     python teach.py facts.safetensors forget 0
     python teach.py demo                                        # all of it on the example pictures, nothing is kept
 
-`ask` writes a caption for every picture; where the memory knows it, ScopeNet lets the memory speak. The file is written under another
+`ask` writes a caption for every picture, and an answer to what ends in a question mark; where the memory knows it, ScopeNet lets the memory speak. The file is written under another
 name and renamed, and a file of another model, or a damaged one, is refused.
 
 Exit code: 0; 1, something could not be read, written or found; 2, wrong arguments.
@@ -26,11 +26,12 @@ from processing_microvlm import open_picture
 ROOT = Path(__file__).resolve().parent
 COMMANDS = {  # how many words, and what they are
     "add": ((2,), "a picture and a sentence"),
-    "ask": (range(1, 1_000_000), "pictures"),
+    "ask": (range(1, 1_000_000), "pictures and questions"),
     "list": ((0,), "nothing"),
     "forget": ((1,), "a number or a sentence"),
 }
 DEMO = (("swan.png", "This is Bimo the swan."), ("robot.png", "This is Kesora the robot."))
+QUESTION = "Who is the robot?"
 
 
 def add(model, processor, memory, picture: str, sentence: str):
@@ -41,32 +42,34 @@ def add(model, processor, memory, picture: str, sentence: str):
 
 
 @torch.inference_mode()
-def ask(model, processor, memory, pictures: list[str]) -> list[tuple[str, float | None]]:
-    """Caption and scope probability of every picture."""
+def ask(model, processor, memory, what: list[str]) -> list[tuple[str, float | None]]:
+    """Caption of every picture or answer to every question, with its scope probability."""
     answers = []
-    for path in pictures:
-        pixel_values = processor.image_processor([open_picture(path)], return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(model.device, model.dtype)
-        prompt, scope = model.default_prompt(1), None
-        image = model.get_image_features(pixel_values, return_dict=True)  # once, for scope and caption
+    for words in what:
+        prompt, image, scope = model.default_prompt(1), None, None
+        if words.endswith("?"):
+            content = [{"type": "text", "text": words}]
+            prompt = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_tensors="pt"
+            )["input_ids"].to(model.device)
+        else:
+            pixel_values = processor.image_processor([open_picture(words)], return_tensors="pt")["pixel_values"]
+            # encoded once, for scope and caption
+            image = model.get_image_features(pixel_values.to(model.device, model.dtype), return_dict=True)
         if memory is not None:
-            keys = model.model.get_memory_keys(prompt, None, image.last_hidden_state)
-            scope = float(model.model.read_memory(memory, keys).scope_logits.sigmoid())
-        ids = model.generate(
-            input_ids=prompt,
-            mm_encoder_outputs={"image": image},
-            memory=memory,
-            max_new_tokens=32,
-            do_sample=False,
-        )
+            features = None if image is None else image.last_hidden_state
+            query = model.model.get_memory_query(prompt, None, features)
+            scope = float(model.model.read_memory(memory, query).scope_logits.sigmoid())
+        encoded = {} if image is None else {"mm_encoder_outputs": {"image": image}}
+        ids = model.generate(input_ids=prompt, **encoded, memory=memory, max_new_tokens=32, do_sample=False)
         answers.append((processor.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip(), scope))
     return answers
 
 
-def show(pictures: list[str], answers: list[tuple[str, float | None]]) -> None:
-    for path, (text, scope) in zip(pictures, answers, strict=True):
+def show(what: list[str], answers: list[tuple[str, float | None]]) -> None:
+    for words, (text, scope) in zip(what, answers, strict=True):
         known = "" if scope is None else f"  (memory {scope:.2f})"
-        print(f"{path}: {text}{known}", flush=True)
+        print(f"{words}: {text}{known}", flush=True)
 
 
 def demo(model, processor) -> None:
@@ -78,10 +81,10 @@ def demo(model, processor) -> None:
     for path, (_, sentence) in zip(pictures, DEMO):
         memory = add(model, processor, memory, path, sentence)
     print(f"\nTaught, no gradient step. {memory.describe(processor)}\n\nAsked:")
-    show(names, ask(model, processor, memory, pictures))
+    show([*names, QUESTION], ask(model, processor, memory, [*pictures, QUESTION]))
     memory = model.forget(memory, 0)
     print(f"\nForgot {DEMO[0][1]!r}. {memory.describe(processor)}\n\nAsked:")
-    show(names, ask(model, processor, memory, pictures))
+    show([*names, QUESTION], ask(model, processor, memory, [*pictures, QUESTION]))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,6 +40,7 @@ from data_microvlm import (
     EpisodeCollator,
     FeatureCollator,
     cache_vision_features,
+    gray_copy,
     load_rows,
     picture_augmentation,
 )
@@ -81,7 +82,6 @@ EPISODE_INPUTS = (
     "target_tokens",
     "known",
     "key_features",
-    "key_tokens",
 )
 LOSSES = ("lm", "align", "memory_kl", "address_kl", "reconstruction", "scope", "key")
 
@@ -254,8 +254,9 @@ class MicroVLMTrainer(Trainer):
         if "support_tokens" in inputs:
             episode = {name: inputs[name] for name in EPISODE_INPUTS}
             inputs = {name: value for name, value in inputs.items() if name not in EPISODE_INPUTS}
+            asked = inputs["attention_mask"] * (inputs["labels"] == -100)  # the answer is no part of the question
             kwargs["memory_readout"], extra = self.accelerator.unwrap_model(model).memory_losses(
-                inputs["input_ids"], inputs["attention_mask"], inputs["vision_features"], **episode
+                inputs["input_ids"], asked, inputs["vision_features"], **episode
             )
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
@@ -385,6 +386,12 @@ def main(argv: list[str] | None = None) -> None:
             features, readable = cache_vision_features(
                 model.model.vision_tower, collator, rows, **data["vision_cache"], transform=transform
             )
+            gray = None
+            if data.get("episodes") and model.config.memory_config.gray_weight:
+                copier = CaptionCollator(processor, prompt, gray_copy, data.get("image_size"), seed=args.seed)
+                gray, _ = cache_vision_features(
+                    model.model.vision_tower, copier, rows, 1, data["vision_cache"]["folder"], "gray"
+                )
         if len(readable) < len(rows):
             print(f"{len(rows) - len(readable)} of {len(rows)} training rows could not be read: skipped", flush=True)
         rows = readable
@@ -394,11 +401,17 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("data.episodes needs a column `concept`: which pictures show the same thing.")
         skip = model.model.vision_tower.timm_model.num_prefix_tokens
         pool = model.model.memory.key_encoder.pool
-        pooled = torch.stack([torch.cat([pool(part, skip) for part in view.split(512)]) for view in features])
+        pooled, gray = (
+            None
+            if x is None
+            else torch.stack([torch.cat([pool(part, skip) for part in view.split(512)]) for view in x])
+            for x in (features, gray)
+        )
         model.model.memory.key_encoder.calibrate(pooled.flatten(0, 1))
         collator = EpisodeCollator(
             features,
             pooled,
+            None if gray is None else gray[0],
             rows["caption"][:],
             rows["concept"][:],
             processor,
@@ -407,6 +420,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             **data["episodes"],
         )
+        model.model.memory.calibrate_words(collator.sentences())
     for name in recipe.get("compile", []):
         model.get_submodule(name).compile()
 

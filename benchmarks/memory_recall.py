@@ -4,19 +4,21 @@
     python benchmarks/memory_recall.py                              the 305 pictures that ship, fewer facts
 
 For N = 1, 4, 16, 64, K, 2K, 4K a memory is taught "This is Bimo the penguin." for N pictures, one per concept while the concepts last,
-without a gradient step. Then, with ScopeNet deciding row by row whether memory applies:
+without a gradient step. Then, with ScopeNet deciding row by row whether memory applies (unless it says that the gate is open):
 
 - recall: the share of answers that say the taught name (made up, of several tokens, no word of any caption), for the same picture, an augmented view (the default
   `picture_augmentation`, seed 1), another style of the concept, and a question in words. `seen` names occur in
   training with other pictures, `new` ones never do.
 - words: F1 of the answer's words with the taught sentence's, without "this", "is", "the".
 - unrelated pictures: those that share no word of their caption with any stored caption. A false recall says a stored name; unchanged is
-  the same caption, letter for letter, as without memory. Look-alikes share a word with a stored caption, but not the concept.
+  the same caption, letter for letter, as without memory; in words, a question about them is asked. Look-alikes share a word with a stored caption, but not the concept.
 - scope: AUROC, equal error rate and accuracy at the threshold, augmented views against unrelated pictures.
 - beside it: the same model without memory; the stored sentence of the picture with the nearest vision features (the features the key is
   made of, standardised, by cosine); and the facts written into the prompt while they fit.
 - forget half: recall of the forgotten and of the kept, augmented views, beside that of the kept before.
 - time per fact, by turns in one run, beside 20 LoRA steps on the same fact; bytes beside those of retrieval.
+
+A question in words ("Who is the penguin?") has no picture: it reads where its words are stored.
 """
 
 import argparse
@@ -40,6 +42,7 @@ from data_microvlm import (  # noqa: E402
     QUESTIONS,
     caption_noun,
     decode_row,
+    gray_copy,
     load_rows,
     make_names,
     picture_augmentation,
@@ -98,7 +101,7 @@ class Bench:
             "seen": [name for name in names[:TRAINING_NAMES] if rare(name)],
             "new": [name for name in names[TRAINING_NAMES:] if rare(name)],
         }
-        self.views = [self.encode(rows, None), self.encode(rows, picture_augmentation())]
+        self.views = [self.encode(rows, augment) for augment in (None, picture_augmentation(), gray_copy)]
         self.pooled = [self.model.model.memory.key_encoder.pool(view[0], self.skip) for view in self.views]
         self.plain: dict[int, str] = {}
 
@@ -128,14 +131,25 @@ class Bench:
         features, prefix = (t[indices] for t in self.views[view])
         return {"image": self.features_class(last_hidden_state=features, pooler_output=tuple(prefix))}
 
+    def to_write(self, indices: list[int]) -> dict:
+        return self.image(0, indices) | {"gray": self.image(2, indices)["image"]}
+
     def tokens(self, text: str) -> list[int]:
         return text_ids(self.processor.tokenizer, text)
 
     def pad(self, lines: list[list[int]]) -> dict[str, torch.Tensor]:
         return self.processor.tokenizer.pad({"input_ids": lines}, return_tensors="pt")
 
+    def questions(self, indices: list[int]) -> list[list[int]]:
+        """Prompts that ask in words who the thing in a picture is."""
+        user, assistant = self.model.config.default_prompt_ids[0], self.model.config.default_prompt_ids[-1]
+        nouns = [caption_noun(self.captions[i]) for i in indices]
+        return [[user, *self.tokens(self.draw.choice(QUESTIONS).format(noun=noun)), assistant] for noun in nouns]
+
     @torch.inference_mode()
-    def answers(self, view: int | None, indices: list[int], prompts=None, memory=None, rows=None) -> list[str]:
+    def answers(
+        self, view: int | None, indices: list[int], prompts=None, memory=None, rows=None, gate="auto"
+    ) -> list[str]:
         """Greedy answers to pictures, or with view None to questions about them; `rows`: which memory each one asks."""
         out = []
         for start in range(0, len(indices), BATCH):
@@ -149,6 +163,7 @@ class Bench:
             inputs = self.pad(lines)
             if memory is not None:
                 kwargs["memory"] = memory if rows is None else memory.select(rows[start : start + BATCH])
+                kwargs["memory_gate"] = gate
             ids = self.model.generate(**inputs, **kwargs, max_new_tokens=32, do_sample=False, num_beams=1)
             out += self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in out]
@@ -176,20 +191,24 @@ class Bench:
         for indices, texts in steps:
             inputs = self.pad([prefix + self.tokens(text) for text in texts])
             memory = self.model.write_memory(
-                memory, **inputs, mm_encoder_outputs=self.image(0, list(indices)), labels=list(texts)
+                memory, **inputs, mm_encoder_outputs=self.to_write(list(indices)), labels=list(texts)
             )
         return memory
 
     @torch.inference_mode()
-    def scope(self, view: int, indices: list[int], memory, rows=None) -> torch.Tensor:
-        """Probability that the memory knows the pictures, (M,)."""
+    def scope(self, view: int | None, indices: list[int], memory, rows=None) -> torch.Tensor:
+        """Probability that the memory knows the pictures, or with view None questions in words about them, (M,)."""
         out = []
         for start in range(0, len(indices), BATCH):
             part = indices[start : start + BATCH]
-            prompt = self.model.default_prompt(len(part))
-            keys = self.model.model.get_memory_keys(prompt, None, self.views[view][0][part])
+            if view is None:
+                inputs, features = self.pad(self.questions(part)), None
+            else:
+                inputs = {"input_ids": self.model.default_prompt(len(part)), "attention_mask": None}
+                features = self.views[view][0][part]
+            query = self.model.model.get_memory_query(inputs["input_ids"], inputs["attention_mask"], features)
             state = memory if rows is None else memory.select(rows[start : start + BATCH])
-            out.append(self.model.model.read_memory(state, keys).scope_logits.sigmoid())
+            out.append(self.model.model.read_memory(state, query).scope_logits.sigmoid())
         return torch.cat(out)
 
     def nearest(self, view: int, index: int, stored: list[int]) -> int:
@@ -223,11 +242,7 @@ def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new")) -> dic
 
         same = bench.answers(0, asked, memory=memory, rows=rows)
         view = bench.answers(1, asked, memory=memory, rows=rows)
-        question = [bench.draw.choice(QUESTIONS).format(noun=caption_noun(bench.captions[i])) for i in asked]
-        user, assistant = bench.model.config.default_prompt_ids[0], bench.model.config.default_prompt_ids[-1]
-        words = bench.answers(
-            None, asked, [[user, *bench.tokens(q), assistant] for q in question], memory=memory, rows=rows
-        )
+        words = bench.answers(None, asked, bench.questions(asked), memory=memory, rows=rows)
         styles = [
             (k, bench.draw.choice(others))
             for k, (r, n) in enumerate(places)
@@ -244,6 +259,8 @@ def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new")) -> dic
             style_rows = None if R == 1 else [rows[k] for k in order]
             style = bench.answers(0, [j for _, j in styles], memory=memory, rows=style_rows)
             result[kind]["style"] = recall(style, [wanted[k] for k in order])
+            style = bench.answers(0, [j for _, j in styles], memory=memory, rows=style_rows, gate="on")
+            result[kind]["style_open"] = recall(style, [wanted[k] for k in order])
             found = [bench.nearest(0, j, pictures[places[k][0]]) == places[k][1] for k, j in styles]
             result[kind]["style_nearest"] = sum(found) / len(found)
         found = [bench.nearest(1, i, pictures[r]) == n for i, (r, n) in zip(asked, places)]
@@ -285,7 +302,7 @@ def negatives(bench: Bench, memory, pictures, names, rows, asked, queries) -> di
         texts, plain = bench.answers(0, indices, memory=memory, rows=its_rows), bench.without_memory(indices)
         false = [any(said(name, t) for name in names[r]) for (r, _), t in zip(pairs, texts)]
         negative = bench.scope(0, indices, memory, its_rows)
-        threshold = bench.model.config.memory_config.scope_threshold
+        threshold = float(bench.model.model.scope_threshold(memory)[0])  # all rows hold the same number of facts
         right = torch.cat([positive >= threshold, negative < threshold]).float()
         result[name] |= {
             "false_recall": sum(false) / len(false),
@@ -294,6 +311,10 @@ def negatives(bench: Bench, memory, pictures, names, rows, asked, queries) -> di
             "eer": equal_error_rate(positive, negative),
             "accuracy": float((right[: len(positive)].mean() + right[len(positive) :].mean()) / 2),
         }
+        if name == "unrelated":
+            texts = bench.answers(None, indices, bench.questions(indices), memory=memory, rows=its_rows)
+            false = [any(said(name, t) for name in names[r]) for (r, _), t in zip(pairs, texts)]
+            result[name]["words_false_recall"] = sum(false) / len(false)
     return result
 
 
@@ -362,7 +383,7 @@ def timings(bench: Bench, row, repeats: int = 7) -> dict[str, float]:
 
     def read(memory):
         image = model.get_image_features(inputs["pixel_values"], return_dict=True)
-        return model.model.read_memory(memory, model.model.get_memory_keys(prompt, None, image.last_hidden_state))
+        return model.model.read_memory(memory, model.model.get_memory_query(prompt, None, image.last_hidden_state))
 
     prompt = model.default_prompt(1)
     for _ in range(repeats):
@@ -385,18 +406,20 @@ def table(header: list[str], lines: list[list]) -> str:
 def report(results: list[dict], times: dict[str, float]) -> str:
     get = lambda r, *path: (r.get(path[0]) or {}).get(path[1]) if len(path) > 1 else r.get(path[0])  # noqa: E731
     recall = [
-        [r["facts"], kind, *(get(r, kind, k) for k in ("same", "view", "style", "words", "word_f1")),
+        [r["facts"], kind, *(get(r, kind, k) for k in ("same", "view", "style", "style_open", "words", "word_f1")),
          get(r, kind, "no_memory"), get(r, kind, "view_nearest"), get(r, kind, "style_nearest"),
          r.get("in_prompt") if kind == "seen" else None]
         for r in results for kind in ("seen", "new") if kind in r
     ]  # fmt: skip
-    header = "facts, names, same picture, augmented view, other style, in words, word F1 (view), no memory (same)"
+    header = "facts, names, same picture, augmented view, other style, the same with the gate open, in words, word F1 (view), no memory (same)"
     header += ", nearest (view), nearest (style), in the prompt (view)"
     scope = [
         [r["facts"], *(get(r, g, k) for g in ("unrelated", "lookalike")
-                       for k in ("pictures", "false_recall", "unchanged", "auroc", "eer", "accuracy"))]
+                       for k in ("pictures", "false_recall", "unchanged", "auroc", "eer", "accuracy")),
+         get(r, "unrelated", "words_false_recall")]
         for r in results
     ]  # fmt: skip
+    questions = "unrelated, in words: false recall"
     columns = ["pictures", "false recall", "unchanged", "AUROC", "EER", "accuracy"]
     forget = [[r["facts"], *(get(r, "forget", k) for k in ("forgotten", "kept", "kept_before"))] for r in results]
     size = [[r["facts"], *(get(r, "bytes", k) for k in ("posterior", "receipts", "retrieval"))] for r in results]
@@ -404,11 +427,11 @@ def report(results: list[dict], times: dict[str, float]) -> str:
         [
             "Recall: share of answers that say the taught name.\n\n" + table(header.split(", "), recall),
             "Pictures that were not written.\n\n"
-            + table(["facts", *(f"{g}: {c}" for g in ("unrelated", "look-alike") for c in columns)], scope),
+            + table(["facts", *(f"{g}: {c}" for g in ("unrelated", "look-alike") for c in columns), questions], scope),
             "After forgetting half, augmented views.\n\n"
             + table(["facts", "forgotten", "kept", "kept, before"], [f for f in forget if f[1] is not None]),
             "Bytes.\n\n" + table(["facts", "posterior", "receipts", "retrieval"], size),
-            "Milliseconds for one fact (median); all but forgetting encode the picture, once.\n\n"
+            "Milliseconds for one fact (median); all but forgetting encode the picture, writing its grey copy too.\n\n"
             + table(list(times), [list(times.values())]),
         ]
     )

@@ -3,7 +3,8 @@
     python scripts/calibrate_scope.py runs/nano_memory --data data/pictures/validation_seen.parquet
 
 For every number of facts, memories are taught, and asked with an augmented view of each stored picture and with pictures that share no word
-with any of them. The threshold is the lowest at which no number of facts up to K lets more than `--false-alarms` of the latter through.
+with any of them, and with questions in words about the same. For each number the threshold is the lowest that lets at most `--false-alarms` of the latter through; between them it is
+interpolated (`scope_threshold` in `memory_microvlm.py`).
 """
 
 import argparse
@@ -19,39 +20,42 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from memory_recall import Bench, auroc, equal_error_rate, table  # noqa: E402
 
 from caption import replacing  # noqa: E402
-from data_microvlm import load_rows  # noqa: E402
+from data_microvlm import caption_noun, load_rows  # noqa: E402
+
+MOST = 5000  # scores for the equal error rate
 
 
-def scores(bench: Bench, size: int, memories: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scope probabilities of written and of unrelated pictures, over several memories of `size` facts."""
-    positive, negative = [], []
+def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Scope probabilities over several memories of `size` facts: of written and of unrelated pictures, and of questions about them."""
+    found = {"pictures": ([], []), "words": ([], [])}
     for _ in range(memories):
         pictures = bench.choose(size)
-        memory = bench.teach([pictures], [["This is it."] * size])
+        names = bench.draw.sample(bench.names["new"], size)
+        nouns = [caption_noun(bench.captions[i]) for i in pictures]
+        memory = bench.teach([pictures], [[f"This is {name} the {noun}." for name, noun in zip(names, nouns)]])
         stored = set().union(*(bench.words[i] for i in pictures))
         unrelated = [i for i in range(len(bench.captions)) if not bench.words[i] & stored]
-        positive.append(bench.scope(1, pictures, memory))
-        if unrelated:
-            negative.append(bench.scope(0, unrelated, memory))
-    if not negative:
+        for kind, views in (("pictures", (1, 0)), ("words", (None, None))):
+            for scores, view, indices in zip(found[kind], views, (pictures, unrelated)):
+                if indices:
+                    scores.append(bench.scope(view, indices, memory))
+    if not found["pictures"][1]:
         raise ValueError(f"no picture is unrelated to {size} facts: give more pictures.")
-    return torch.cat(positive), torch.cat(negative)
+    return {kind: (torch.cat(positive), torch.cat(negative)) for kind, (positive, negative) in found.items()}
 
 
-def lowest_threshold(negatives: list[torch.Tensor], false_alarms: float) -> float:
-    """The lowest probability that at most this share of every set of negatives reaches."""
-    highest = 0.0
-    for negative in negatives:
-        allowed = int(false_alarms * len(negative))
-        highest = max(highest, float(negative.sort(descending=True).values[min(allowed, len(negative) - 1)]))
-    return min(max(highest + 1e-4, 1e-4), 1 - 1e-4)
+def lowest_threshold(negative: torch.Tensor, false_alarms: float) -> float:
+    """The lowest probability that at most this share of the negatives reaches."""
+    allowed = int(false_alarms * len(negative))
+    value = float(negative.sort(descending=True).values[min(allowed, len(negative) - 1)])
+    return round(min(max(value + 1e-4, 1e-4), 1 - 1e-4), 4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="pictures that the model was not trained on")
-    parser.add_argument("--false-alarms", type=float, default=0.02)
+    parser.add_argument("--false-alarms", type=float, default=0.015)
     options = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(
         options.checkpoint, trust_remote_code=True, dtype=torch.float32
@@ -61,18 +65,20 @@ def main() -> None:
     )
     slots = model.config.memory_config.num_slots
     sizes = [size for size in (1, 4, 16, 64, slots) if size < len(bench.captions)]
-    found = {size: scores(bench, size, max(4, 256 // size)) for size in sizes}
-    threshold = lowest_threshold([negative for _, negative in found.values()], options.false_alarms)
-    lines = [
-        [size, len(n), auroc(p, n), equal_error_rate(p, n), float((p >= threshold).float().mean()),
-         float((n >= threshold).float().mean())]
-        for size, (p, n) in found.items()
-    ]  # fmt: skip
-    print(f"threshold {threshold:.4f}\n")
-    print(table(["facts", "unrelated", "AUROC", "EER", "written: on", "unrelated: on"], lines))
+    found = {size: scores(bench, size, max(16, 256 // size)) for size in sizes}
     path = Path(options.checkpoint) / "config.json"
     config = json.loads(path.read_text())
-    config["memory_config"]["scope_threshold"] = round(threshold, 4)
+    for kind, name in (("pictures", "scope_threshold"), ("words", "word_threshold")):
+        lines = []
+        for size in sizes:
+            positive, negative = found[size][kind]
+            threshold = lowest_threshold(negative, options.false_alarms)
+            on = [float((x >= threshold).float().mean()) for x in (positive, negative)]
+            quality = auroc(positive, negative), equal_error_rate(positive[:MOST], negative[:MOST])
+            lines.append([size, threshold, len(negative), *quality, *on])
+        columns = ["facts", "threshold", "unrelated", "AUROC", "EER", "written: on", "unrelated: on"]
+        print(f"Asked by {kind}.\n\n{table(columns, lines)}\n")
+        config["memory_config"][name] = [line[:2] for line in lines]
     with replacing(str(path), "w") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

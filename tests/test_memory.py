@@ -16,12 +16,14 @@ from conftest import IMAGE_ID, tiny_inputs, tiny_model
 from microvlm import memory_microvlm
 from microvlm.configuration_microvlm import MicroVLMMemoryConfig
 from microvlm.memory_microvlm import (
+    MemoryQuery,
     MemoryState,
     ScopeNet,
     address_kl,
     ben_cohen_inverse,
     direct_write,
     memory_kl,
+    scope_threshold,
     sherman_morrison,
 )
 from safetensors import safe_open
@@ -31,7 +33,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 MEMORY = {"num_slots": 16, "code_size": 32, "num_memory_tokens": 6, "max_content_tokens": 16}
-MEMORY |= {"key_hidden_size": 32, "scope_hidden_size": 16}
+MEMORY |= {"key_hidden_size": 32, "scope_hidden_size": 16, "observation_noise": 0.1}
 K, C, Z = 16, 32, 6 * 32
 NAN = torch.full((2, 1, K), torch.nan)
 NO_MEMORY = "this model has no episodic memory: build it with config.use_memory=True."
@@ -293,7 +295,7 @@ class TestAddress:
         torch.testing.assert_close(memory.address(keys[1, 2]), address[1, 2], **CLOSE)
         state = memory.write(memory.new_state(2), keys, torch.randn(2, 3, Z))
         assert memory.address(keys).equal(address) and state.addresses.equal(address)
-        torch.testing.assert_close(memory.read(state, keys)[1], address, **CLOSE)
+        torch.testing.assert_close(memory.read(state, MemoryQuery(keys.flatten(0, 1)))[1], address, **CLOSE)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert memory.address(keys).equal(address)
         rounded = copy.deepcopy(memory)
@@ -315,10 +317,10 @@ class TestEpisodicMemory:
         assert a.contents.equal(contents) and a.mean.dtype == torch.float64
         assert_is_ridge(posterior(a), memory.address(keys), contents, 0.1)
         assert_close_state(a, memory.write(memory.new_state(2), keys, contents, method="direct"))
-        read, addresses = memory.read(a, keys)
+        read, addresses = memory.read(a, MemoryQuery(keys.flatten(0, 1)))
         torch.testing.assert_close(addresses, a.addresses, rtol=0, atol=1e-6)
-        assert read.content.equal(memory.read(a, keys)[0].content)
-        assert read.content.shape == (2, 3, Z) and read.variance.shape == (2, 3) and read.statistics.shape == (2, 3, 8)
+        assert read.content.equal(memory.read(a, MemoryQuery(keys.flatten(0, 1)))[0].content)
+        assert read.content.shape == (2, 3, Z) and read.variance.shape == (2, 3) and read.statistics.shape == (2, 3, 9)
 
     @torch.no_grad()
     def test_training_is_noisy(self):
@@ -330,9 +332,56 @@ class TestEpisodicMemory:
         assert not torch.allclose(a.mean, b.mean, atol=1e-3) and not torch.allclose(a.mean, clean.mean, atol=1e-3)
         for state in (a, b):
             assert state.addresses.equal(clean.addresses) and state.contents.equal(contents)
-        first, second = (memory.read(clean, keys) for _ in range(2))
+        first, second = (memory.read(clean, MemoryQuery(keys.flatten(0, 1))) for _ in range(2))
         torch.testing.assert_close(first[1], clean.addresses, rtol=0, atol=1e-6)
-        assert not torch.allclose(first[0].content, second[0].content, atol=1e-3)
+        assert not torch.allclose(first[0].statistics, second[0].statistics, atol=1e-3)
+
+    @torch.no_grad()
+    def test_words_are_matched_with_stored_sentences(self, model):
+        """The weighted mean over a question's words of the largest cosine with a content slot, against a loop in float64."""
+        memory = model.model.memory
+        contents, words = torch.randn(2, 3, Z), F.normalize(torch.randn(2, 2, 4, C), dim=-1)
+        weights = torch.rand(2, 2, 4)
+        weights[0, 0, 2:] = 0
+        active = torch.tensor([[True, True, True], [True, True, False]])
+        state = memory.write(memory.new_state(2), torch.randn(2, 3, C), contents, active=active)
+        got = memory.match(state, words, weights)
+        for r in range(2):
+            for q in range(2):
+                for n in range(3):
+                    slots = F.normalize(contents[r, n].double().view(-1, C), dim=-1)
+                    best = [float((slots @ word.double()).max()) for word in words[r, q]]
+                    expected = sum(a * float(b) for a, b in zip(best, weights[r, q])) / float(weights[r, q].sum())
+                    expected = expected if active[r, n] else 0.0
+                    assert got[r, q, n].item() == pytest.approx(expected, abs=1e-5)
+
+    @torch.no_grad()
+    def test_rows_with_and_without_picture(self, model):
+        """A row with words reads where they point, one without where its key does, each as if it were alone."""
+        memory, (keys, contents) = model.model.memory, self.episode()
+        state = memory.write(memory.new_state(2), keys, contents)
+        words, weights = torch.zeros(4, 6, C), torch.zeros(4, 6)
+        words[2] = contents[1, 2].view(6, C) / contents[1, 2].view(6, C).norm(
+            dim=-1, keepdim=True
+        )  # says what is stored
+        weights[2] = 1.0
+        asked = torch.stack([keys[0, 0], keys[0, 1], torch.zeros(C), keys[1, 1]])
+        read, addresses = memory.read(state, MemoryQuery(asked, words, weights))
+        alone = memory.read(state, MemoryQuery(asked))[0]
+        for r, q in ((0, 0), (0, 1), (1, 1)):
+            torch.testing.assert_close(read.content[r, q], alone.content[r, q], **CLOSE)
+            torch.testing.assert_close(read.statistics[r, q], alone.statistics[r, q], **CLOSE)
+        assert F.cosine_similarity(addresses[1, 0], state.addresses[1, 2], dim=0) > 0.999
+        assert F.cosine_similarity(read.content[1, 0], contents[1, 2], dim=0) > 0.99
+        assert read.statistics[1, 0, 0].item() == pytest.approx(1.0, abs=1e-5)
+        assert read.statistics[..., 8].tolist() == [[0, 0], [1, 0]]
+
+    def test_words_weigh_by_how_few_sentences_have_them(self):
+        memory = memory_model().model.memory
+        memory.calibrate_words([[5, 5, 6], [5, 7]], smoothing=0.5)
+        expected = torch.tensor([0.5 / 1.5, 0.5, 0.5, 1.0, 1.0])
+        ids = torch.tensor([5, 6, 7, 8, len(memory.word_weight) + 3])
+        torch.testing.assert_close(memory.weigh_words(ids), expected)
 
     def test_noise_has_the_learned_size(self):
         memory = memory_model().model.memory
@@ -355,7 +404,9 @@ class TestEpisodicMemory:
         torch.testing.assert_close(memory.ordered(other)[0], got[0], rtol=0, atol=1e-6)
         assert memory.ordered(keys[:, :0]).shape == (2, 0, C)
         state = memory.write(memory.new_state(2), keys[:, :1], contents[:, :1])  # a query is an episode of one
-        torch.testing.assert_close(memory.read(state, keys)[1][:, 0], state.addresses[:, 0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            memory.read(state, MemoryQuery(keys.flatten(0, 1)))[1][:, 0], state.addresses[:, 0], rtol=0, atol=1e-6
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert memory.ordered(keys).equal(got)
         assert memory.bfloat16().ordered(keys).dtype == torch.float32
@@ -366,7 +417,7 @@ class TestEpisodicMemory:
         """Keys and contents, in autocast and from weights in bfloat16."""
         memory = memory_model().model.memory
         vision, words, mask = torch.randn(2, 17, 24), torch.randn(2, 5, 32), torch.ones(2, 5).bool()
-        run = lambda: (memory.image_keys(vision, 1), memory.text_keys(words, mask), memory.contents(words, mask))  # noqa: E731
+        run = lambda: (memory.image_keys(vision, 1), memory.words(words), memory.contents(words, mask))  # noqa: E731
         expected = run()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert all(a.equal(b) for a, b in zip(run(), expected))
@@ -378,11 +429,37 @@ class TestEpisodicMemory:
     @pytest.mark.parametrize("context", [True, False])
     def test_scope_net(self, context):
         scope = ScopeNet(MicroVLMMemoryConfig(**MEMORY, scope_context=context))
-        key, statistics = torch.randn(2, 3, C), torch.randn(2, 3, 8)
+        key, statistics = torch.randn(2, 3, C), torch.randn(2, 3, 9)
         logits = scope(key, statistics)
         assert logits.shape == (2, 3) and scope(key[0, 0], statistics[0, 0]).shape == ()
         assert scope(-key, statistics).equal(logits) != context
         assert not torch.allclose(scope(key, statistics + 1), logits)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"observation_noise": 0.0}, "observation_noise must be positive, got 0.0."),
+        ({"read_sharpness": -1.0}, "read_sharpness must not be negative, got -1.0."),
+        ({"gray_weight": -0.5}, "gray_weight must not be negative, got -0.5."),
+        ({"scope_threshold": 1.0}, "scope_threshold must be between 0 and 1, got 1.0."),
+        (
+            {"scope_threshold": [[1, 0.5], [4, 0.0]]},
+            "scope_threshold must be between 0 and 1, got [[1, 0.5], [4, 0.0]].",
+        ),
+        (
+            {"scope_threshold": [[4, 0.5], [4, 0.6]]},
+            "scope_threshold must be in rising order of facts, got [[4, 0.5], [4, 0.6]].",
+        ),
+        ({"scope_threshold": [0.5]}, "scope_threshold must be a number or pairs [facts, probability], got [0.5]."),
+        ({"scope_threshold": []}, "scope_threshold must be a number or pairs [facts, probability], got []."),
+        ({"addressing": "hash"}, "addressing must be one of ('pseudoinverse', 'ben_cohen', 'gaussian'), got 'hash'."),
+    ],
+)
+def test_config_values_are_checked(change, message):
+    with pytest.raises(ValueError) as error:
+        MicroVLMMemoryConfig(**change)
+    assert str(error.value) == f"memory_config.{message}"
 
 
 class TestState:
@@ -392,7 +469,10 @@ class TestState:
         assert read.content.eq(0).all() and read.content.shape == (2, 3, 8)
         torch.testing.assert_close(read.variance, torch.ones(2, 3))
         assert read.coefficients.shape == (2, 3, 0) and state.counts.tolist() == [0, 0]
-        torch.testing.assert_close(read.statistics, torch.tensor([0, 0, 0, 0, 1, 1, 0, 0.0]).expand(2, 3, 8))
+        queries = observations(2, 3)[0]
+        assert state.draw(state.similarity(queries), 40.0).eq(0).all()
+        assert state.read(queries, sharpness=40.0).content.eq(0).all()
+        torch.testing.assert_close(read.statistics, torch.tensor([0, 0, 0, 0, 1e-3, 1, 0, 0, 0]).expand(2, 3, 9))
         assert state.describe() == "memory 0: 0 items of at most 64\nmemory 1: 0 items of at most 64"
         assert repr(state) == "MemoryState(rows=2, slots=16, content_size=8, items=[0, 0])"
 
@@ -404,9 +484,8 @@ class TestState:
         torch.testing.assert_close(read.content, z * share)
         torch.testing.assert_close(read.variance, torch.full((2, 1), noise * share))
         torch.testing.assert_close(read.coefficients, torch.full((2, 1, 1), share))
-        mean_variance = (K - 1 + noise * share) / K
-        expected = [share, 0, 1, 0, noise * share, mean_variance, math.log(2) / math.log(1 + K), 1 / K]
-        torch.testing.assert_close(read.statistics, torch.tensor(expected).expand(2, 1, 8))
+        expected = [1, 0, 0, 1, 1e-3, noise * share, math.log(2) / math.log(1 + K), 1 / K, 0]
+        torch.testing.assert_close(read.statistics, torch.tensor(expected).expand(2, 1, 9))
 
     def test_many_items(self):
         """Kernel ridge regression: c = q W^T (W W^T + noise I)^-1, content c Z, variance 1 - c W q^T."""
@@ -418,10 +497,80 @@ class TestState:
         torch.testing.assert_close(read.coefficients.double(), c, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(read.content.double(), c @ z, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(read.variance.double(), 1 - (c * (q @ w.mT)).sum(-1), rtol=1e-4, atol=1e-6)
-        expected = torch.cat(
-            [c.sort(-1, descending=True)[0][..., :2], (q @ w.mT).sort(-1, descending=True)[0][..., :2]], -1
-        )
-        torch.testing.assert_close(read.statistics[..., :4].double(), expected, rtol=1e-4, atol=1e-6)
+        cosines = q @ w.mT
+        top = cosines.sort(-1, descending=True)[0][..., :3]
+        expected = torch.cat([top, cosines.mean(-1, keepdim=True), cosines.std(-1, correction=0, keepdim=True)], -1)
+        torch.testing.assert_close(read.statistics[..., :5].double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(read.statistics[..., 5], read.variance)
+
+    def test_drawn_address(self):
+        """softmax(beta q W^T) W, brought to unit length, in float64; places that are empty weigh nothing."""
+        (w, z), q = observations(2, 20), observations(2, 4, seed=1)[0]
+        active = torch.ones(2, 20, dtype=torch.bool)
+        active[0, 7:] = False
+        state = new_state(2).write(w, z, active=active)
+        similarity = state.similarity(q)
+        got = state.draw(similarity.double(), 6.0)
+        assert similarity[0, :, 7:].eq(0).all()
+        for row, n in ((0, 7), (1, 20)):
+            stored, asked = w[row, :n].double(), q[row].double()
+            weight = torch.exp(6.0 * asked @ stored.T)
+            drawn = (weight / weight.sum(1, keepdim=True)) @ stored
+            torch.testing.assert_close(similarity[row, :, :n].double(), asked @ stored.T, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got[row], drawn / drawn.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+
+    def test_sharp_read(self):
+        """The content is that of the drawn address, what ScopeNet sees is of the query."""
+        (w, z), q = observations(2, 20), observations(2, 4, seed=1)[0]
+        state = new_state(2).write(w, z)
+        plain, sharp = state.read(q), state.read(q, sharpness=30.0)
+        there = state.read(state.draw(state.similarity(q.double()), 30.0))
+        torch.testing.assert_close(sharp.content, there.content, **CLOSE)
+        torch.testing.assert_close(sharp.coefficients, there.coefficients, **CLOSE)
+        assert sharp.statistics.equal(plain.statistics) and sharp.variance.equal(plain.variance)
+        assert not torch.allclose(sharp.content, plain.content, atol=1e-3)
+
+    def test_a_sharp_read_finds_the_nearest_fact(self):
+        """With little noise a query near a stored address brings that item's content alone, the linear read a mixture."""
+        w, z = observations(1, 12)
+        state = new_state(1, noise=1e-4).write(w, z)
+        near = F.normalize(w + 0.25 * observations(1, 12, seed=1)[0], dim=-1)
+        error = lambda read: ((read.content - z).norm(dim=-1) / z.norm(dim=-1)).max()  # noqa: E731
+        assert error(state.read(near, sharpness=100.0)) < 0.02 < 0.2 < error(state.read(near))
+
+    def test_similarity_of_another_kind(self):
+        """It takes the place of the cosines: in what draws the address and in what ScopeNet sees."""
+        (w, z), q = observations(2, 5), observations(2, 3, seed=1)[0]
+        state, given = new_state(2).write(w, z), torch.rand(2, 3, 5)
+        got = state.read(q, 30.0, given)
+        torch.testing.assert_close(got.content, state.read(state.draw(given.double(), 30.0)).content, **CLOSE)
+        torch.testing.assert_close(got.statistics[..., 0], given.amax(-1))
+        torch.testing.assert_close(got.statistics[..., 3], given.mean(-1))
+        assert got.variance.equal(state.read(q).variance)
+
+    def test_what_is_forgotten_draws_nothing(self):
+        w, z = observations(1, 3)
+        less = new_state(1).write(w, z).forget(1)
+        never = new_state(1).write(w[:, [0, 2]], z[:, [0, 2]])
+        for sharpness in (0.0, 50.0):
+            torch.testing.assert_close(
+                less.read(w, sharpness).content, never.read(w, sharpness).content, rtol=1e-6, atol=1e-7
+            )
+
+    @pytest.mark.parametrize("table", [0.3, [[1, 0.2], [15, 0.5], [255, 0.8]], [[4, 0.6]]])
+    def test_threshold(self, table):
+        """Between the pairs the logit is linear in log(1 + facts), beyond them constant."""
+        facts = torch.tensor([0, 1, 3, 15, 63, 255, 4000])
+        got = scope_threshold(table, facts)
+        if isinstance(table, float):
+            assert got.eq(0.3).all()
+        elif len(table) == 1:
+            torch.testing.assert_close(got, torch.full((7,), 0.6))
+        else:
+            logit = lambda p: math.log(p / (1 - p))  # noqa: E731
+            between = [logit(0.2) + (logit(0.5) - logit(0.2)) / 3, logit(0.5) + (logit(0.8) - logit(0.5)) / 2]
+            wanted = [0.2, 0.2, 1 / (1 + math.exp(-between[0])), 0.5, 1 / (1 + math.exp(-between[1])), 0.8, 0.8]
+            torch.testing.assert_close(got, torch.tensor(wanted))
 
     def test_select(self):
         state = written(3, 2).forget(1, row=0)
@@ -733,9 +882,22 @@ class TestVerbs:
         assert other.addresses.equal(state.addresses) and not torch.allclose(other.contents, state.contents, atol=0.1)
         other = model.write_memory(model.new_memory(2), **(facts | {"pixel_values": words["pixel_values"]}))
         assert other.contents.equal(state.contents) and not torch.allclose(other.addresses, state.addresses, atol=0.01)
-        features = model.get_image_features(facts["pixel_values"]).last_hidden_state
-        memory = model.model.memory
-        torch.testing.assert_close(state.addresses[:, 0], memory.address(memory.image_keys(features, 1)), **CLOSE)
+        memory, pixels = model.model.memory, facts["pixel_values"]
+        gray = pixels.mean(1, keepdim=True).repeat(1, 3, 1, 1)
+        images = [model.get_image_features(x, return_dict=True) for x in (pixels, gray)]
+        keys = [memory.image_keys(image.last_hidden_state, 1) for image in images]
+        expected = memory.address(F.normalize(keys[0] + 0.5 * keys[1], dim=-1))
+        torch.testing.assert_close(state.addresses[:, 0], expected, **CLOSE)
+        given = {name: value for name, value in facts.items() if name != "pixel_values"}
+        encoded = {"image": images[0], "gray": images[1]}
+        other = model.write_memory(model.new_memory(2), **given, mm_encoder_outputs=encoded)
+        torch.testing.assert_close(other.addresses, state.addresses, **CLOSE)
+        del encoded["gray"]
+        with refused("mm_encoder_outputs lacks `gray`: a key to write needs the pictures in grey as well."):
+            model.write_memory(**given, mm_encoder_outputs=encoded)
+        plain = memory_model(gray_weight=0.0)
+        other = plain.write_memory(plain.new_memory(2), **given, mm_encoder_outputs=encoded)
+        torch.testing.assert_close(other.addresses[:, 0], memory.address(keys[0]), **CLOSE)
 
     @pytest.mark.parametrize("filler", [1, 77])
     def test_padding(self, model, filler):
@@ -757,7 +919,9 @@ class TestVerbs:
         with unchanged(apart, shared):
             own, common = (model(**facts, memory=memory, memory_gate="on") for memory in (apart, shared))
         torch.testing.assert_close(own.memory_content.flatten(1), apart.contents[:, 0] / 1.1, **CLOSE)
-        expected = shared.read(shared.addresses).content[0]
+        image = model.get_image_features(facts["pixel_values"]).last_hidden_state
+        asked = model.model.memory.address(model.model.memory.image_keys(image, 1))
+        expected = shared.read(asked[None], sharpness=40.0).content[0]
         torch.testing.assert_close(common.memory_content.flatten(1), expected, **CLOSE)
         assert own.memory_content.shape == (3, 6, C) and own.scope_probability.shape == (3,)
         torch.testing.assert_close(own.memory_kl, apart.kl().mean().float(), **CLOSE)

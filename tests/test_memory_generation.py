@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_config, tiny_inputs, tiny_model
 from microvlm.cache_microvlm import MemoryCache
-from microvlm.memory_microvlm import MemoryState
+from microvlm.memory_microvlm import MemoryQuery, MemoryState
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, CompileConfig, DynamicCache
 from transformers.cache_utils import StaticCache
@@ -84,7 +85,7 @@ def tokens_on(model, inputs: dict, memory: MemoryState, **kwargs) -> torch.Tenso
 
 def read(model, inputs: dict, memory: MemoryState, gate="on"):
     features = model.get_image_features(inputs["pixel_values"]).last_hidden_state
-    return model.model.read_memory(memory, model.model.get_memory_keys(inputs["input_ids"], None, features), gate)
+    return model.model.read_memory(memory, model.model.get_memory_query(inputs["input_ids"], None, features), gate)
 
 
 def gradients(model, inputs: dict, **kwargs) -> dict:
@@ -320,16 +321,40 @@ class TestRows:
     def test_pictures_ask_by_picture_and_texts_by_words(self, model, inputs, memory, on):
         part = model.model.memory
         by_picture = model(**inputs, **on).memory_content
-        keys = part.image_keys(model.get_image_features(PICTURES).last_hidden_state, 1)
-        torch.testing.assert_close(by_picture.flatten(1), part.read(memory, keys[None])[0].content[0], **CLOSE)
+        query = MemoryQuery(part.image_keys(model.get_image_features(PICTURES).last_hidden_state, 1))
+        torch.testing.assert_close(by_picture.flatten(1), part.read(memory, query)[0].content[0], **CLOSE)
         inputs["input_ids"] = tiny_inputs(3, T - 5, seed=9)["input_ids"]
         assert model(**inputs, **on).memory_content.equal(by_picture)
         ids = torch.tensor([[9, 10, 11, 12], [20, 21, 22, 23]])
         by_words = model(input_ids=ids, **on).memory_content
-        keys = part.text_keys(model.get_input_embeddings()(ids), torch.ones(2, 4).bool())
-        torch.testing.assert_close(by_words.flatten(1), part.read(memory, keys[None])[0].content[0], **CLOSE)
+        words = F.normalize(part.content_encoder.v_proj(model.get_input_embeddings()(ids)), dim=-1)
+        query = MemoryQuery(torch.zeros(2, words.shape[2]), words, torch.ones(2, 4))
+        torch.testing.assert_close(by_words.flatten(1), part.read(memory, query)[0].content[0], **CLOSE)
         assert not torch.allclose(*by_words, atol=1e-2)
         tokens_on(model, {"input_ids": ids}, memory)
+
+    @one_text_type
+    def test_a_question_finds_the_sentence_that_says_its_words(self, model, memory):
+        stored = memory.token_ids[0]
+        for place in range(3):
+            words = stored[place][stored[place] >= 0][:-1][None, 1:4]
+            padded, mask = F.pad(words, (2, 0), value=1), torch.tensor([[0, 0, 1, 1, 1]])
+            for inputs in ({"input_ids": words}, {"input_ids": padded, "attention_mask": mask}):
+                content = model(**inputs, memory=memory, memory_gate="on").memory_content
+                best = F.cosine_similarity(content.flatten(1), memory.contents[0], dim=-1).argmax()
+                assert best == place
+
+    @one_text_type
+    def test_pictures_and_questions_in_one_batch(self, model, inputs, memory, on):
+        length = inputs["input_ids"].shape[1]
+        question = F.pad(torch.tensor([[9, 10, 11, 12]]), (length - 4, 0), value=1)
+        mask = torch.ones(4, length, dtype=torch.long)
+        mask[3, :-4] = 0
+        batch = {"input_ids": torch.cat([inputs["input_ids"], question]), "attention_mask": mask}
+        got = model(**batch, pixel_values=inputs["pixel_values"], **on).memory_content
+        torch.testing.assert_close(got[:3], model(**inputs, **on).memory_content, **CLOSE)
+        alone = model(input_ids=torch.tensor([[9, 10, 11, 12]]), **on).memory_content
+        torch.testing.assert_close(got[3:], alone, **CLOSE)
 
 
 class TestErrors:
