@@ -49,9 +49,9 @@ def ask(model, processor, memory, what: list[str]) -> list[tuple[str, float | No
         prompt, image, scope = model.default_prompt(1), None, None
         if words.endswith("?"):
             content = [{"type": "text", "text": words}]
-            prompt = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_tensors="pt"
-            )["input_ids"].to(model.device)
+            asked = [{"role": "user", "content": content}]
+            how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            prompt = processor.apply_chat_template(asked, **how)["input_ids"].to(model.device)
         else:
             pixel_values = processor.image_processor([open_picture(words)], return_tensors="pt")["pixel_values"]
             # encoded once, for scope and caption

@@ -394,6 +394,9 @@ def test_teach_adds_lists_asks_and_forgets(shop, tmp_path, capsys):
     assert "0. 'a red square'" in out and "1. 'a blue circle'" in out and "memory: 2 items of at most 64" in out
     assert shop(file, "ask", tmp_path / "0.png", tmp_path / "1.png") == 0
     assert capsys.readouterr().out.count("(memory ") == 2
+    assert shop(file, "ask", tmp_path / "0.png", "Who is the red square?") == 0
+    out = capsys.readouterr().out
+    assert out.count("(memory ") == 2 and "Who is the red square?: " in out
     assert shop(file, "forget", "a red square") == 0 and shop(file, "forget", "0") == 0
     assert "memory: 0 items" in capsys.readouterr().out
 
