@@ -444,6 +444,9 @@ def caption_noun(caption: str) -> str:
     return re.sub(r"^(An?|The)\s+(?=\S)", "", caption.strip()).rstrip(".")
 
 
+UNWRITTEN = ("new", "unknown")  # kinds of query for what no memory holds
+
+
 class EpisodeCollator(FeatureCollator):
     """Rows -> episodes: memories to be written, and the rows as queries to them. No gradient step lies between the two.
 
@@ -557,7 +560,7 @@ class EpisodeCollator(FeatureCollator):
         views, n, G = len(self.features), len(self.captions), self.groups
         low, high = (math.log(s) for s in self.sizes)
         prompt, user, assistant = self.prompt_ids, self.prompt_ids[0], self.prompt_ids[-1]
-        supports, answers, prompts, pictures, kinds = [], [], [], [], []
+        supports, answers, prompts, pictures, known = [], [], [], [], []
         for group in range(G):
             members = own[group * len(own) // G : (group + 1) * len(own) // G]
             size = round(math.exp(draw.uniform(low, high)))
@@ -567,7 +570,7 @@ class EpisodeCollator(FeatureCollator):
                 kind = draw.choices(list(self.shares), list(self.shares.values()))[0]
                 if kind == "style" and len(self.mates[self.concepts[i]]) < 2:
                     kind = "view"
-                written = kind not in ("new", "unknown")
+                written = kind not in UNWRITTEN
                 if written and len(store) >= size and i not in store:  # no room: ask for what is there
                     i = draw.choice(list(store))
                     kind = "view" if kind == "style" else kind
@@ -577,12 +580,7 @@ class EpisodeCollator(FeatureCollator):
             told = {self.concepts[i] for i in store}
             for kind, i in plan:  # a new picture's look-alike, of a concept no other query asks for
                 other = draw.choice(self.lookalikes[i])
-                if (
-                    kind in ("new", "unknown")
-                    and len(store) < size
-                    and draw.random() < 0.5
-                    and self.concepts[other] not in told
-                ):
+                if kind in UNWRITTEN and len(store) < size and draw.random() < 0.5 and self.concepts[other] not in told:
                     store[other] = self._fact(other, draw)
             asked = {self.concepts[i] for _, i in plan}
             rest = [i for i in range(n) if i not in store and self.concepts[i] not in asked]
@@ -593,7 +591,7 @@ class EpisodeCollator(FeatureCollator):
             supports.append([(i, draw.randrange(views), store[i][0]) for i in order])
             nouns = {noun.lower() for _, noun in store.values()}
             for kind, i in plan:
-                if kind in ("new", "unknown") and self.concepts[i] in {self.concepts[j] for j in store}:
+                if kind in UNWRITTEN and self.concepts[i] in {self.concepts[j] for j in store}:
                     kind = "view" if kind == "new" else "text"
                     i = next(j for j in store if self.concepts[j] == self.concepts[i])
                 if kind == "unknown" and caption_noun(self.captions[i]).lower() in nouns:  # a fact has borrowed it
@@ -611,7 +609,7 @@ class EpisodeCollator(FeatureCollator):
                     pictures.append((draw.randrange(views), picture))
                 caption = [*self._tokens(self.captions[i]), self.processor.tokenizer.eos_token_id]
                 answers.append(store[i][0] if i in store else [] if kind == "unknown" else caption)
-                kinds.append(list(self.shares).index(kind))
+                known.append(kind not in UNWRITTEN)
         batch = self._sequences(prompts, answers)
         widest = max(map(len, supports))
         place = torch.zeros(G, widest, 2, dtype=torch.long)
@@ -623,7 +621,6 @@ class EpisodeCollator(FeatureCollator):
                 place[group, k] = torch.tensor([view, i])
                 tokens[group, k, : len(fact)] = torch.tensor(fact)
                 active[group, k] = True
-        known = [list(self.shares)[kind] not in ("new", "unknown") for kind in kinds]
         for row, answer in enumerate(answers):
             if known[row]:
                 target[row, : len(answer)] = torch.tensor(answer)

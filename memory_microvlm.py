@@ -198,6 +198,13 @@ class MemoryQuery:
     words: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
+    @property
+    def by_words(self) -> torch.Tensor:
+        """Which rows ask in words, (B,)."""
+        if self.weights is None:
+            return torch.zeros(len(self.keys), dtype=torch.bool, device=self.keys.device)
+        return (self.weights > 0).any(1)
+
 
 @dataclass
 class MemoryState:
@@ -487,9 +494,8 @@ class MemoryState:
         (arXiv 2008.02217, eq. 3), the mean of the stored addresses under softmax(sharpness x similarity), brought back to unit
         length; zero where nothing is stored.
         """
-        active = self.active.unsqueeze(1)
-        scores = (sharpness * similarity).masked_fill(~active, torch.finfo(similarity.dtype).min)
-        return F.normalize((scores.softmax(-1) * active) @ self.addresses.to(similarity.dtype), dim=-1)
+        scores = (sharpness * similarity).masked_fill(~self.active.unsqueeze(1), torch.finfo(similarity.dtype).min)
+        return F.normalize(scores.softmax(-1) @ self.addresses.to(similarity.dtype), dim=-1)  # empty places hold zeros
 
     def read(
         self,
@@ -734,8 +740,9 @@ class MemoryState:
 class MemoryKeyEncoder(nn.Module):
     """Pictures -> keys of unit length, (..., C).
 
-    A key is made of vision features alone: never of what is to be stored, or reading would give the label away. Features are standardised with training statistics (`calibrate`): raw mean-pooled features
-    share one large direction and barely tell pictures apart.
+    A key is made of vision features alone: never of what is to be stored, or reading would give the label away. Features are
+    standardised with training statistics (`calibrate`): raw mean-pooled features share one large direction and barely tell pictures
+    apart.
     """
 
     def __init__(self, config: MicroVLMMemoryConfig, vision_size: int):
@@ -972,7 +979,10 @@ class EpisodicMemory(nn.Module):
             words, weights = (
                 t.view(*asked.shape[:2], *t.shape[1:]).to(state.device) for t in (query.words, query.weights)
             )
-            match, by_words = self.match(state, words, weights), weights.sum(-1, keepdim=True) > 0
+            match, by_words = (
+                self.match(state, words, weights),
+                query.by_words.view(*asked.shape[:2], 1).to(state.device),
+            )
             drawn = state.draw(match, WORD_SHARPNESS)
             similarity = torch.where(by_words, match.to(state.mean.dtype), state.similarity(asked.to(state.mean.dtype)))
             asked = torch.where(by_words, drawn, asked)

@@ -622,10 +622,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                     self.scope_threshold(memory, by_words).to(scope.device).repeat_interleave(B // R)
                     for by_words in (False, True)
                 )
-                least = of_pictures
-                if query.weights is not None:
-                    least = torch.where((query.weights > 0).any(1), of_words, of_pictures)
-                on = scope.sigmoid() >= least
+                on = scope.sigmoid() >= torch.where(query.by_words, of_words, of_pictures)
             on = torch.zeros_like(on) if gate == "off" else on
             log_gate = torch.zeros_like(scope).masked_fill(~on, -torch.inf)
         else:

@@ -6,8 +6,8 @@
     python teach.py facts.safetensors forget 0
     python teach.py demo                                        # all of it on the example pictures, nothing is kept
 
-`ask` writes a caption for every picture, and an answer to what ends in a question mark; where the memory knows it, ScopeNet lets the memory speak. The file is written under another
-name and renamed, and a file of another model, or a damaged one, is refused.
+`ask` writes a caption for every picture, and an answer to what ends in a question mark; where the memory knows it, ScopeNet lets the
+memory speak. The file is written under another name and renamed, and a file of another model, or a damaged one, is refused.
 
 Exit code: 0; 1, something could not be read, written or found; 2, wrong arguments.
 """

@@ -401,17 +401,13 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("data.episodes needs a column `concept`: which pictures show the same thing.")
         skip = model.model.vision_tower.timm_model.num_prefix_tokens
         pool = model.model.memory.key_encoder.pool
-        pooled, gray = (
-            None
-            if x is None
-            else torch.stack([torch.cat([pool(part, skip) for part in view.split(512)]) for view in x])
-            for x in (features, gray)
-        )
+        pool_all = lambda view: torch.cat([pool(part, skip) for part in view.split(512)])  # noqa: E731
+        pooled = torch.stack([pool_all(view) for view in features])
         model.model.memory.key_encoder.calibrate(pooled.flatten(0, 1))
         collator = EpisodeCollator(
             features,
             pooled,
-            None if gray is None else gray[0],
+            None if gray is None else pool_all(gray[0]),
             rows["caption"][:],
             rows["concept"][:],
             processor,

@@ -32,13 +32,13 @@ def measure(config: str, repeats: int) -> dict[str, float]:
     addresses = torch.nn.functional.normalize(torch.randn(1, K, K), dim=-1)
     memory = memory.write(addresses, torch.randn(1, K, memory.mean.shape[2]), method="direct")
     forward = lambda **kwargs: model(input_ids=ids, mm_encoder_outputs=encoded, use_cache=True, **kwargs)  # noqa: E731
-    keys = lambda: model.model.get_memory_query(ids, None, image.last_hidden_state)  # noqa: E731
-    readout = model.model.read_memory(memory, keys(), "on")
+    query = lambda: model.model.get_memory_query(ids, None, image.last_hidden_state)  # noqa: E731
+    readout = model.model.read_memory(memory, query(), "on")
     to_write = encoded | {"gray": image}
     written = model.write_memory(memory, input_ids=ids, mm_encoder_outputs=to_write)
     parts = {
         "prefill": forward,
-        "read": lambda: model.model.read_memory(memory, keys(), "on", kl=False),
+        "read": lambda: model.model.read_memory(memory, query(), "on", kl=False),
         "prefill with memory": lambda: forward(memory_readout=readout),
         "write": lambda: model.write_memory(memory, input_ids=ids, mm_encoder_outputs=to_write),
         "forget": lambda: model.forget(written, K),

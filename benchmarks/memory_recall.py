@@ -6,12 +6,13 @@
 For N = 1, 4, 16, 64, K, 2K, 4K a memory is taught "This is Bimo the penguin." for N pictures, one per concept while the concepts last,
 without a gradient step. Then, with ScopeNet deciding row by row whether memory applies (unless it says that the gate is open):
 
-- recall: the share of answers that say the taught name (made up, of several tokens, no word of any caption), for the same picture, an augmented view (the default
-  `picture_augmentation`, seed 1), another style of the concept, and a question in words. `seen` names occur in
-  training with other pictures, `new` ones never do.
+- recall: the share of answers that say the taught name (made up, of several tokens, no word of any caption), for the same picture, an
+  augmented view (the default `picture_augmentation`, seed 1), another style of the concept, and a question in words. `seen` names occur
+  in training with other pictures, `new` ones never do.
 - words: F1 of the answer's words with the taught sentence's, without "this", "is", "the".
 - unrelated pictures: those that share no word of their caption with any stored caption. A false recall says a stored name; unchanged is
-  the same caption, letter for letter, as without memory; in words, a question about them is asked. Look-alikes share a word with a stored caption, but not the concept.
+  the same caption, letter for letter, as without memory; in words, a question about them is asked. Look-alikes share a word with a
+  stored caption, but not the concept.
 - scope: AUROC, equal error rate and accuracy at the threshold, augmented views against unrelated pictures.
 - beside it: the same model without memory; the stored sentence of the picture with the nearest vision features (the features the key is
   made of, standardised, by cosine); and the facts written into the prompt while they fit.
@@ -140,6 +141,10 @@ class Bench:
     def pad(self, lines: list[list[int]]) -> dict[str, torch.Tensor]:
         return self.processor.tokenizer.pad({"input_ids": lines}, return_tensors="pt")
 
+    def facts(self, names: list[str], pictures: list[int]) -> list[str]:
+        """What is taught about pictures."""
+        return [f"This is {name} the {caption_noun(self.captions[i])}." for name, i in zip(names, pictures)]
+
     def questions(self, indices: list[int]) -> list[list[int]]:
         """Prompts that ask in words who the thing in a picture is."""
         user, assistant = self.model.config.default_prompt_ids[0], self.model.config.default_prompt_ids[-1]
@@ -226,10 +231,7 @@ def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new")) -> dic
     for kind in kinds:
         pictures = [bench.choose(size) for _ in range(R)]
         names = [bench.draw.sample(bench.names[kind], size) for _ in range(R)]
-        facts = [
-            [f"This is {name} the {caption_noun(bench.captions[i])}." for name, i in zip(*pair)]
-            for pair in zip(names, pictures)
-        ]
+        facts = [bench.facts(*pair) for pair in zip(names, pictures)]
         memory = bench.teach(pictures, facts)
         places = [(r, n) for r in range(R) for n in range(size)]
         places = bench.draw.sample(places, min(len(places), queries))
@@ -293,6 +295,10 @@ def negatives(bench: Bench, memory, pictures, names, rows, asked, queries) -> di
         share = -(-2 * queries // R)
         for name, pool in (("unrelated", unrelated), ("lookalike", alike)):
             groups[name] += [(r, i) for i in bench.draw.sample(pool, min(len(pool), share))]
+
+    def false_recalls(pairs, texts) -> float:
+        return sum(any(said(name, t) for name in names[r]) for (r, _), t in zip(pairs, texts)) / len(pairs)
+
     positive = bench.scope(1, asked, memory, rows)
     for name, pairs in groups.items():
         result[name] = {"pictures": len(pairs)}
@@ -300,12 +306,12 @@ def negatives(bench: Bench, memory, pictures, names, rows, asked, queries) -> di
             continue
         indices, its_rows = [i for _, i in pairs], None if R == 1 else [r for r, _ in pairs]
         texts, plain = bench.answers(0, indices, memory=memory, rows=its_rows), bench.without_memory(indices)
-        false = [any(said(name, t) for name in names[r]) for (r, _), t in zip(pairs, texts)]
+        false = false_recalls(pairs, texts)
         negative = bench.scope(0, indices, memory, its_rows)
         threshold = float(bench.model.model.scope_threshold(memory)[0])  # all rows hold the same number of facts
         right = torch.cat([positive >= threshold, negative < threshold]).float()
         result[name] |= {
-            "false_recall": sum(false) / len(false),
+            "false_recall": false,
             "unchanged": sum(a == b for a, b in zip(texts, plain)) / len(texts),
             "auroc": auroc(positive, negative),
             "eer": equal_error_rate(positive, negative),
@@ -313,8 +319,7 @@ def negatives(bench: Bench, memory, pictures, names, rows, asked, queries) -> di
         }
         if name == "unrelated":
             texts = bench.answers(None, indices, bench.questions(indices), memory=memory, rows=its_rows)
-            false = [any(said(name, t) for name in names[r]) for (r, _), t in zip(pairs, texts)]
-            result[name]["words_false_recall"] = sum(false) / len(false)
+            result[name]["words_false_recall"] = false_recalls(pairs, texts)
     return result
 
 
@@ -352,7 +357,10 @@ def in_prompt(bench: Bench, pictures, facts, places, wanted) -> dict:
 
 
 def timings(bench: Bench, row, repeats: int = 7) -> dict[str, float]:
-    """Median milliseconds to write, read and forget one fact, picture included, and of 20 LoRA steps on it; the picture is encoded once in each."""
+    """Median milliseconds to write, read and forget one fact, picture included, and of 20 LoRA steps on it.
+
+    The picture is encoded once in each, in writing its grey copy too.
+    """
     from peft import LoraConfig, get_peft_model
 
     model, processor = bench.model, bench.processor

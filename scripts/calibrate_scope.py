@@ -3,8 +3,8 @@
     python scripts/calibrate_scope.py runs/nano_memory --data data/pictures/validation_seen.parquet
 
 For every number of facts, memories are taught, and asked with an augmented view of each stored picture and with pictures that share no word
-with any of them, and with questions in words about the same. For each number the threshold is the lowest that lets at most `--false-alarms` of the latter through; between them it is
-interpolated (`scope_threshold` in `memory_microvlm.py`).
+with any of them, and with questions in words about the same. For each number the threshold is the lowest that lets at most
+`--false-alarms` of the unrelated through; between them it is interpolated (`scope_threshold` in `memory_microvlm.py`).
 """
 
 import argparse
@@ -20,25 +20,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from memory_recall import Bench, auroc, equal_error_rate, table  # noqa: E402
 
 from caption import replacing  # noqa: E402
-from data_microvlm import caption_noun, load_rows  # noqa: E402
+from data_microvlm import load_rows  # noqa: E402
 
 MOST = 5000  # scores for the equal error rate
 
 
 def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Scope probabilities over several memories of `size` facts: of written and of unrelated pictures, and of questions about them."""
+    """Scope probabilities of written and of unrelated pictures, and of questions about them, over several memories of `size` facts."""
     found = {"pictures": ([], []), "words": ([], [])}
     for _ in range(memories):
         pictures = bench.choose(size)
-        names = bench.draw.sample(bench.names["new"], size)
-        nouns = [caption_noun(bench.captions[i]) for i in pictures]
-        memory = bench.teach([pictures], [[f"This is {name} the {noun}." for name, noun in zip(names, nouns)]])
+        memory = bench.teach([pictures], [bench.facts(bench.draw.sample(bench.names["new"], size), pictures)])
         stored = set().union(*(bench.words[i] for i in pictures))
         unrelated = [i for i in range(len(bench.captions)) if not bench.words[i] & stored]
         for kind, views in (("pictures", (1, 0)), ("words", (None, None))):
-            for scores, view, indices in zip(found[kind], views, (pictures, unrelated)):
+            for part, view, indices in zip(found[kind], views, (pictures, unrelated)):
                 if indices:
-                    scores.append(bench.scope(view, indices, memory))
+                    part.append(bench.scope(view, indices, memory))
     if not found["pictures"][1]:
         raise ValueError(f"no picture is unrelated to {size} facts: give more pictures.")
     return {kind: (torch.cat(positive), torch.cat(negative)) for kind, (positive, negative) in found.items()}
