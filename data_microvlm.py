@@ -1,6 +1,6 @@
-"""Picture-caption pairs for training and evaluation: parquet, image folders with `metadata.jsonl`, webdataset tars.
+"""Picture-caption pairs for training and evaluation: parquet, image folders, webdataset tars, the output of img2dataset.
 
-All three come through `datasets`, with pictures left as bytes: one that cannot be decoded is then skipped, named and
+All come through `datasets`, with pictures left as bytes: one that cannot be decoded is then skipped, named and
 counted by the collator instead of ending the run, until more than a stated share of the rows is bad.
 """
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "text", "txt")
-FORMATS = ("parquet", "imagefolder", "webdataset")
+FORMATS = ("parquet", "imagefolder", "webdataset", "files")
 MIN_ROWS_BEFORE_STOP = 100  # a share over fewer rows says little
 
 
@@ -40,9 +40,12 @@ def is_copyleft(licence: str) -> bool:
 
 
 def guess_format(path: str) -> str:
-    """The reader for a path: a folder is an image folder, `.tar` is webdataset, `.parquet` is parquet."""
+    """The reader for a path: `.tar`, or a folder with such, is webdataset, `.parquet` is parquet; other folders are image folders by
+    their metadata file, or without one pictures with a text file each."""
     if Path(path).is_dir():
-        return "imagefolder"
+        if any(Path(path).glob("*.tar")):
+            return "webdataset"
+        return "imagefolder" if any(Path(path).rglob("metadata.*")) else "files"
     for suffix, name in ((".parquet", "parquet"), (".tar", "webdataset")):
         if path.endswith(suffix):
             return name
@@ -57,8 +60,8 @@ def load_rows(
     """Rows with the columns `image` (undecoded: {"bytes", "path"}) and `caption`, and what else the source has.
 
     Args:
-        path: a file, a glob, a list of files, or the folder of an image folder.
-        format: one of `parquet`, `imagefolder`, `webdataset`; by default from the path.
+        path: a file, a glob, a list of files, or a folder: of tars, of pictures with `metadata.jsonl`, of pictures with a text file each.
+        format: one of `parquet`, `imagefolder`, `webdataset`, `files`; by default from the path.
         exclude_copyleft: drop rows whose `licence` column states none or a copyleft one.
         limit: keep only the first so many rows.
 
@@ -71,24 +74,19 @@ def load_rows(
     if format not in FORMATS:
         raise ValueError(f"data format {format!r} is not one of {', '.join(FORMATS)}.")
     for p in paths:
-        if not Path(p).exists() and not glob(p, recursive=True):
+        if not is_remote(p) and not Path(p).exists() and not glob(p, recursive=True):
             raise FileNotFoundError(f"training data {p} does not exist.")
-    if format == "imagefolder":
+    if format in ("imagefolder", "files"):
         if len(paths) > 1:
             raise ValueError(f"an image folder is one path, got {len(paths)}: {', '.join(paths)}.")
-        rows = load_dataset("imagefolder", data_dir=paths[0], split="train")
+        if format == "files":
+            rows = load_files(paths[0])
+        else:
+            rows = load_dataset("imagefolder", data_dir=paths[0], split="train")
     else:
-        rows = load_dataset(format, data_files=paths, split="train")
-    names = {}
-    for target, candidates in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
-        names[target] = next((c for c in candidates if c in rows.column_names), None)
-        if names[target] is None:
-            raise ValueError(
-                f"{paths[0]} has no {target} column: expected one of {', '.join(candidates)}, "
-                f"found {', '.join(rows.column_names)}."
-            )
-    rows = rows.rename_columns({old: new for new, old in names.items() if old != new})
-    rows = rows.cast_column("image", Image(decode=False))
+        files = [str(Path(p) / "*.tar") if Path(p).is_dir() else p for p in paths]
+        rows = load_dataset(format, data_files=files, split="train")
+    rows = named_columns(rows, paths[0])
     if exclude_copyleft:
         if "licence" not in rows.column_names:
             raise ValueError(
@@ -97,6 +95,46 @@ def load_rows(
         keep = [i for i, licence in enumerate(rows["licence"]) if licence and not is_copyleft(licence)]
         rows = rows.select(keep)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def is_remote(path: str) -> bool:
+    """True for `hf://...` and other addresses that `datasets` opens by itself."""
+    return "://" in path
+
+
+def named_columns(rows, source: str):
+    """A data set or stream with its picture column as `image`, undecoded, and its text column as `caption`.
+
+    Raises:
+        ValueError: it has no such column; the message names `source`.
+    """
+    if rows.column_names is None:  # a stream that does not say
+        rows = rows._resolve_features()
+    names = {}
+    for target, candidates in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
+        names[target] = next((c for c in candidates if c in rows.column_names), None)
+        if names[target] is None:
+            raise ValueError(
+                f"{source} has no {target} column: expected one of {', '.join(candidates)}, "
+                f"found {', '.join(rows.column_names)}."
+            )
+    rows = rows.rename_columns({old: new for new, old in names.items() if old != new})
+    return rows.cast_column("image", Image(decode=False))
+
+
+def load_files(folder: str) -> Dataset:
+    """Pictures below `folder` with their caption in a text file of the same name, as img2dataset's `files` output has them.
+
+    Raises:
+        FileNotFoundError: no picture has one.
+    """
+    pictures = sorted(p for suffix in IMAGE_COLUMNS[1:] for p in Path(folder).rglob(f"*.{suffix}"))
+    pairs = [(str(p), p.with_suffix(".txt")) for p in pictures]
+    pairs = [(picture, text.read_text()) for picture, text in pairs if text.exists()]
+    if not pairs:
+        raise FileNotFoundError(f"{folder} has no picture with a caption in a .txt file of the same name.")
+    images, captions = zip(*pairs, strict=True)
+    return Dataset.from_dict({"image": list(images), "caption": list(captions)}).cast_column("image", Image())
 
 
 def row_name(row: dict) -> str:
@@ -178,6 +216,7 @@ class CaptionCollator:
         self.seed = seed
         # seen, unreadable, epoch: shared, because a data loader's workers hold copies of self
         self.counts = torch.zeros(3, dtype=torch.long).share_memory_()
+        self.epoch = None  # of the rows at hand, where they say it themselves
 
     @property
     def seen(self) -> int:
@@ -191,8 +230,9 @@ class CaptionCollator:
         """Let pictures be augmented otherwise than in other epochs."""
         self.counts[2] = epoch
 
-    def _augment(self, pictures: torch.Tensor) -> torch.Tensor:
-        start = zlib.crc32(f"{self.seed} {int(self.counts[2])}".encode())
+    def _augment(self, pictures: torch.Tensor, view: str = "") -> torch.Tensor:
+        epoch = int(self.counts[2]) if self.epoch is None else self.epoch
+        start = zlib.crc32(f"{self.seed} {epoch}{view}".encode())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(pictures.contiguous().numpy(), start))
             return self.augment(pictures)
@@ -214,14 +254,23 @@ class CaptionCollator:
             return None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        pairs = self.read_all(rows)
+        answers = self.answers([caption for _, caption in pairs])
+        batch = self._sequences([self.prompt_ids] * len(answers), answers)
+        return batch | self.pictures([picture for picture, _ in pairs])
+
+    def read_all(self, rows: list[dict]) -> list[tuple]:
+        """`read` of the rows that can be read."""
+        self.epoch = rows[0].get("epoch")
         pairs = [pair for pair in map(self.read, rows) if pair is not None]
         if not pairs:
             raise RuntimeError(f"none of the {len(rows)} rows of a batch can be read.")
+        return pairs
+
+    def answers(self, captions: list[str]) -> list[list[int]]:
+        """Tokens of captions, each with the end token."""
         tokenizer = self.processor.tokenizer
-        captions = text_ids(tokenizer, [c for _, c in pairs])
-        answers = [ids + [tokenizer.eos_token_id] for ids in captions]
-        batch = self._sequences([self.prompt_ids] * len(answers), answers)
-        return batch | self.pictures([picture for picture, _ in pairs])
+        return [ids + [tokenizer.eos_token_id] for ids in text_ids(tokenizer, captions)]
 
     def _sequences(self, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, torch.Tensor]:
         """Prompts and answers as `input_ids`, `attention_mask` and `labels` (B, T), padding on the left as in generation."""
@@ -236,15 +285,56 @@ class CaptionCollator:
             attention_mask[i, length - len(line) :] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
-    def pictures(self, pictures: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The batch's part for the vision tower: resized, augmented, normalised `pixel_values` (B, 3, height, width)."""
+    def pictures(self, pictures: list[torch.Tensor], view: str = "") -> dict[str, torch.Tensor]:
+        """The batch's part for the vision tower: resized, augmented, normalised `pixel_values` (B, 3, height, width).
+
+        Another `view` is augmented otherwise.
+        """
         image_processor = self.processor.image_processor
         kwargs = {"return_tensors": "pt"} | ({} if self.size is None else {"size": self.size})
         if self.augment is None:
             return {"pixel_values": image_processor(pictures, **kwargs)["pixel_values"]}
         small = image_processor(pictures, do_normalize=False, **kwargs)["pixel_values"]
         mean, std = image_processor.image_mean, image_processor.image_std
-        return {"pixel_values": image_processor.normalize(self._augment(small), mean, std)}
+        return {"pixel_values": image_processor.normalize(self._augment(small, view), mean, std)}
+
+
+class PictureEpisodeCollator(CaptionCollator):
+    """Rows -> episodes for the memory from plain picture-caption pairs, as a stream has them: no concepts, no kept features.
+
+    Every `size` neighbouring rows share a memory. Half of them, drawn at random, are written to it: the caption under another view of the
+    picture. All of them ask: where the row was written the caption can be read back, elsewhere ScopeNet has to say that it cannot.
+
+    Args:
+        size: rows of an episode; the seed's E = 4.
+        max_tokens: of a stored caption with its end; a longer one is cut.
+        others: as in `CaptionCollator`.
+    """
+
+    def __init__(self, *args, size: int = 4, max_tokens: int = 32, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.episode_size, self.max_tokens = size, max_tokens
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        pairs = self.read_all(rows)
+        if len(pairs) < self.episode_size:
+            raise RuntimeError(f"{len(pairs)} readable rows of {len(rows)} do not fill an episode of {self.episode_size}.")
+        pairs = pairs[: len(pairs) - len(pairs) % self.episode_size]  # what is left of unreadable rows
+        pictures, captions = [picture for picture, _ in pairs], [caption for _, caption in pairs]
+        answers = self.answers(captions)
+        batch = self._sequences([self.prompt_ids] * len(pairs), answers) | self.pictures(pictures)
+        batch["support_pixel_values"] = self.pictures(pictures, "support")["pixel_values"]
+        tokens = torch.full((len(pairs), self.max_tokens), -1)
+        for i, ids in enumerate(answers):
+            ids = ids[: self.max_tokens]
+            tokens[i, : len(ids)] = torch.tensor(ids)
+        epoch = int(self.counts[2]) if self.epoch is None else self.epoch
+        draw = random.Random(f"{self.seed} {epoch} {captions}")
+        known = torch.tensor([draw.random() < 0.5 for _ in pairs])
+        batch["support_tokens"] = tokens.view(-1, self.episode_size, self.max_tokens)
+        batch["support_active"] = known.view(-1, self.episode_size)
+        batch["target_tokens"] = tokens.masked_fill(~known.unsqueeze(1), -1)
+        return batch | {"known": known}
 
 
 class FeatureCollator(CaptionCollator):

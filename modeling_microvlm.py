@@ -711,7 +711,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, MicroVLMImageFeatures] | None = None,
-        return_alignment: bool | None = None,
+        return_alignment: bool | str | None = None,
         use_fusion: bool | None = None,
         memory: MemoryState | None = None,
         memory_gate: str | torch.Tensor = "auto",
@@ -729,7 +729,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`; with `last_hidden_state` alone,
                 the adapter pools it.
             return_alignment: also return `image_embeds` and `text_embeds`; the text of a row is where `labels` are set, without
-                labels all that is neither padding nor placeholder.
+                labels all that is neither padding nor placeholder. "only": them alone, the language model does not run.
             use_fusion: also return `match_logits`; default: the config's.
             memory: memories to read with the pictures (or, in a row without one, the words) of this call: one that all rows share,
                 or one per row.
@@ -756,6 +756,18 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
                 kwargs.get("output_attentions"),
             )
             pixel_values = None
+        if return_alignment == "only":
+            image = self._image(pixel_values, mm_encoder_outputs)
+            if image.pooler_output is None:
+                image = self.model.pool_image_features(image.last_hidden_state)
+            prefix = torch.stack(tuple(image.pooler_output))
+            image_embeds, text_embeds, match_logits = self._align(input_ids, prefix, labels, attention_mask, use_fusion)
+            return MicroVLMCausalLMOutputWithPast(
+                image_hidden_states=prefix,
+                image_embeds=image_embeds,
+                text_embeds=text_embeds,
+                match_logits=match_logits,
+            )
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -768,7 +780,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             return_dict=True,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        # contiguous: a sliced (B, T, D) goes through a batched product, five times slower into a large vocabulary on a CPU
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous()
         logits = self.lm_head(hidden_states)
 
         loss = None
@@ -778,17 +791,11 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             )
 
         image_embeds = text_embeds = match_logits = None
-        use_fusion = self.config.use_fusion if use_fusion is None else use_fusion
         if use_fusion and self.model.fusion is None:
             raise ValueError("use_fusion=True needs a model built with config.use_fusion=True; this one has no block.")
         if return_alignment and outputs.image_hidden_states is not None:
-            if input_ids is None:
-                raise ValueError("return_alignment needs input_ids.")
-            text_mask = labels != -100 if labels is not None else input_ids != self.config.image_token_id
-            if attention_mask is not None:
-                text_mask = text_mask & attention_mask.bool()
-            image_embeds, text_embeds, match_logits = self.model.get_alignment(
-                input_ids, outputs.image_hidden_states, text_mask, use_fusion
+            image_embeds, text_embeds, match_logits = self._align(
+                input_ids, outputs.image_hidden_states, labels, attention_mask, use_fusion
             )
         return MicroVLMCausalLMOutputWithPast(
             loss=loss,
@@ -807,6 +814,16 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             memory_kl=None if memory_readout is None else memory_readout.memory_kl,
             address_kl=None if memory_readout is None else memory_readout.address_kl,
         )
+
+    def _align(self, input_ids, prefix, labels, attention_mask, use_fusion):
+        """`get_alignment` of the rows' texts: their labelled positions, or all words."""
+        if input_ids is None:
+            raise ValueError("return_alignment needs input_ids.")
+        text_mask = labels != -100 if labels is not None else input_ids != self.config.image_token_id
+        if attention_mask is not None:
+            text_mask = text_mask & attention_mask.bool()
+        use_fusion = self.config.use_fusion if use_fusion is None else use_fusion
+        return self.model.get_alignment(input_ids, prefix, text_mask, use_fusion)
 
     # ---- the episodic memory
 
@@ -1113,12 +1130,21 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         """InfoNCE of a forward with `return_alignment`, plus the matching loss when the fusion block ran; () or None without pairs."""
         if outputs.image_embeds is None or not len(outputs.image_embeds):
             return None
-        loss = contrastive_loss(outputs.image_embeds, outputs.text_embeds, self.config.alignment_config.temperature)
-        if outputs.match_logits is not None:
-            target = torch.zeros_like(outputs.match_logits)
-            target[:, 0] = 1
-            loss = loss + F.binary_cross_entropy_with_logits(outputs.match_logits.float(), target.float())
-        return loss
+        loss = self.contrastive_loss(outputs.image_embeds, outputs.text_embeds)
+        match = self.match_loss(outputs)
+        return loss if match is None else loss + match
+
+    def contrastive_loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """InfoNCE () of R pairs of unit vectors (R, C), at the config's temperature; each pair's negatives are all the others."""
+        return contrastive_loss(image_embeds, text_embeds, self.config.alignment_config.temperature)
+
+    def match_loss(self, outputs: MicroVLMCausalLMOutputWithPast) -> torch.Tensor | None:
+        """Binary cross-entropy () of the fusion block's judgements; None where it did not run."""
+        if outputs.match_logits is None:
+            return None
+        target = torch.zeros_like(outputs.match_logits)
+        target[:, 0] = 1
+        return F.binary_cross_entropy_with_logits(outputs.match_logits.float(), target.float())
 
     def default_prompt(self, batch_size: int, device: torch.device | None = None) -> torch.LongTensor:
         """The prompt of `generate(pixel_values=...)`: `config.default_prompt_ids`, one picture a row, (batch_size, length)."""

@@ -14,9 +14,16 @@ and alignment in stage 1; with `data.episodes` also those of the memory.
 import argparse
 import json
 import logging
+import math
+import os
+import random
 import re
+import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -39,10 +47,31 @@ from data_microvlm import (
     CaptionCollator,
     EpisodeCollator,
     FeatureCollator,
+    PictureEpisodeCollator,
     cache_vision_features,
     gray_copy,
+    is_remote,
     load_rows,
     picture_augmentation,
+    text_ids,
+)
+from evaluate_hf import caption_rows, score
+from hub_microvlm import TrainingStatus, check_repo, push_folder, write_card
+from stream_microvlm import CaptionStream, load_stream, take_rows
+from training_microvlm import (
+    LossBar,
+    StopOnSignal,
+    StreamEpoch,
+    TrackedCollator,
+    checkpoints,
+    is_complete,
+    mark_complete,
+    newest_complete,
+    plot_curves,
+    remove_checkpoint,
+    retrieval_recalls,
+    rotate_checkpoints,
+    scope_metrics,
 )
 
 logger = logging.getLogger("train_hf")
@@ -57,10 +86,14 @@ RECIPE_KEYS = {
     "optimizer": "muon: Muon on the weights of linear layers, AdamW on the rest; default: training.optim",
     "learning_rates": "regular expression -> learning rate, for parts that differ from training.learning_rate",
     "calibration_rows": "standardise the adapter's input with statistics of so many training pictures; 0: keep",
-    "loss_weights": "lm, align, and with episodes memory_kl, address_kl, reconstruction, scope, key",
-    "data": "train, validation (path), format, exclude_copyleft, image_size, augmentation, max_unreadable_share, limit, "
+    "loss_weights": "lm, align, match, and with episodes memory_kl, address_kl, reconstruction, scope, key",
+    "data": "train, validation (paths, globs, hf:// addresses), format, exclude_copyleft, image_size, augmentation, "
+    "max_unreadable_share, limit, validation_limit, revision, "
+    "stream (shuffle_buffer: read shards as they come, see stream_microvlm.py), "
     "vision_cache (views, folder: keep the features of a frozen vision tower), "
-    "episodes (groups, sizes, shares, names, key_pairs: teach the memory, see EpisodeCollator)",
+    "episodes (teach the memory: size for PictureEpisodeCollator, or groups, sizes, shares, names, key_pairs for EpisodeCollator)",
+    "evaluation": "captions: so many fixed validation pictures are captioned at every evaluation; memory: so many batches of episodes",
+    "max_nonfinite_steps": "so many steps in a row without a finite loss end the run; they change no weight; default 3",
     "training": "TrainingArguments",
 }
 DATA_KEYS = {
@@ -72,9 +105,15 @@ DATA_KEYS = {
     "augmentation",
     "max_unreadable_share",
     "limit",
+    "validation_limit",
+    "revision",
+    "stream",
     "vision_cache",
     "episodes",
 }
+EVALUATION_KEYS = {"captions", "memory"}
+ALIGNMENT_INPUTS = {"input_ids", "attention_mask", "labels", "pixel_values", "mm_encoder_outputs"}
+STOPPED = 143  # exit code after SIGTERM, as a shell gives it
 EPISODE_INPUTS = (
     "support_features",
     "support_tokens",
@@ -83,7 +122,8 @@ EPISODE_INPUTS = (
     "known",
     "key_features",
 )
-LOSSES = ("lm", "align", "memory_kl", "address_kl", "reconstruction", "scope", "key")
+MEMORY_LOSSES = ("memory_kl", "address_kl", "reconstruction", "scope", "key")
+LOSSES = ("lm", "align", "match", *MEMORY_LOSSES)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -128,8 +168,14 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
         raise ValueError(f"optimizer {recipe['optimizer']!r} is not muon; others go by training.optim.")
     if (cache := recipe["data"].get("vision_cache")) and set(cache) != {"views", "folder"}:
         raise ValueError(f"data.vision_cache takes views and folder, got {', '.join(sorted(cache))}.")
-    if recipe["data"].get("episodes") and not cache:
-        raise ValueError("data.episodes needs data.vision_cache: memories are trained on kept features.")
+    stream, episodes = recipe["data"].get("stream"), recipe["data"].get("episodes")
+    if stream is not None:
+        check_keys("data.stream", stream, {"shuffle_buffer"})
+        if cache:
+            raise ValueError("data.vision_cache keeps features of a data set, data.stream keeps nothing: choose one.")
+    if episodes and "size" not in episodes and not cache:
+        raise ValueError("data.episodes needs data.vision_cache, or a size: episodes of pictures as they come.")
+    check_keys("evaluation", recipe.get("evaluation", {}), EVALUATION_KEYS)
     check_keys("loss_weights", recipe.setdefault("loss_weights", {"lm": 1.0, "align": 0.0}), LOSSES)
     return recipe
 
@@ -187,14 +233,18 @@ def trainable_table(model: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
-    """Set the adapter's input statistics from the vision features of `rows`, read as `collator` reads them."""
+    """Set the input statistics of adapter and memory from the vision features of `rows`, read as `collator` reads them."""
     features = []
     model.eval()
     skip = model.model.vision_tower.timm_model.num_prefix_tokens  # the class token
+    rows = list(rows)
     for start in range(0, len(rows), 32):
-        pixel_values = collator(list(rows.select(range(start, min(start + 32, len(rows))))))["pixel_values"]
-        features.append(model.get_image_features(pixel_values).last_hidden_state[:, skip:].flatten(0, 1))
-    model.model.adapter.calibrate(torch.cat(features))
+        pixel_values = collator(rows[start : start + 32])["pixel_values"]
+        features.append(model.get_image_features(pixel_values).last_hidden_state)
+    features = torch.cat(features)
+    model.model.adapter.calibrate(features[:, skip:].flatten(0, 1))
+    if memory := model.model.memory:
+        memory.key_encoder.calibrate(memory.key_encoder.pool(features, skip))
 
 
 def labelled_logits(labels: torch.Tensor) -> dict[str, Any]:
@@ -207,6 +257,18 @@ def labelled_logits(labels: torch.Tensor) -> dict[str, Any]:
     return {"logits_to_keep": keep, "shift_labels": shifted[:, -keep:].contiguous()}
 
 
+def embedded_pairs(outputs) -> torch.Tensor:
+    """Pictures and texts in the shared space, (R, 2, C) float32."""
+    return torch.stack([outputs.image_embeds, outputs.text_embeds], 1).float()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write under another name and rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
 class EpochCallback(TrainerCallback):
     """Tells the collator the epoch, for its augmentation."""
 
@@ -217,17 +279,39 @@ class EpochCallback(TrainerCallback):
         self.collator.set_epoch(int(state.epoch))
 
 
+class StepGuard(TrainerCallback):
+    """Before every optimizer step, ranks agree on whether the loss was finite and whether to stop."""
+
+    def __init__(self, trainer: "MicroVLMTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.agree()
+
+
 class MicroVLMTrainer(Trainer):
     """`Trainer` whose loss is a weighted sum of the model's named parts, each logged apart.
+
+    Of one step's rows, whether one process sees them in one batch, in accumulated micro-batches or on several ranks, the loss is the same:
+    `lm` is a mean over the step's tokens, `align` the InfoNCE of all the step's pairs, where a pair's negatives are all other pairs of
+    the step, of all ranks and micro-batches. Embeddings of the other micro-batches come from a pass without gradient before the step
+    (GradCache, Gao et al., arXiv 2101.06983), those of other ranks are gathered; each process takes the gradient of the whole loss by
+    its own embeddings, and these add up to the whole gradient. The other parts are means over micro-batches and ranks: the hardest
+    picture of `match` and the negatives of `key` are looked for in the micro-batch.
 
     Args:
         loss_weights: weight per part; a part with weight 0 is not computed.
         learning_rates: regular expression on parameter names -> learning rate; the first that matches counts.
         eval_collator: collator of the evaluation data (no augmentation); default: the training one.
         muon: Muon (timm's) on the weights of linear layers, AdamW on the rest, instead of `args.optim`.
+        max_nonfinite_steps: so many steps in a row whose loss is not finite end the run. None of them changes a weight.
+        caption_rows: pictures that are captioned at every evaluation, rows of `load_rows`.
+        memory_batches: episodes that the memory is evaluated on.
+        status: what the model cards of the checkpoints say beside step, date and metrics; default: no cards.
 
     Raises:
         ValueError: a pattern of `learning_rates` that matches no parameter.
+        RuntimeError: too many steps without a finite loss; the message names their rows.
     """
 
     def __init__(
@@ -237,41 +321,183 @@ class MicroVLMTrainer(Trainer):
         learning_rates: dict[str, float] | None = None,
         eval_collator=None,
         muon: bool = False,
+        max_nonfinite_steps: int = 3,
+        caption_rows=None,
+        memory_batches: list[dict] | None = None,
+        status: dict[str, Any] | None = None,
         **kwargs,
     ):
+        self.stream = kwargs["train_dataset"] if isinstance(kwargs.get("train_dataset"), CaptionStream) else None
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator or self.data_collator
         self.loss_weights = loss_weights
         self.learning_rates = learning_rates or {}
         self.muon = muon
         check_patterns("learning_rates", self.learning_rates, self.model)
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.caption_rows, self.memory_batches, self.status = caption_rows, memory_batches, status
         self.parts = defaultdict(lambda: [0.0, 0])  # sum and count since the last log, per training or evaluation part
+        self.eval_prefix, self.eval_pairs = "eval_", []
+        self.waited, self.logged_at, self.total_wait, self.total_time = 0.0, None, 0.0, 0.0
+        self.nonfinite_rows, self.nonfinite_steps = [], 0
+        self.batches, self.cursors = (
+            0,
+            {},
+        )  # of a stream: batches so far, and where each worker stood behind its last one
+        self.stop = StopOnSignal()
+        for callback in (self.stop, StepGuard(self), *([StreamEpoch()] if self.stream else [])):
+            self.add_callback(callback)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(LossBar())
+
+    # ---- data
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        plain = self.data_collator
+        self.data_collator = TrackedCollator(plain if is_training else self.eval_collator)
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.data_collator = plain
+
+    def get_train_dataloader(self):
+        if self.stream is None:
+            return super().get_train_dataloader()
+        self.stream.check_readers(self.args.dataloader_num_workers)
+        return torch.utils.data.DataLoader(  # a stream shares its rows among ranks by itself
+            self.stream,
+            batch_size=self._train_batch_size,
+            collate_fn=TrackedCollator(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            generator=torch.Generator().manual_seed(
+                self.args.seed
+            ),  # not training's numbers, which a resumed run has again
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        batches, num_items = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+        self.logged_at = self.logged_at or time.perf_counter()
+        for batch in batches:
+            self.batches += 1
+            if (cursor := batch.pop("cursor", None)) is not None:
+                self.cursors[cursor[0]] = cursor
+        self.micro_batches = batches
+        return batches, num_items
+
+    def _timed(self, iterator: Iterator) -> Iterator:
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            if self.logged_at is not None:  # what comes before the first step is starting up, not waiting
+                self.waited += time.perf_counter() - start
+            yield batch
+
+    # ---- loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.loss_weights.get("align") and len(self.micro_batches) > 1:
+            index = next(i for i, batch in enumerate(self.micro_batches) if batch is inputs)
+            if index == 0:  # not when the batches are fetched: a resumed run has its random numbers only after that
+                self.step_pairs = self._embed_step(self.micro_batches)
+            inputs = inputs | {"step_pairs": self.step_pairs[index]}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def _embed_step(self, batches: list[dict]) -> list[tuple[torch.Tensor, int]]:
+        """For each micro-batch of a step the embeddings of all the step's pairs, of all ranks, and the place of its own among them."""
+        self.model_wrapped.train()
+        own = []
+        for batch in batches:
+            inputs, _ = self._model_inputs(self._prepare_inputs(batch))
+            inputs = {k: v for k, v in inputs.items() if k in ALIGNMENT_INPUTS}
+            with self.compute_loss_context_manager():
+                own.append(embedded_pairs(self.model_wrapped(**inputs, return_alignment="only", use_fusion=False)))
+        ranks = self._gather_rows(torch.cat(own))
+        everything, place, out = torch.cat(ranks), sum(map(len, ranks[: self.accelerator.process_index])), []
+        for pairs in own:
+            out.append((everything, place))
+            place += len(pairs)
+        return out
+
+    def _gather_rows(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors (R, ...) of all ranks, whose R may differ."""
+        if self.accelerator.num_processes == 1:
+            return [x]
+        counts = self.accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
+        padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=x.device)
+        padded[: len(x)] = x
+        return [part[:n] for part, n in zip(self.accelerator.gather(padded).split(max(counts)), counts)]
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of `forward` for a batch, and those of `memory_losses` for its episodes, if any."""
+        inputs = {k: v for k, v in inputs.items() if k not in ("row_names", "cursor", "step_pairs")}
+        episode = {k: inputs.pop(k) for k in EPISODE_INPUTS if k in inputs}
+        inner = self.accelerator.unwrap_model(self.model_wrapped)
+        if (
+            support := inputs.pop("support_pixel_values", None)
+        ) is not None:  # episodes of pictures: their features, now
+            pictures = [inputs.pop("pixel_values"), support]
+            if inner.config.memory_config.gray_weight:
+                pictures.append(gray_copy(support))
+            hidden = inner.model.vision_tower(torch.cat(pictures), do_pooling=False).last_hidden_state
+            skip, pool = inner.model.vision_tower.timm_model.num_prefix_tokens, inner.model.memory.key_encoder.pool
+            query, *written = (pool(part, skip) for part in hidden.split(len(support)))
+            inputs["vision_features"] = hidden[: len(support)]
+            size = episode["support_active"].shape
+            episode["support_features"] = torch.stack(written, 1).unflatten(0, size)
+            episode["key_features"] = torch.stack([written[0], query, *written[1:]])
+        if episode:
+            episode |= {"vision_features": inputs["vision_features"], "input_ids": inputs["input_ids"]}
+            episode["attention_mask"] = inputs["attention_mask"] * (
+                inputs["labels"] == -100
+            )  # the answer is no question
+        if (features := inputs.pop("vision_features", None)) is not None and len(features):
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(last_hidden_state=features)}
+        return inputs, episode
+
+    def _alignment(self, model, outputs, step_pairs) -> torch.Tensor | None:
+        """InfoNCE of the pairs of the whole step, with gradients to those at hand; evaluation takes the batch's own."""
+        live = embedded_pairs(outputs)
+        pairs, place = step_pairs or (live.detach(), 0)
+        if step_pairs is None and model.training:
+            ranks = self._gather_rows(live.detach())
+            pairs, place = torch.cat(ranks), sum(map(len, ranks[: self.accelerator.process_index]))
+        if not model.training:
+            self.eval_pairs.append(live)
+        pairs = torch.cat([pairs[:place], live, pairs[place + len(live) :]])
+        if not len(pairs):
+            return None
+        return self.accelerator.unwrap_model(model).contrastive_loss(pairs[:, 0], pairs[:, 1])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        align = self.loss_weights.get("align", 0.0)
-        kwargs = {"return_alignment": True} if align else {}
+        names, step_pairs = inputs.get("row_names", []), inputs.get("step_pairs")
+        inputs, episode = self._model_inputs(inputs)
+        align, match = (self.loss_weights.get(name, 0.0) for name in ("align", "match"))
+        kwargs = {"return_alignment": True} if align or match else {}
+        if not match:
+            kwargs["use_fusion"] = False
         extra = {}
-        if "support_tokens" in inputs:
-            episode = {name: inputs[name] for name in EPISODE_INPUTS}
-            inputs = {name: value for name, value in inputs.items() if name not in EPISODE_INPUTS}
-            asked = inputs["attention_mask"] * (inputs["labels"] == -100)  # the answer is no part of the question
-            kwargs["memory_readout"], extra = self.accelerator.unwrap_model(model).memory_losses(
-                inputs["input_ids"], asked, inputs["vision_features"], **episode
-            )
+        if episode:
+            kwargs["memory_readout"], extra = self.accelerator.unwrap_model(model).memory_losses(**episode)
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        if "vision_features" in inputs:
-            features = BaseModelOutputWithPooling(last_hidden_state=inputs["vision_features"])
-            inputs = {k: v for k, v in inputs.items() if k != "vision_features"}
-            if len(features.last_hidden_state):
-                kwargs["mm_encoder_outputs"] = {"image": features}
         if model.training:
             kwargs |= {"use_cache": False} | labelled_logits(inputs["labels"])
-        speaks = not model.training or align or self.loss_weights.get("lm", 1.0)  # else only the memory's own losses
+        speaks = (
+            not model.training or align or match or self.loss_weights.get("lm", 1.0)
+        )  # else the memory's own losses
         outputs = model(**inputs, **kwargs) if speaks else None
         # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all
         # ranks. Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that
-        # is a mean over its own micro-batch has to be divided by their number, or it would count that often.
+        # is a mean over its own micro-batch has to be divided by their number, or it would count that often. The
+        # alignment is the whole step's on every micro-batch and rank, its gradient only that by the pairs at hand.
         shared = num_items_in_batch is not None
         steps = self.current_gradient_accumulation_steps if model.training and shared else 1
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices and shared else 1
@@ -279,32 +505,227 @@ class MicroVLMTrainer(Trainer):
         if speaks:
             parts["lm"] = outputs.loss * ranks
             loss = self.loss_weights.get("lm", 1.0) * parts["lm"]
-        if align:
-            alignment = self.accelerator.unwrap_model(model).alignment_loss(outputs)
-            if alignment is not None:
-                parts["align"] = alignment
-                loss = loss + align * alignment / steps
+        if align and outputs.image_embeds is not None:
+            value = self._alignment(model, outputs, step_pairs)
+            if value is not None:
+                parts["align"] = value
+                gradient = self.accelerator.num_processes * (value - value.detach()) if model.training else 0.0
+                loss = loss + align * (value.detach() / steps + gradient)
+        if match:
+            extra["match"] = self.accelerator.unwrap_model(model).match_loss(outputs)
         for name, value in extra.items():
+            if value is None:  # a single pair has no other picture
+                continue
             parts[name] = value
             if weight := self.loss_weights.get(name, 0.0):
                 loss = loss + weight * value / steps
+        if model.training and not bool(torch.isfinite(loss)):
+            self.nonfinite_rows += names or ["rows without a name"]
+            parts = {}
         # in the log, a mean over training steps, or over evaluated rows as in Trainer's own eval_loss
         weight = 1 if model.training else len(inputs["input_ids"])
         for name, value in parts.items():
             scale = steps if name == "lm" else 1  # a share back to a mean
-            entry = self.parts[("" if model.training else "eval_") + name]
+            entry = self.parts[("" if model.training else self.eval_prefix) + name]
             entry[0] += value.detach().item() * scale * weight
             entry[1] += weight
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        prefix = "eval_" if any(k.startswith("eval_") for k in logs) else ""
-        for key in [k for k in self.parts if k.startswith("eval_") == bool(prefix)]:
-            total, count = self.parts.pop(key)
-            mean = torch.tensor([total, count], device=self.args.device)
+    def agree(self) -> None:
+        """What the ranks have to know of each other before a step: a loss that is not finite, a request to stop."""
+        flags = torch.tensor([len(self.nonfinite_rows), int(self.stop.requested)], device=self.args.device)
+        bad, stop = self.accelerator.reduce(flags, "sum").tolist()
+        self.stop.agreed = bool(stop)
+        if not bad:
+            self.nonfinite_steps = 0
+            return
+        names, self.nonfinite_rows = self.nonfinite_rows, []
+        self.nonfinite_steps += 1
+        step = self.state.global_step + 1
+        message = f"the loss of step {step} is not finite"
+        if names:
+            logger.warning("%s: rows %s", message, ", ".join(names))
+        if self.nonfinite_steps >= self.max_nonfinite_steps or self.is_deepspeed_enabled:
+            raise RuntimeError(
+                f"{message}, nor were those of the {self.nonfinite_steps - 1} steps before it: stopped. "
+                f"Rows: {', '.join(names) or 'on other ranks'}."
+            )
+        if self.accelerator.scaler is None:  # a scaler skips the step by itself
+            self.optimizer.zero_grad(set_to_none=True)
+
+    # ---- logs, evaluation
+
+    def _means(self, prefix: str) -> dict[str, float]:
+        """Means of the parts under a prefix, over all ranks; their sums begin anew."""
+        out = {}
+        for key in [k for k in self.parts if k.startswith("eval_") == bool(prefix) and k.startswith(prefix)]:
+            mean = torch.tensor(self.parts.pop(key), dtype=torch.float64, device=self.args.device)
             total, count = self.accelerator.reduce(mean, "sum").tolist()
-            logs[f"{key}_loss"] = total / count
+            out[f"{key}_loss"] = total / count
+        return out
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._means("")
+            now = time.perf_counter()
+            elapsed = now - (self.logged_at or now)
+            self.total_wait, self.total_time = self.total_wait + self.waited, self.total_time + elapsed
+            if elapsed:
+                logs["data_wait"] = self.waited / elapsed
+            self.waited, self.logged_at = 0.0, now
         super().log(logs, start_time)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As the parent; more metrics: the parts of the loss, perplexity, retrieval, the memory's, and captions."""
+        self.eval_prefix, self.eval_pairs = "eval_", []
+        start = time.perf_counter()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = {key.removeprefix("eval_"): value for key, value in self._means("eval_").items()}
+        if "lm_loss" in found:
+            found["perplexity"] = math.exp(min(found["lm_loss"], 700.0))
+        if self.eval_pairs:
+            pairs = torch.cat(self._gather_rows(torch.cat(self.eval_pairs)))
+            if self.accelerator.num_processes > 1:  # ranks fill up their last batch with rows they have had
+                pairs = torch.unique(pairs, dim=0)
+            if len(pairs):
+                found |= retrieval_recalls(pairs[:, 0], pairs[:, 1])
+        self.eval_pairs = []
+        if self.memory_batches:
+            found |= self._evaluate_memory()
+        if self.caption_rows is not None:
+            found |= self._evaluate_captions()
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in found.items()})
+        if self.logged_at is not None:  # evaluation is no part of the time that training waits in
+            self.logged_at += time.perf_counter() - start
+        return output
+
+    @torch.no_grad()
+    def _evaluate_memory(self) -> dict[str, float]:
+        """Losses of the memory on fixed episodes, of the captions read with it, and how well ScopeNet decides."""
+        model, probability, known = self.model_wrapped, [], []
+        model.eval()
+        self.eval_prefix = "eval_episode_"
+        with torch.random.fork_rng():  # training goes on with the numbers it would have drawn
+            torch.manual_seed(self.args.seed)
+            for batch in self.memory_batches:
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    _, outputs = self.compute_loss(model, batch, return_outputs=True)
+                probability.append(outputs.scope_probability.float().cpu())
+                known.append(batch["known"].cpu())
+        self.eval_prefix, self.eval_pairs = "eval_", []
+        means = {key.removeprefix("eval_episode_"): value for key, value in self._means("eval_episode_").items()}
+        out = {key: value for key, value in means.items() if key.removesuffix("_loss") in MEMORY_LOSSES}
+        out["episode_lm_loss"] = means["lm_loss"]
+        return out | scope_metrics(torch.cat(probability), torch.cat(known))
+
+    def _evaluate_captions(self) -> dict[str, float]:
+        """Scores of free greedy captions of fixed pictures, which are also kept in `captions/step_N.json`."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        model.eval()
+        with self.compute_loss_context_manager():
+            said, references = caption_rows(model, self.processing_class, self.caption_rows)
+        if self.is_world_process_zero():
+            file = Path(self.args.output_dir) / "captions" / f"step_{self.state.global_step}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pairs = [{"caption": c, "reference": r} for c, r in zip(said, references, strict=True)]
+            write_json(file, pairs)
+        return {f"caption_{name}": value for name, value in score(said, references).items()}
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As the parent, with a marker written last: what was interrupted is told from what is complete, and only then old ones go."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            remove_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.stream is not None:
+            write_json(folder / f"data_rank{self.args.process_index}.json", self._data_state())
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _data_state(self) -> dict[str, Any]:
+        readers = [self.accelerator.num_processes, self.args.dataloader_num_workers]
+        return {"readers": readers, "batches": self.batches, "cursors": list(self.cursors.values())}
+
+    def resume_stream(self, checkpoint: Path) -> None:
+        """Let the stream go on behind the rows that this rank had seen.
+
+        Raises:
+            ValueError: the run had other ranks or workers, among which its shards were shared.
+        """
+        state = json.loads((checkpoint / f"data_rank{self.args.process_index}.json").read_text())
+        readers = self._data_state()["readers"]
+        if state["readers"] != readers:
+            raise ValueError(
+                f"{checkpoint} was written with {state['readers'][0]} ranks of {state['readers'][1]} data loader workers; a stream "
+                f"goes on exactly with the same only, not with {readers[0]} of {readers[1]}."
+            )
+        self.batches, self.cursors = state["batches"], {c[0]: c for c in state["cursors"]}
+        self.stream.go_on(self.batches, state["cursors"], self.args.dataloader_num_workers)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.status is not None and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_card(folder, self._training_status())
+            check_repo(folder)
+
+    def _training_status(self) -> TrainingStatus:
+        metrics = {}
+        for entry in self.state.log_history:  # the newest of each
+            metrics |= {k: v for k, v in entry.items() if k.startswith("eval_")}
+        model = self.accelerator.unwrap_model(self.model)
+        counts = {"parameters": 0, "trainable_parameters": 0}
+        for parameter in model.parameters():
+            counts["parameters"] += parameter.numel()
+            counts["trainable_parameters"] += parameter.numel() * parameter.requires_grad
+        return TrainingStatus(
+            **self.status,
+            **counts,
+            global_step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            finished=self.state.global_step >= self.state.max_steps,
+            validation_loss=metrics.get("eval_loss"),
+            date=datetime.now(UTC).isoformat(timespec="minutes"),
+            metrics=metrics,
+            effective_batch_size=self.get_total_train_batch_size(self.args),
+            repo_id=self.args.hub_model_id,
+        )
+
+    def create_model_card(self, **kwargs) -> None:
+        """Write the card of `status`, not the parent's."""
+        if self.status is None:
+            super().create_model_card(**kwargs)
+        elif self.is_world_process_zero():
+            write_card(self.args.output_dir, self._training_status())
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != "end":
+            self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs):
+        """Push the complete repo of `output_dir`."""
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            return self._push(self.args.output_dir, commit_message, **kwargs)
+
+    def _push(self, folder, message, private=None, token=None, revision=None):
+        private = self.args.hub_private_repo if private is None else private
+        repo_id = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name
+        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+        return push_folder(folder, repo_id, bool(private), message, revision, token)
+
+    # ---- optimizer
 
     def create_optimizer(self, model=None):
         if self.optimizer is None and (self.learning_rates or self.muon):
@@ -334,113 +755,241 @@ class MicroVLMTrainer(Trainer):
             )
         return super().create_optimizer(model)
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        training, self.data_collator = self.data_collator, self.eval_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training
+
+def load_model(recipe: dict[str, Any]):
+    """Processor and model of a recipe, with its changes of the config; the parameters it names train."""
+    source = {"trust_remote_code": True, "revision": recipe.get("revision")}
+    processor = AutoProcessor.from_pretrained(recipe["model"], **source)
+    config = change_config(AutoConfig.from_pretrained(recipe["model"], **source), recipe.get("config", {}))
+    if recipe.get("attn_implementation"):
+        source["attn_implementation"] = recipe["attn_implementation"]
+    model = AutoModelForImageTextToText.from_pretrained(recipe["model"], config=config, dtype=torch.float32, **source)
+    set_trainable(model, recipe["trainable"])
+    return processor, model
+
+
+def load_validation(data: dict[str, Any]):
+    """Rows of `data.validation`, or None. Of shards on the Hub no more than `validation_limit` rows are read."""
+    path, limit = data.get("validation"), data.get("validation_limit")
+    if not path:
+        return None
+    if is_remote(path if isinstance(path, str) else path[0]):
+        if limit is None:
+            raise ValueError("data.validation on the Hub needs data.validation_limit: its rows are kept on the disk.")
+        return take_rows(load_stream(path, data.get("format"), data.get("revision")), limit)
+    return load_rows(path, data.get("format"), limit=limit)
+
+
+class TrainingData:
+    """The data of a recipe: rows or a stream, collators, episodes to evaluate the memory on.
+
+    Attributes:
+        rows: a `Dataset`, or a `CaptionStream`.
+        validation: a `Dataset` or None.
+        collator, eval_collator: rows -> batch.
+        memory_batches: episodes of the validation pictures, or None.
+    """
+
+    def __init__(self, recipe: dict[str, Any], args: TrainingArguments, processor, model):
+        self.recipe, self.args, self.processor, self.model = recipe, args, processor, model
+        self.data, self.memory_batches = recipe["data"], None
+        self.episodes = self.data.get("episodes")
+        self.prompt = model.default_prompt(1)[0].tolist()
+        self.validation = load_validation(self.data)
+        augmentation = self.data.get("augmentation")
+        self.augment = None if augmentation is None else picture_augmentation(**augmentation)
+        self.collator, self.eval_collator = self.caption_collator(self.augment), self.caption_collator(None)
+        self.rows = self.load_stream() if self.data.get("stream") is not None else self.load_rows()
+        if recipe.get("calibration_rows"):
+            calibrate_adapter(model, self.eval_collator, self.sample(recipe["calibration_rows"]))
+        if self.data.get("vision_cache"):
+            self.keep_features()
+        elif self.episodes:
+            self.teach_pictures()
+
+    def caption_collator(self, augment, cls=CaptionCollator, **kwargs) -> CaptionCollator:
+        data = self.data
+        share = data.get("max_unreadable_share", 0.01)
+        return cls(self.processor, self.prompt, augment, data.get("image_size"), share, self.args.seed, **kwargs)
+
+    def load_rows(self):
+        data = self.data
+        if is_remote(data["train"] if isinstance(data["train"], str) else data["train"][0]):
+            raise ValueError("data.train on the Hub is read as a stream: set data.stream, or download its files first.")
+        return load_rows(data["train"], data.get("format"), data.get("exclude_copyleft", False), data.get("limit"))
+
+    def load_stream(self) -> CaptionStream:
+        data, args = self.data, self.args
+        if data.get("exclude_copyleft"):
+            raise ValueError("data.exclude_copyleft needs all rows at once: not with data.stream.")
+        rows = load_stream(data["train"], data.get("format"), data.get("revision"))
+        place = {"rank": args.process_index, "world_size": args.world_size}
+        return CaptionStream(rows, args.seed, limit=data.get("limit"), **place, **data["stream"])
+
+    def sample(self, count: int) -> list[dict]:
+        """So many training rows, the same on every rank."""
+        if isinstance(self.rows, CaptionStream):
+            whole = CaptionStream(self.rows.rows, self.args.seed, shuffle_buffer=count)
+            return list(islice(whole, count))
+        return list(self.rows.shuffle(seed=self.args.seed).select(range(min(count, len(self.rows)))))
+
+    def keep_features(self) -> None:
+        """Features of a frozen vision tower instead of pictures, and of grey copies for the memory."""
+        data, model, tower = self.data, self.model, self.model.model.vision_tower
+        if any(p.requires_grad for p in tower.parameters()):
+            raise ValueError("data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.")
+        cache, gray = data["vision_cache"], None
+        transform = json.dumps(data.get("augmentation"), sort_keys=True)
+        copies = bool(self.episodes and model.config.memory_config.gray_weight)
+
+        def features_of(rows, collator, views, transform):
+            with self.args.main_process_first(desc="vision features"):
+                return cache_vision_features(tower, collator, rows, views, cache["folder"], transform)
+
+        features, readable = features_of(self.rows, self.collator, cache["views"], transform)
+        if len(readable) < len(self.rows):
+            print(
+                f"{len(self.rows) - len(readable)} of {len(self.rows)} training rows could not be read: skipped",
+                flush=True,
+            )
+        if copies:
+            gray, _ = features_of(self.rows, self.caption_collator(gray_copy), 1, "gray")
+        self.rows = readable
+        if not self.episodes:
+            self.collator = FeatureCollator(features, self.processor, self.prompt)
+            return
+        skip = tower.timm_model.num_prefix_tokens
+        pool = model.model.memory.key_encoder.pool
+        pool_all = lambda view: torch.cat([pool(part, skip) for part in view.split(512)])  # noqa: E731
+        pooled = torch.stack([pool_all(view) for view in features])
+        model.model.memory.key_encoder.calibrate(pooled.flatten(0, 1))
+        self.collator = self.episode_collator(features, pooled, None if gray is None else pool_all(gray[0]), readable)
+        model.model.memory.calibrate_words(self.collator.sentences())
+        if count := self.recipe.get("evaluation", {}).get("memory"):
+            if self.validation is None:
+                raise ValueError("evaluation.memory needs data.validation.")
+            features, rows = features_of(self.validation, self.caption_collator(self.augment), 2, transform)
+            gray = features_of(self.validation, self.caption_collator(gray_copy), 1, "gray")[0] if copies else None
+            pooled = torch.stack([pool_all(view) for view in features])
+            collator = self.episode_collator(features, pooled, None if gray is None else pool_all(gray[0]), rows)
+            self.memory_batches = self.batches_of(collator, rows, count)
+
+    def episode_collator(self, features, pooled, gray, rows) -> EpisodeCollator:
+        if "concept" not in rows.column_names:
+            raise ValueError("data.episodes needs a column `concept`: which pictures show the same thing.")
+        columns, longest = (rows["caption"][:], rows["concept"][:]), self.model.config.memory_config.max_content_tokens
+        more = {"seed": self.args.seed, **self.episodes}
+        return EpisodeCollator(features, pooled, gray, *columns, self.processor, self.prompt, longest, **more)
+
+    def teach_pictures(self) -> None:
+        """Episodes of pictures as they come."""
+        memory = self.model.config.memory_config
+        make = lambda augment: self.caption_collator(  # noqa: E731
+            augment, PictureEpisodeCollator, max_tokens=memory.max_content_tokens, **self.episodes
+        )
+        batch = self.args.per_device_train_batch_size
+        if batch % self.episodes["size"]:
+            raise ValueError(f"a batch of {batch} does not divide into episodes of {self.episodes['size']}.")
+        self.collator = make(self.augment)
+        if count := self.recipe.get("calibration_rows"):
+            captions = [row["caption"] for row in self.sample(count) if isinstance(row["caption"], str)]
+            self.model.model.memory.calibrate_words(text_ids(self.processor.tokenizer, captions))
+        if self.validation is not None and (count := self.recipe.get("evaluation", {}).get("memory")):
+            self.memory_batches = self.batches_of(make(self.augment), self.validation, count)
+
+    def batches_of(self, collator, rows, count: int) -> list[dict]:
+        size = self.args.per_device_train_batch_size
+        count = min(count, len(rows) // size)
+        if not count:
+            raise ValueError(f"evaluation.memory needs {size} validation rows, there are {len(rows)}.")
+        order = list(range(len(rows)))
+        random.Random(self.args.seed).shuffle(order)
+        return [collator([rows[i] for i in order[k * size : (k + 1) * size]]) for k in range(count)]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file; keys:\n" + "; ".join(f"{k}: {v}" for k, v in RECIPE_KEYS.items()))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in output_dir")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     recipe = load_recipe(options.recipe, options.set)
-    data = recipe["data"]
-    args = TrainingArguments(
-        **{"remove_unused_columns": False, "label_names": ["labels"], "report_to": "none"} | recipe["training"]
-    )
+    defaults = {"remove_unused_columns": False, "label_names": ["labels"], "report_to": "none"}
+    if recipe["data"].get("stream") is not None:
+        defaults["ignore_data_skip"] = True  # the stream goes on from its own place
+    args = TrainingArguments(**defaults | recipe["training"])
+    output = Path(args.output_dir)
+    checkpoint = newest_complete(output) if options.resume else None
+    if not options.resume and any(map(is_complete, checkpoints(output))):
+        raise FileExistsError(
+            f"{output} has checkpoints of a run: --resume goes on with it, or choose another output_dir."
+        )
     set_seed(args.seed)
 
-    source = {"trust_remote_code": True, "revision": recipe.get("revision")}
-    processor = AutoProcessor.from_pretrained(recipe["model"], **source)
-    if recipe.get("attn_implementation"):
-        source["attn_implementation"] = recipe["attn_implementation"]
-    config = AutoConfig.from_pretrained(recipe["model"], trust_remote_code=True, revision=recipe.get("revision"))
-    model = AutoModelForImageTextToText.from_pretrained(
-        recipe["model"], config=change_config(config, recipe.get("config", {})), dtype=torch.float32, **source
-    )
-    set_trainable(model, recipe["trainable"])
-    print(trainable_table(model), flush=True)
-
-    rows = load_rows(data["train"], data.get("format"), data.get("exclude_copyleft", False), data.get("limit"))
-    validation = load_rows(data["validation"], data.get("format")) if data.get("validation") else None
-    prompt = model.default_prompt(1)[0].tolist()
-    augment = None if data.get("augmentation") is None else picture_augmentation(**data["augmentation"])
-    collator, plain = (
-        CaptionCollator(processor, prompt, a, data.get("image_size"), data.get("max_unreadable_share", 0.01), args.seed)
-        for a in (augment, None)
-    )
-    if recipe.get("calibration_rows"):
-        sample = rows.shuffle(seed=args.seed).select(range(min(recipe["calibration_rows"], len(rows))))
-        calibrate_adapter(model, plain, sample)
-    if data.get("vision_cache"):
-        if any(p.requires_grad for p in model.model.vision_tower.parameters()):
-            raise ValueError("data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.")
-        transform = json.dumps(data.get("augmentation"), sort_keys=True)
-        with args.main_process_first(desc="vision features"):
-            features, readable = cache_vision_features(
-                model.model.vision_tower, collator, rows, **data["vision_cache"], transform=transform
-            )
-            gray = None
-            if data.get("episodes") and model.config.memory_config.gray_weight:
-                copier = CaptionCollator(processor, prompt, gray_copy, data.get("image_size"), seed=args.seed)
-                gray, _ = cache_vision_features(
-                    model.model.vision_tower, copier, rows, 1, data["vision_cache"]["folder"], "gray"
-                )
-        if len(readable) < len(rows):
-            print(f"{len(rows) - len(readable)} of {len(rows)} training rows could not be read: skipped", flush=True)
-        rows = readable
-        collator = FeatureCollator(features, processor, prompt)
-    if data.get("episodes"):
-        if "concept" not in rows.column_names:
-            raise ValueError("data.episodes needs a column `concept`: which pictures show the same thing.")
-        skip = model.model.vision_tower.timm_model.num_prefix_tokens
-        pool = model.model.memory.key_encoder.pool
-        pool_all = lambda view: torch.cat([pool(part, skip) for part in view.split(512)])  # noqa: E731
-        pooled = torch.stack([pool_all(view) for view in features])
-        model.model.memory.key_encoder.calibrate(pooled.flatten(0, 1))
-        collator = EpisodeCollator(
-            features,
-            pooled,
-            None if gray is None else pool_all(gray[0]),
-            rows["caption"][:],
-            rows["concept"][:],
-            processor,
-            prompt,
-            model.config.memory_config.max_content_tokens,
-            seed=args.seed,
-            **data["episodes"],
-        )
-        model.model.memory.calibrate_words(collator.sentences())
+    processor, model = load_model(recipe)
+    if args.process_index == 0:
+        print(trainable_table(model), flush=True)
+    data = TrainingData(recipe, args, processor, model)
     for name in recipe.get("compile", []):
         model.get_submodule(name).compile()
 
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    evaluation = recipe.get("evaluation", {})
+    fixed = None
+    if evaluation.get("captions"):
+        if data.validation is None:
+            raise ValueError("evaluation.captions needs data.validation.")
+        order = data.validation.shuffle(seed=args.seed)
+        fixed = order.select(range(min(evaluation["captions"], len(order))))
+    if args.process_index == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        (output / "training_arguments.json").write_text(args.to_json_string())
+    sources = recipe["data"]["train"]
+    status = {
+        "recipe": Path(options.recipe).stem,
+        "base_model": recipe["model"],
+        "stage": Path(options.recipe).stem.rpartition("_")[2],
+        "data": sources if isinstance(sources, list) else [sources],
+    }
+    if data.validation is not None:
+        path = recipe["data"]["validation"]
+        status["validation_data"] = path if isinstance(path, str) else path[0]
     trainer = MicroVLMTrainer(
         model=model,
         args=args,
-        train_dataset=rows,
-        eval_dataset=validation,
-        data_collator=collator,
-        eval_collator=plain,
+        train_dataset=data.rows,
+        eval_dataset=data.validation,
+        data_collator=data.collator,
+        eval_collator=data.eval_collator,
         processing_class=processor,
-        callbacks=[EpochCallback(collator)],
+        callbacks=[EpochCallback(data.collator)],
         loss_weights=recipe["loss_weights"],
         learning_rates=recipe.get("learning_rates"),
         muon=recipe.get("optimizer") == "muon",
+        max_nonfinite_steps=recipe.get("max_nonfinite_steps", 3),
+        caption_rows=fixed,
+        memory_batches=data.memory_batches,
+        status=status,
     )
-    trainer.train(resume_from_checkpoint=options.resume or None)
-    if collator.unreadable:
-        print(f"{collator.unreadable} of {collator.seen} training rows could not be read and were skipped", flush=True)
+    if checkpoint is not None and trainer.stream is not None:
+        trainer.resume_stream(checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    stopped = trainer.stop.agreed and trainer.state.global_step < trainer.state.max_steps
+    if trainer.is_world_process_zero():
+        if data.collator.unreadable:
+            seen, bad = data.collator.seen, data.collator.unreadable
+            print(f"{bad} of {seen} training rows could not be read and were skipped", flush=True)
+        if trainer.total_time:
+            print(f"waiting for data: {trainer.total_wait / trainer.total_time:.1%} of the training time", flush=True)
+        write_json(output / "log.json", trainer.state.log_history)
+        plot_curves(trainer.state.log_history, output / "curves.png")
+    if stopped:
+        print(f"stopped by SIGTERM at step {trainer.state.global_step}: --resume goes on from there", flush=True)
+        sys.exit(STOPPED)
     trainer.save_model()
-    (output / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,18 @@ from conftest import IMAGE_ID
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
-from toy_data import CAPTIONS, pairs, png, toy_model, toy_processor, use_cache, write_folder, write_parquet, write_tar
+from toy_data import (
+    CAPTIONS,
+    pairs,
+    png,
+    toy_model,
+    toy_processor,
+    use_cache,
+    write_files,
+    write_folder,
+    write_parquet,
+    write_tar,
+)
 
 import data_microvlm
 from data_microvlm import (
@@ -83,8 +94,10 @@ def contents(rows, processor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_gives_the_same_pictures_and_captions(format, tmp_path, processor):
-    write = {"parquet": write_parquet, "imagefolder": write_folder, "webdataset": write_tar}[format]
-    suffix = {"parquet": ".parquet", "imagefolder": "", "webdataset": ".tar"}[format]
+    write = {"parquet": write_parquet, "imagefolder": write_folder, "webdataset": write_tar, "files": write_files}[
+        format
+    ]
+    suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(format, "")
     path = write(tmp_path / f"toy{suffix}", pairs())
     for given in (None, format):
         rows = load_rows(str(path), given)
@@ -94,6 +107,28 @@ def test_every_format_gives_the_same_pictures_and_captions(format, tmp_path, pro
         for i, caption in enumerate(CAPTIONS):
             expected = torch.tensor(list(PILImage.open(io.BytesIO(png(i))).tobytes()), dtype=torch.uint8)
             assert torch.equal(found[caption], expected.view(32, 32, 3).permute(2, 0, 1))
+
+
+def test_what_img2dataset_leaves_in_a_folder(tmp_path, processor):
+    """Its tars beside statistics and a parquet of metadata; its files with a JSON each."""
+    rows = pairs()
+    folder = tmp_path / "webdataset"
+    folder.mkdir()
+    for shard in range(2):
+        write_tar(folder / f"0000{shard}.tar", rows[4 * shard : 4 * shard + 4])
+        (folder / f"0000{shard}_stats.json").write_text("{}")
+        write_parquet(folder / f"0000{shard}.parquet", rows[:1])
+    assert list(contents(load_rows(str(folder)), processor)) == CAPTIONS
+    files = write_files(tmp_path / "files", rows)
+    for picture in files.rglob("*.png"):
+        picture.with_suffix(".json").write_text("{}")
+    (files / "00000" / "toy-3.txt").unlink()  # a picture without a caption is no pair
+    assert list(contents(load_rows(str(files)), processor)) == [c for c in CAPTIONS if c != CAPTIONS[3]]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    message = f"^{empty} has no picture with a caption in a .txt file of the same name.$"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_rows(str(empty))
 
 
 def test_globs_and_lists_of_tars(tmp_path, processor):
@@ -171,7 +206,7 @@ def test_missing_file(tmp_path):
 
 
 def test_unknown_format(tmp_path):
-    message = "data format 'csv' is not one of parquet, imagefolder, webdataset."
+    message = "data format 'csv' is not one of parquet, imagefolder, webdataset, files."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_rows(str(tmp_path), "csv")
     (tmp_path / "a.csv").write_text("image,caption\n")
@@ -227,6 +262,8 @@ def test_truncated_picture_names_the_row(format, tmp_path, processor):
         path = write_parquet(tmp_path / "toy.parquet", rows)
     elif format == "imagefolder":
         path = write_folder(tmp_path / "toy", rows)
+    elif format == "files":
+        path = write_files(tmp_path / "toy", rows)
     else:
         path = write_tar(tmp_path / "toy.tar", rows)
     loaded = load_rows(str(path))

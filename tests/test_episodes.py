@@ -300,7 +300,7 @@ def test_episodes_need_kept_features(run, tmp_path):
     del run["data"]["vision_cache"]
     with pytest.raises(ValueError) as error:
         train_hf.main([write_recipe(tmp_path, run)])
-    assert str(error.value) == "data.episodes needs data.vision_cache: memories are trained on kept features."
+    assert str(error.value) == "data.episodes needs data.vision_cache, or a size: episodes of pictures as they come."
 
 
 def test_memory_losses_against_their_definition():

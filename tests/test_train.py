@@ -94,16 +94,18 @@ def state(model) -> dict[str, torch.Tensor]:
 
 
 def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, LM part and mean alignment part of one step over micro-batches, from logits and embeddings alone."""
+    """Loss, LM part and alignment part of one step over micro-batches, from logits and embeddings alone."""
     tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    lm, align = 0.0, 0.0
+    lm, images, texts = 0.0, [], []
     for batch in batches:
         out = model(**batch, return_alignment=True)
         nll = -out.logits[:, :-1].log_softmax(-1).gather(2, batch["labels"][:, 1:].clamp(min=0).unsqueeze(2))[..., 0]
         lm = lm + nll[batch["labels"][:, 1:] != -100].sum() / tokens
-        similarity = out.image_embeds @ out.text_embeds.mT / 0.07
-        picture_to_text, text_to_picture = similarity.softmax(1).diagonal(), similarity.softmax(0).diagonal()
-        align = align - (picture_to_text.log() + text_to_picture.log()).mean() / 2 / len(batches)
+        images.append(out.image_embeds)
+        texts.append(out.text_embeds)
+    similarity = torch.cat(images) @ torch.cat(texts).mT / 0.07  # every other pair of the step is a negative
+    picture_to_text, text_to_picture = similarity.softmax(1).diagonal(), similarity.softmax(0).diagonal()
+    align = -(picture_to_text.log() + text_to_picture.log()).mean() / 2
     return weights["lm"] * lm + weights["align"] * align, lm, align
 
 
@@ -116,12 +118,12 @@ def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.
         (
             {"modle": "x", "colour": 1},
             "unknown key in {path}: colour, modle. Known: attn_implementation, calibration_rows, compile, config, data, "
-            "learning_rates, loss_weights, model, optimizer, revision, trainable, training.",
+            "evaluation, learning_rates, loss_weights, max_nonfinite_steps, model, optimizer, revision, trainable, training.",
         ),
         (
             {"data": {"train": "d", "validate": "v"}},
             "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, format, image_size, limit, "
-            "max_unreadable_share, train, validation, vision_cache.",
+            "max_unreadable_share, revision, stream, train, validation, validation_limit, vision_cache.",
         ),
         ({"optimizer": "sgd"}, "optimizer 'sgd' is not muon; others go by training.optim."),
         (
@@ -130,7 +132,7 @@ def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.
         ),
         (
             {"loss_weights": {"lm": 1, "kl": 2}},
-            "unknown key in loss_weights: kl. Known: address_kl, align, key, lm, memory_kl, reconstruction, scope.",
+            "unknown key in loss_weights: kl. Known: address_kl, align, key, lm, match, memory_kl, reconstruction, scope.",
         ),
         ({"data": {"validation": "v"}}, "{path} has no data.train: the training data."),
     ],
@@ -558,13 +560,16 @@ def test_run_on_kept_features(run, tmp_path):
     assert file.stat().st_mtime_ns == written  # taken, not made again
     assert same_state(load_file(tmp_path / "out" / "model.safetensors"), through)
     run["trainable"] = [".*"]
+    run["training"]["output_dir"] = str(tmp_path / "out2")
     message = "^data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.$"
     with pytest.raises(ValueError, match=message):
         train_hf.main([write_recipe(tmp_path, **run)])
 
 
-def test_resume_continues_bit_for_bit(run, tmp_path, capsys):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_continues_bit_for_bit(accumulation, run, tmp_path, capsys):
     out = tmp_path / "out"
+    run["training"]["gradient_accumulation_steps"] = accumulation
     recipe = write_recipe(tmp_path, **run)
     train_hf.main([recipe])
     assert "model.adapter" in capsys.readouterr().out
@@ -587,9 +592,12 @@ def test_resume_continues_bit_for_bit(run, tmp_path, capsys):
     steps = [[{k: e[k] for k in parts} for e in entries if "lm_loss" in e] for entries in (log, again)]
     assert steps[0] == steps[1] and len(steps[0]) == 6
 
-    recipe = write_recipe(tmp_path, **run)
-    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
-        train_hf.main([recipe, "--resume", "--set", f"training.output_dir={tmp_path / 'new'}"])
+    recipe, new = write_recipe(tmp_path, **run), tmp_path / "new"
+    with pytest.raises(FileNotFoundError, match=f"^{new} has no complete checkpoint to go on from.$"):
+        train_hf.main([recipe, "--resume", "--set", f"training.output_dir={new}"])
+    message = f"^{out} has checkpoints of a run: --resume goes on with it, or choose another output_dir.$"
+    with pytest.raises(FileExistsError, match=message):
+        train_hf.main([recipe])
 
 
 def hub_environment(folder: Path) -> dict[str, str]:
@@ -611,7 +619,8 @@ def test_command_line_run(run, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["part", "parameters", "trainable", "share"]
-    assert lines[-1] == "3 of 24 training rows could not be read and were skipped"
+    assert lines[-2] == "3 of 24 training rows could not be read and were skipped"
+    assert re.fullmatch(r"waiting for data: \d+\.\d% of the training time", lines[-1])
     assert "row toy-2: picture cannot be read" in done.stderr
 
     out = tmp_path / "out"

@@ -75,6 +75,16 @@ def write_folder(folder: Path, rows: list[dict], caption: str = "caption") -> Pa
     return folder
 
 
+def write_files(folder: Path, rows: list[dict]) -> Path:
+    """Rows as img2dataset's `files` output: numbered folders, a text file beside every picture."""
+    for i, row in enumerate(rows):
+        path = folder / f"{i // 4:05d}" / f"{row['id']}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["image"]["bytes"])
+        path.with_suffix(".txt").write_text(row["caption"])
+    return folder
+
+
 def write_tar(path: Path, rows: list[dict], image: str = "png", caption: str = "txt") -> Path:
     """Rows as a webdataset shard."""
     with tarfile.open(path, "w") as tar:
