@@ -318,7 +318,9 @@ class PictureEpisodeCollator(CaptionCollator):
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = self.read_all(rows)
         if len(pairs) < self.episode_size:
-            raise RuntimeError(f"{len(pairs)} readable rows of {len(rows)} do not fill an episode of {self.episode_size}.")
+            raise RuntimeError(
+                f"{len(pairs)} readable rows of {len(rows)} do not fill an episode of {self.episode_size}."
+            )
         pairs = pairs[: len(pairs) - len(pairs) % self.episode_size]  # what is left of unreadable rows
         pictures, captions = [picture for picture, _ in pairs], [caption for _, caption in pairs]
         answers = self.answers(captions)

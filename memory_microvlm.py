@@ -821,6 +821,11 @@ class EpisodicMemory(nn.Module):
         if config.ordering == "lstm":
             self.order = nn.LSTM(config.code_size, config.code_size // 2, bidirectional=True, batch_first=True)
 
+    def train(self, mode: bool = True):
+        """As the parent; what was computed once is dropped: a fused optimizer changes weights without counting up their version."""
+        self._inverse = (None,)
+        return super().train(mode)
+
     def address(self, keys: torch.Tensor) -> torch.Tensor:
         """Keys (..., C) -> unit addresses (..., K), float32 inside any autocast.
 

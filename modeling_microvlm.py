@@ -832,6 +832,11 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             raise ValueError("this model has no episodic memory: build it with config.use_memory=True.")
         return self.model.memory
 
+    def train(self, mode: bool = True):
+        """As the parent; the fingerprint is computed anew afterwards."""
+        self._fingerprint = (None,)
+        return super().train(mode)
+
     def memory_fingerprint(self) -> str:
         """Digest of all that makes addresses and contents: a memory can be used with a model of the same fingerprint only.
 

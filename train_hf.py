@@ -35,6 +35,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -81,6 +82,7 @@ RECIPE_KEYS = {
     "revision": "its revision on the Hub",
     "config": "values of the model's config to change, by dotted name: use_memory, memory_config.num_slots, ...",
     "trainable": "regular expressions on parameter names; a parameter trains when one matches",
+    "quantization": "of frozen linears of vision tower and language model: BitsAndBytesConfig; what `trainable` names stays as it is",
     "attn_implementation": "of the language model: eager trains faster than sdpa on a CPU",
     "compile": "modules that run through torch.compile, by name",
     "optimizer": "muon: Muon on the weights of linear layers, AdamW on the rest; default: training.optim",
@@ -213,7 +215,10 @@ def set_trainable(model: torch.nn.Module, patterns: list[str]) -> None:
     """
     check_patterns("trainable", patterns, model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+        trains = any(re.search(pattern, name) for pattern in patterns)
+        if trains and not parameter.is_floating_point():
+            raise ValueError(f"trainable: {name} is quantised ({parameter.dtype}) and cannot train.")
+        parameter.requires_grad_(trains)
 
 
 def trainable_table(model: torch.nn.Module) -> str:
@@ -328,7 +333,15 @@ class MicroVLMTrainer(Trainer):
         **kwargs,
     ):
         self.stream = kwargs["train_dataset"] if isinstance(kwargs.get("train_dataset"), CaptionStream) else None
+        model = kwargs.get("model", args[0] if args else None)
+        quantized = getattr(model, "is_quantized", False)
+        if quantized and any(p.requires_grad for p in model.parameters()):
+            model.is_quantized = (
+                False  # Trainer asks for adapters on a quantised model; here whole modules train beside it
+            )
         super().__init__(*args, **kwargs)
+        if quantized:
+            model.is_quantized = True
         self.eval_collator = eval_collator or self.data_collator
         self.loss_weights = loss_weights
         self.learning_rates = learning_rates or {}
@@ -579,6 +592,12 @@ class MicroVLMTrainer(Trainer):
         """As the parent; more metrics: the parts of the loss, perplexity, retrieval, the memory's, and captions."""
         self.eval_prefix, self.eval_pairs = "eval_", []
         start = time.perf_counter()
+        with torch.random.fork_rng():  # training goes on with the numbers it would have drawn
+            return self._evaluation_loop(
+                start, dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+
+    def _evaluation_loop(self, start, dataloader, description, *args, metric_key_prefix, **kwargs):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = {key.removeprefix("eval_"): value for key, value in self._means("eval_").items()}
         if "lm_loss" in found:
@@ -605,7 +624,7 @@ class MicroVLMTrainer(Trainer):
         model, probability, known = self.model_wrapped, [], []
         model.eval()
         self.eval_prefix = "eval_episode_"
-        with torch.random.fork_rng():  # training goes on with the numbers it would have drawn
+        with torch.random.fork_rng():  # the same at every evaluation
             torch.manual_seed(self.args.seed)
             for batch in self.memory_batches:
                 batch = self._prepare_inputs(batch)
@@ -756,6 +775,23 @@ class MicroVLMTrainer(Trainer):
         return super().create_optimizer(model)
 
 
+def unquantized_modules(model, trainable: list[str]) -> list[str]:
+    """Names of the linear layers that stay out of a quantised model: those that train, and all but vision tower and language model.
+
+    Raises:
+        ValueError: the language model is ternary.
+    """
+    if model.config.qat_config.ternary_modules:
+        raise ValueError(
+            "quantization: the config makes linears ternary, from weights that NF4 would change. Compose from ternary weights and set "
+            "config: {qat_config.ternary_modules: null}."
+        )
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    parts = ("model.vision_tower.", "model.language_model.")
+    trains = lambda name: any(re.search(pattern, f"{name}.weight") for pattern in trainable)  # noqa: E731
+    return [name for name in names if not name.startswith(parts) or trains(name)]
+
+
 def load_model(recipe: dict[str, Any]):
     """Processor and model of a recipe, with its changes of the config; the parameters it names train."""
     source = {"trust_remote_code": True, "revision": recipe.get("revision")}
@@ -763,7 +799,17 @@ def load_model(recipe: dict[str, Any]):
     config = change_config(AutoConfig.from_pretrained(recipe["model"], **source), recipe.get("config", {}))
     if recipe.get("attn_implementation"):
         source["attn_implementation"] = recipe["attn_implementation"]
+    if (quantization := recipe.get("quantization")) is not None:
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+        skip = unquantized_modules(empty, recipe["trainable"])
+        source["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=skip, **quantization)
     model = AutoModelForImageTextToText.from_pretrained(recipe["model"], config=config, dtype=torch.float32, **source)
+    for module in model.modules():
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # a pass without gradient would repack its weights for such passes alone
+            module.support_avx512bf16_for_cpu = False
     set_trainable(model, recipe["trainable"])
     return processor, model
 

@@ -662,3 +662,21 @@ def test_every_form_of_memory_writes_reads_and_decodes(change):
         less = model(**inputs, memory=model.forget(model.forget(memory, 1), 0), memory_gate="on").logits
     assert (on - off).abs().max() > 1e-3 and torch.equal(less, off)
     torch.testing.assert_close(uncached, on)
+
+
+def test_a_fused_optimizer_leaves_nothing_stale():
+    """It changes weights without counting up their version, which addresses and fingerprint were remembered by."""
+    model = tiny_model("qwen2", use_memory=True).eval()
+    reference = model.model.memory.reference
+    with torch.no_grad():
+        fingerprint, inverse = model.memory_fingerprint(), model.model.memory.inverse()
+        assert model.model.memory.inverse() is inverse  # remembered
+    optimizer = torch.optim.AdamW([reference], lr=0.1, fused=True)
+    model.train()
+    reference.grad = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    model.eval()
+    computed = model.model.memory.inverse().detach()
+    with torch.no_grad():
+        assert torch.equal(model.model.memory.inverse(), computed) and not torch.equal(computed, inverse)
+        assert model.memory_fingerprint() != fingerprint

@@ -25,7 +25,14 @@ from toy_data import (
     use_cache,
     write_parquet,
 )
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import train_hf
 from data_microvlm import CaptionCollator, FeatureCollator, cache_vision_features, load_rows
@@ -118,7 +125,8 @@ def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.
         (
             {"modle": "x", "colour": 1},
             "unknown key in {path}: colour, modle. Known: attn_implementation, calibration_rows, compile, config, data, "
-            "evaluation, learning_rates, loss_weights, max_nonfinite_steps, model, optimizer, revision, trainable, training.",
+            "evaluation, learning_rates, loss_weights, max_nonfinite_steps, model, optimizer, quantization, revision, trainable, "
+            "training.",
         ),
         (
             {"data": {"train": "d", "validate": "v"}},
@@ -199,21 +207,114 @@ def test_numbers_without_a_point_are_numbers(tmp_path):
     assert recipe["data"]["limit"] == 10 and isinstance(recipe["data"]["limit"], int)
 
 
+def recipe_model(name: str, recipe: dict) -> MicroVLMForConditionalGeneration:
+    """The model a recipe trains, without its weights."""
+    family = next((family for family in FAMILIES if name.startswith(family)), None)
+    assert family, f"{name} is of none of the families {', '.join(FAMILIES)}"
+    config = MicroVLMConfig.from_json_file(str(ROOT / "configs" / f"microvlm-{family.removeprefix('microvlm-')}.json"))
+    if "135m" in name:  # the same around SmolLM2-135M
+        text = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        text |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49153}
+        adapter = config.adapter_config.to_dict() | {"num_attention_heads": 8}
+        config = config.to_dict() | {"text_config": text, "image_token_id": 49152, "adapter_config": adapter}
+        config = MicroVLMConfig.from_dict(config)
+    with torch.device("meta"):
+        return MicroVLMForConditionalGeneration(train_hf.change_config(config, recipe.get("config", {})))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_stage_recipe_fits_its_model(path, tmp_path):
     recipe = load_recipe(str(path))
     training = {"report_to": "none"} | recipe["training"] | {"output_dir": str(tmp_path)}
     TrainingArguments(**{k: v for k, v in training.items() if k not in ("bf16", "fp16")}, bf16=False, fp16=False)
-    family = next((family for family in FAMILIES if path.stem.startswith(family)), None)
-    assert family, f"{path.name} is of none of the families {', '.join(FAMILIES)}"
-    config = ROOT / "configs" / f"microvlm-{family.removeprefix('microvlm-')}.json"
-    with torch.device("meta"):
-        model = MicroVLMForConditionalGeneration(MicroVLMConfig.from_json_file(str(config)))
+    model = recipe_model(path.stem, recipe)
     set_trainable(model, recipe["trainable"])
     train_hf.check_patterns("learning_rates", recipe.get("learning_rates") or {}, model)
     assert any(p.requires_grad for p in model.parameters())
     for name in recipe.get("learning_rates") or {}:
         assert any(re.search(name, n) and p.requires_grad for n, p in model.named_parameters()), f"{name} is frozen"
+    if "quantization" in recipe:
+        assert BitsAndBytesConfig(**recipe["quantization"]).quantization_method() == "nf4"
+        skip = set(train_hf.unquantized_modules(model, recipe["trainable"]))
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        for name, module in linear.items():
+            assert (name in skip) >= module.weight.requires_grad, f"{name} trains in 4 bits"
+        quantised = [n for n in linear if n not in skip]
+        assert {n.split(".")[1] for n in quantised} == {"vision_tower", "language_model"}
+    if episodes := recipe["data"].get("episodes"):
+        assert recipe["training"]["per_device_train_batch_size"] % episodes.get("size", episodes.get("groups")) == 0
+        assert model.config.use_memory
+    if path.stem.startswith("microvlm"):
+        assert recipe["training"]["output_dir"] == f"runs/{path.stem}"
+
+
+SEED_TRAINING = {  # of the source documents
+    "per_device_train_batch_size": 10,
+    "gradient_accumulation_steps": 2,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "weight_decay": 0.01,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr": 1e-6},
+    "max_steps": 50_000,
+    "bf16": True,
+}
+
+
+def test_the_seeds_numbers():
+    recipes = {path.stem: load_recipe(str(path)) for path in RECIPES}
+    m1, m2, v1, v2 = (recipes[f"microvlm-{k}"] for k in ("m_stage1", "m_stage2", "v_stage1", "v_stage2"))
+    for recipe in (m1, v1, recipes["microvlm-m_stage1_qlora"], recipes["microvlm-v_stage1_qlora"]):
+        assert {k: recipe["training"][k] for k in SEED_TRAINING} == SEED_TRAINING
+    for recipe in (m1, m2, v1, v2):
+        assert recipe["data"]["limit"] == 110_002 and recipe["data"]["validation_limit"] == 5_789
+        assert recipe["training"]["warmup_steps"] > 0
+    assert m2["training"]["learning_rate"] == v2["training"]["learning_rate"] == 5e-5
+    weights = {k: m1["loss_weights"][k] for k in ("lm", "align", "reconstruction", "scope")}
+    assert weights == {"lm": 1.0, "align": 0.5, "reconstruction": 0.1, "scope": 0.01}
+    assert v1["loss_weights"] == {"lm": 1.0, "align": 1.0}
+    weights = {k: v2["loss_weights"][k] for k in ("lm", "align", "memory_kl", "address_kl")}
+    assert weights == {"lm": 1.0, "align": 1.0, "memory_kl": 0.02, "address_kl": 0.005}
+    assert v2["data"]["episodes"]["size"] == 4
+
+
+def trains(name: str) -> dict[str, bool]:
+    """Per parameter whether a recipe trains it."""
+    recipe = load_recipe(str(ROOT / "recipes" / f"{name}.yaml"))
+    model = recipe_model(name, recipe)
+    set_trainable(model, recipe["trainable"])
+    return {name: (p.requires_grad, p.numel()) for name, p in model.named_parameters()}
+
+
+def blocks(parameters: dict, prefix: str) -> set[int]:
+    """Numbers of the layers under a prefix that train."""
+    found = ((re.match(prefix + r"(\d+)\.", name), on) for name, (on, _) in parameters.items())
+    return {int(match[1]) for match, on in found if match and on}
+
+
+def test_what_the_seeds_freeze():
+    parameters = trains("microvlm-m_stage1")
+    assert blocks(parameters, r"model\.vision_tower\.timm_model\.blocks\.") == {8, 9, 10, 11}
+    assert blocks(parameters, r"model\.language_model\.layers\.") == {26, 27, 28, 29}
+    words = parameters["model.language_model.embed_tokens.weight"][1]
+    training, whole = sum(n for on, n in parameters.values() if on), sum(n for _, n in parameters.values())
+    assert (
+        0.13 < training / whole < 0.15 < training / (whole - words) < 0.20
+    )  # the seed's 15 to 20 %, the vocabulary apart
+    parameters = trains("microvlm-v_stage1")
+    assert {name.split(".")[1] for name, (on, _) in parameters.items() if on} == {"adapter", "alignment"}
+    parameters = trains("microvlm-v_stage2")
+    assert blocks(parameters, r"model\.language_model\.layers\.") == {20, 21, 22, 23}
+    assert not any(on for name, (on, _) in parameters.items() if "vision_tower" in name)
+    assert blocks(trains("microvlm-m_stage2"), r"model\.language_model\.layers\.") == {26, 27, 28, 29}
+
+
+def test_stage_2_starts_where_a_stage_1_ends():
+    recipes = {path.stem: load_recipe(str(path)) for path in RECIPES}
+    ends = {recipe["training"]["output_dir"] for name, recipe in recipes.items() if "stage1" in name}
+    starts = {name: recipe["model"] for name, recipe in recipes.items() if "stage2" in name}
+    assert starts and set(starts.values()) <= ends
 
 
 def test_there_are_recipes():
@@ -507,6 +608,66 @@ def test_bf16_autocast_on_the_cpu(rows, tmp_path):
     for a, b in zip(trainer.state.log_history[:2], reference.state.log_history[:2]):
         assert a["lm_loss"] == pytest.approx(b["lm_loss"], rel=0.05)
         assert a["align_loss"] == pytest.approx(b["align_loss"], rel=0.1)
+
+
+# --- 4 bits beside modules that train
+
+
+def quantised_run(run: dict, tmp_path) -> dict:
+    checkpoint = toy_checkpoint(tmp_path / "start4", text="llama")
+    run |= {"model": str(checkpoint), "trainable": ["adapter", "alignment", r"language_model\.layers\.1\."]}
+    run["quantization"] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    run["training"] |= {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    return run
+
+
+def test_training_beside_4_bits(run, tmp_path):
+    """Evaluation before a step must not cost its gradients; what is quantised stays; the output opens as it is and goes on exactly."""
+    run = quantised_run(run, tmp_path)
+    recipe, out = write_recipe(tmp_path, **run), tmp_path / "out"
+    train_hf.main([recipe, "--set", "training.eval_on_start=true"])
+    through = load_file(out / "model.safetensors")
+    early = load_file(out / "checkpoint-2" / "model.safetensors")
+    packed = {name for name, tensor in through.items() if tensor.dtype == torch.uint8 and "quant" not in name}
+    layer = "model.language_model.layers.{}.self_attn.q_proj.weight"
+    assert layer.format(0) in packed and layer.format(1) not in packed
+    assert {name.split(".")[1] for name in packed} == {"language_model", "vision_tower"}
+    moved = {name for name in through if not torch.equal(through[name], early[name])}
+    assert not moved & packed
+    named = ("adapter", "alignment", "language_model.layers.1.")
+    expected = {
+        n
+        for n in through
+        if any(part in n for part in named) and not n.endswith(("k_proj.bias", "patch_mean", "patch_std"))
+    }
+    assert moved - {"model.adapter.k_proj.bias"} == expected
+    model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    assert model.is_quantized and model.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    shutil.rmtree(out / "checkpoint-4")
+    train_hf.main([recipe, "--set", "training.eval_on_start=true", "--resume"])
+    assert same_state(load_file(out / "model.safetensors"), through)
+
+
+def test_ternary_linears_are_not_quantised_again(run, tmp_path):
+    checkpoint = toy_checkpoint(
+        tmp_path / "ternary", text="bitnet", qat_config={"ternary_modules": [r"language_model\.layers\..*_proj"]}
+    )
+    run = quantised_run(run, tmp_path) | {"model": str(checkpoint)}
+    with pytest.raises(ValueError) as error:
+        train_hf.main([write_recipe(tmp_path, **run)])
+    assert str(error.value) == (
+        "quantization: the config makes linears ternary, from weights that NF4 would change. Compose from ternary weights and set "
+        "config: {qat_config.ternary_modules: null}."
+    )
+
+
+def test_4_bits_cannot_train(run, tmp_path):
+    run = quantised_run(run, tmp_path)
+    recipe = write_recipe(tmp_path, **run)
+    train_hf.main([recipe, "--set", "training.max_steps=2"])
+    again = ["--set", f"model={tmp_path / 'out'}", "--set", f"training.output_dir={tmp_path / 'again'}"]
+    with pytest.raises(ValueError, match=r"^trainable: model\.\S+ is quantised \(torch.uint8\) and cannot train.$"):
+        train_hf.main([recipe, *again, "--set", "trainable=['.*']", "--set", "quantization=null"])
 
 
 # --- runs
