@@ -191,6 +191,7 @@ class CaptionCollator:
         image_size: side of the pictures, the processor's own by default.
         max_unreadable_share: training stops when more rows than this cannot be read.
         seed: of the augmentation.
+        max_caption_tokens: a longer caption is cut to so many tokens, and then has no end token to learn; default: none is cut.
 
     Attributes:
         seen, unreadable: rows so far, counted over all workers of a data loader.
@@ -207,6 +208,7 @@ class CaptionCollator:
         image_size=None,
         max_unreadable_share: float = 0.01,
         seed: int = 0,
+        max_caption_tokens: int | None = None,
     ):
         self.processor = processor
         self.prompt_ids = list(prompt_ids)
@@ -214,6 +216,7 @@ class CaptionCollator:
         self.size = None if image_size is None else {"height": image_size, "width": image_size}
         self.max_unreadable_share = max_unreadable_share
         self.seed = seed
+        self.max_caption_tokens = max_caption_tokens
         # seen, unreadable, epoch: shared, because a data loader's workers hold copies of self
         self.counts = torch.zeros(3, dtype=torch.long).share_memory_()
         self.epoch = None  # of the rows at hand, where they say it themselves
@@ -268,9 +271,9 @@ class CaptionCollator:
         return pairs
 
     def answers(self, captions: list[str]) -> list[list[int]]:
-        """Tokens of captions, each with the end token."""
+        """Tokens of captions with the end token, cut to `max_caption_tokens`."""
         tokenizer = self.processor.tokenizer
-        return [ids + [tokenizer.eos_token_id] for ids in text_ids(tokenizer, captions)]
+        return [(ids + [tokenizer.eos_token_id])[: self.max_caption_tokens] for ids in text_ids(tokenizer, captions)]
 
     def _sequences(self, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, torch.Tensor]:
         """Prompts and answers as `input_ids`, `attention_mask` and `labels` (B, T), padding on the left as in generation."""

@@ -90,7 +90,7 @@ RECIPE_KEYS = {
     "calibration_rows": "standardise the adapter's input with statistics of so many training pictures; 0: keep",
     "loss_weights": "lm, align, match, and with episodes memory_kl, address_kl, reconstruction, scope, key",
     "data": "train, validation (paths, globs, hf:// addresses), format, exclude_copyleft, image_size, augmentation, "
-    "max_unreadable_share, limit, validation_limit, revision, "
+    "max_unreadable_share, max_caption_tokens, limit, validation_limit, revision, "
     "stream (shuffle_buffer: read shards as they come, see stream_microvlm.py), "
     "vision_cache (views, folder: keep the features of a frozen vision tower), "
     "episodes (teach the memory: size for PictureEpisodeCollator, or groups, sizes, shares, names, key_pairs for EpisodeCollator)",
@@ -106,6 +106,7 @@ DATA_KEYS = {
     "image_size",
     "augmentation",
     "max_unreadable_share",
+    "max_caption_tokens",
     "limit",
     "validation_limit",
     "revision",
@@ -163,6 +164,9 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
     for key in ("model", "trainable", "data", "training"):
         if key not in recipe:
             raise ValueError(f"{path} has no {key!r}: {RECIPE_KEYS[key]}.")
+    for key, value in recipe["training"].items():
+        if key.endswith("_strategy") and value is False:  # YAML reads `no` as false
+            recipe["training"][key] = "no"
     check_keys("data", recipe["data"], DATA_KEYS)
     if "train" not in recipe["data"]:
         raise ValueError(f"{path} has no data.train: the training data.")
@@ -267,11 +271,15 @@ def embedded_pairs(outputs) -> torch.Tensor:
     return torch.stack([outputs.image_embeds, outputs.text_embeds], 1).float()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write under another name and rename."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1))
 
 
 class EpochCallback(TrainerCallback):
@@ -855,8 +863,9 @@ class TrainingData:
 
     def caption_collator(self, augment, cls=CaptionCollator, **kwargs) -> CaptionCollator:
         data = self.data
+        kwargs |= {"seed": self.args.seed, "max_caption_tokens": data.get("max_caption_tokens")}
         share = data.get("max_unreadable_share", 0.01)
-        return cls(self.processor, self.prompt, augment, data.get("image_size"), share, self.args.seed, **kwargs)
+        return cls(self.processor, self.prompt, augment, data.get("image_size"), share, **kwargs)
 
     def load_rows(self):
         data = self.data
@@ -903,6 +912,7 @@ class TrainingData:
         self.rows = readable
         if not self.episodes:
             self.collator = FeatureCollator(features, self.processor, self.prompt)
+            self.collator.max_caption_tokens = data.get("max_caption_tokens")
             return
         skip = tower.timm_model.num_prefix_tokens
         pool = model.model.memory.key_encoder.pool
@@ -989,13 +999,13 @@ def main(argv: list[str] | None = None) -> None:
         fixed = order.select(range(min(evaluation["captions"], len(order))))
     if args.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        (output / "training_arguments.json").write_text(args.to_json_string())
+        write_text(output / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        write_text(output / "training_arguments.json", args.to_json_string())
     sources = recipe["data"]["train"]
     status = {
         "recipe": Path(options.recipe).stem,
         "base_model": recipe["model"],
-        "stage": Path(options.recipe).stem.rpartition("_")[2],
+        "stage": f"stage {match[1]}" if (match := re.search(r"stage(\d+)", Path(options.recipe).stem)) else "training",
         "data": sources if isinstance(sources, list) else [sources],
     }
     if data.validation is not None:
@@ -1033,9 +1043,10 @@ def main(argv: list[str] | None = None) -> None:
     if stopped:
         print(f"stopped by SIGTERM at step {trainer.state.global_step}: --resume goes on from there", flush=True)
         sys.exit(STOPPED)
-    trainer.save_model()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # saves first
+    else:
+        trainer.save_model()
 
 
 if __name__ == "__main__":

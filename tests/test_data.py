@@ -517,3 +517,17 @@ def test_stale_vision_cache_is_not_taken(processor, tmp_path, toy_tower):
         index.unlink()
     again, _ = cache_vision_features(tower, make(), rows, 1, str(folder), "t")
     assert torch.equal(again, changed)
+
+
+def test_long_captions_are_cut(processor):
+    prompt = [2, 3]
+    rows = pairs()
+    whole = CaptionCollator(processor, prompt)(rows)
+    cut = CaptionCollator(processor, prompt, max_caption_tokens=3)(rows)
+    lengths = (whole["labels"] != -100).sum(1)
+    assert lengths.min() < 3 < lengths.max()
+    assert torch.equal((cut["labels"] != -100).sum(1), lengths.clamp(max=3))
+    for i, length in enumerate(lengths):
+        assert torch.equal(cut["labels"][i][cut["labels"][i] != -100], whole["labels"][i][-length:][:3])
+    longest = int(lengths.argmax())
+    assert processor.tokenizer.eos_token_id not in cut["labels"][longest]  # nothing ends there

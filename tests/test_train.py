@@ -131,7 +131,7 @@ def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.
         (
             {"data": {"train": "d", "validate": "v"}},
             "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, format, image_size, limit, "
-            "max_unreadable_share, revision, stream, train, validation, validation_limit, vision_cache.",
+            "max_caption_tokens, max_unreadable_share, revision, stream, train, validation, validation_limit, vision_cache.",
         ),
         ({"optimizer": "sgd"}, "optimizer 'sgd' is not muon; others go by training.optim."),
         (
@@ -176,6 +176,7 @@ def test_overrides(tmp_path):
             "data.exclude_copyleft=yes",
             "data.validation=null",
             "calibration_rows=7",
+            "training.eval_strategy=no",
         ],
     )
     assert recipe["training"] == {
@@ -183,6 +184,7 @@ def test_overrides(tmp_path):
         "max_steps": 20,
         "bf16": False,
         "lr_scheduler_kwargs": {"min_lr": 1e-6},
+        "eval_strategy": "no",
     }
     assert recipe["trainable"] == ["adapter", "alignment"]
     assert recipe["data"] == {
