@@ -45,6 +45,7 @@ TRAINING_STATE = (
     "training_args.bin",
     "data_rank*.json",
     "checkpoint-*/**",
+    "captions/**",
     "runs/**",
     "*.tmp",
     "*__pycache__/*",

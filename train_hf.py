@@ -43,6 +43,7 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.trainer_utils import has_length
 
 from data_microvlm import (
     CaptionCollator,
@@ -358,7 +359,7 @@ class MicroVLMTrainer(Trainer):
         self.max_nonfinite_steps = max_nonfinite_steps
         self.caption_rows, self.memory_batches, self.status = caption_rows, memory_batches, status
         self.parts = defaultdict(lambda: [0.0, 0])  # sum and count since the last log, per training or evaluation part
-        self.eval_prefix, self.eval_pairs = "eval_", []
+        self.eval_prefix, self.eval_pairs, self.eval_batches, self.eval_repeats = "eval_", [], 0, False
         self.waited, self.logged_at, self.total_wait, self.total_time = 0.0, None, 0.0, 0.0
         self.nonfinite_rows, self.nonfinite_steps = [], 0
         self.batches, self.cursors = (
@@ -490,7 +491,7 @@ class MicroVLMTrainer(Trainer):
         if step_pairs is None and model.training:
             ranks = self._gather_rows(live.detach())
             pairs, place = torch.cat(ranks), sum(map(len, ranks[: self.accelerator.process_index]))
-        if not model.training:
+        if not model.training and not self.eval_repeats:
             self.eval_pairs.append(live)
         pairs = torch.cat([pairs[:place], live, pairs[place + len(live) :]])
         if not len(pairs):
@@ -507,13 +508,14 @@ class MicroVLMTrainer(Trainer):
         extra = {}
         if episode:
             kwargs["memory_readout"], extra = self.accelerator.unwrap_model(model).memory_losses(**episode)
+        if not model.training:
+            num_items_in_batch = None  # Trainer's counts the rows of all ranks, repeated ones too
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         if model.training:
             kwargs |= {"use_cache": False} | labelled_logits(inputs["labels"])
-        speaks = (
-            not model.training or align or match or self.loss_weights.get("lm", 1.0)
-        )  # else the memory's own losses
+        # else the memory's own losses alone; several ranks meet in the wrapped forward, so there it always runs
+        speaks = not model.training or align or match or self.loss_weights.get("lm", 1.0) or model is not self.model
         outputs = model(**inputs, **kwargs) if speaks else None
         # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all
         # ranks. Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that
@@ -542,14 +544,18 @@ class MicroVLMTrainer(Trainer):
                 loss = loss + weight * value / steps
         if model.training and not bool(torch.isfinite(loss)):
             self.nonfinite_rows += names or ["rows without a name"]
-            parts = {}
-        # in the log, a mean over training steps, or over evaluated rows as in Trainer's own eval_loss
-        weight = 1 if model.training else len(inputs["input_ids"])
+            parts = dict.fromkeys(parts)  # counted nowhere, but known: ranks add up the same parts
+        # in the log, a mean over training steps, or over evaluated rows
+        weight = 1 if model.training else len(inputs["input_ids"]) * (not self.eval_repeats)
         for name, value in parts.items():
             scale = steps if name == "lm" else 1  # a share back to a mean
             entry = self.parts[("" if model.training else self.eval_prefix) + name]
-            entry[0] += value.detach().item() * scale * weight
-            entry[1] += weight
+            counts = weight
+            if name == "lm" and not model.training:  # a mean over tokens, however they are batched
+                counts = int((inputs["labels"][:, 1:] != -100).sum()) * (not self.eval_repeats)
+            if value is not None:
+                entry[0] += value.detach().item() * scale * counts
+                entry[1] += counts
         return (loss, outputs) if return_outputs else loss
 
     def agree(self) -> None:
@@ -582,7 +588,8 @@ class MicroVLMTrainer(Trainer):
         for key in [k for k in self.parts if k.startswith("eval_") == bool(prefix) and k.startswith(prefix)]:
             mean = torch.tensor(self.parts.pop(key), dtype=torch.float64, device=self.args.device)
             total, count = self.accelerator.reduce(mean, "sum").tolist()
-            out[f"{key}_loss"] = total / count
+            if count:
+                out[f"{key}_loss"] = total / count
         return out
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -596,6 +603,22 @@ class MicroVLMTrainer(Trainer):
             self.waited, self.logged_at = 0.0, now
         super().log(logs, start_time)
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As the parent, without the rows that ranks are given a second time to fill up their last batches."""
+        ranks, size = self.accelerator.num_processes, self.args.per_device_eval_batch_size
+        before = (
+            self.eval_batches * ranks + self.accelerator.process_index
+        ) * size  # rows of earlier batches, of all ranks
+        self.eval_batches += 1
+        if ranks > 1 and has_length(self.callback_handler.eval_dataloader.dataset):
+            new = len(self.callback_handler.eval_dataloader.dataset) - before
+            self.eval_repeats = new <= 0
+            inputs = {k: v[: max(1, new)] for k, v in inputs.items()}
+        try:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.eval_repeats = False
+
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """As the parent; more metrics: the parts of the loss, perplexity, retrieval, the memory's, and captions."""
         self.eval_prefix, self.eval_pairs = "eval_", []
@@ -606,14 +629,15 @@ class MicroVLMTrainer(Trainer):
             )
 
     def _evaluation_loop(self, start, dataloader, description, *args, metric_key_prefix, **kwargs):
+        self.eval_batches = 0
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = {key.removeprefix("eval_"): value for key, value in self._means("eval_").items()}
+        weights = {"lm": 1.0, "align": 0.0} | self.loss_weights
+        found["loss"] = sum(weights.get(key.removesuffix("_loss"), 0.0) * value for key, value in found.items())
         if "lm_loss" in found:
             found["perplexity"] = math.exp(min(found["lm_loss"], 700.0))
         if self.eval_pairs:
             pairs = torch.cat(self._gather_rows(torch.cat(self.eval_pairs)))
-            if self.accelerator.num_processes > 1:  # ranks fill up their last batch with rows they have had
-                pairs = torch.unique(pairs, dim=0)
             if len(pairs):
                 found |= retrieval_recalls(pairs[:, 0], pairs[:, 1])
         self.eval_pairs = []
@@ -690,7 +714,8 @@ class MicroVLMTrainer(Trainer):
         Raises:
             ValueError: the run had other ranks or workers, among which its shards were shared.
         """
-        state = json.loads((checkpoint / f"data_rank{self.args.process_index}.json").read_text())
+        own = checkpoint / f"data_rank{self.args.process_index}.json"
+        state = json.loads((own if own.exists() else checkpoint / "data_rank0.json").read_text())
         readers = self._data_state()["readers"]
         if state["readers"] != readers:
             raise ValueError(

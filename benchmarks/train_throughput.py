@@ -5,7 +5,7 @@
     python benchmarks/train_throughput.py --small --rounds 2 --steps 2 --batch-size 4
 
 V's full-size shape with random weights (no memory module: stage 1 does not use it), vision tower and language model frozen, adapter and
-alignment train, lm 1.0 + align 1.0, bf16 autocast, eager attention as in the recipes. Notable:
+alignment train, lm 1.0 + align 1.0, bf16 autocast, eager attention as in the recipes that run on a CPU. Notable:
 
 - Pictures and captions are those of data/mini/train.parquet, read and decoded in the loop by the real collator. Tokenizer and picture
   size are those of the checkpoint in this folder; the config takes its image, end and pad tokens, all below 4,096, and its default
@@ -23,22 +23,21 @@ alignment train, lm 1.0 + align 1.0, bf16 autocast, eager attention as in the re
   product. Work done twice (checkpointing, the pass for accumulation) and on padding inside the head is not needed, so not counted;
   padding in the decoder is.
 - Peak memory is the process's highest resident size during a turn (VmHWM, reset before it; Linux only), with the shared model in it.
-- Captions like CC12M's are not at hand: their row of the padding table is drawn, log-normal with the 20.2 +- 16.3 words that the paper
-  states (arXiv 2102.08981), one token a word, cut to its 3 to 256.
+- Captions like CC12M's are not at hand: their row of the padding table is drawn, log-normal with a mean of 20.2 words and a deviation of
+  16.3 (arXiv 2102.08981), 3 at least, one token a word, cut to 64 tokens as in recipes/microvlm-v_stage1.yaml.
 - Run it on an idle machine.
 """
 
 import argparse
 import ctypes
 import gc
-import importlib
 import json
 import math
 import re
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,18 +52,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from data_microvlm import CaptionCollator, FeatureCollator, cache_vision_features, load_rows
 from train_hf import MicroVLMTrainer, set_trainable
 
-MicroVLMProcessor = importlib.import_module("microvlm.processing_microvlm").MicroVLMProcessor
 DATA = ROOT / "data" / "mini" / "train.parquet"
 WEIGHTS = {"lm": 1.0, "align": 1.0}
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-5, 0.01, 1.0
 PADDING_BATCHES, PADDING_EPOCHS = (10, 20, 64), 5
-CC12M_WORDS, CC12M_LIMITS, CC12M_ROWS = (20.2, 16.3), (3, 256), 20_000  # mean and deviation
+CC12M_WORDS, CC12M_LEAST, CC12M_MOST, CC12M_ROWS = (20.2, 16.3), 3, 64, 10_000  # mean and deviation
 SMALL = {
     "vision_config": {"model_args": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}},
     "text_config": {
@@ -190,7 +188,7 @@ class Bench:
 
     def __init__(self, small: bool, batch_size: int, steps: int, rounds: int, folder: str):
         self.batch_size, self.steps, self.folder = batch_size, steps, folder
-        processor = MicroVLMProcessor.from_pretrained(ROOT)
+        processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
         self.model = build(small, processor)
         side = self.model.model.vision_tower.timm_model.patch_embed.img_size[0]
         prompt = self.model.default_prompt(1)[0].tolist()
@@ -243,7 +241,8 @@ class Bench:
         took = run(variant, rows, collator)
         peak = peak_memory()
         set_frozen_dtype(self.model, torch.float32)
-        return Turn(took, mean(collator.seconds) * self.steps, self.counted_flops(place, variant), peak)
+        waited = sum(collator.seconds[-self.steps :])  # Trainer reads a batch ahead, so it is not those that count
+        return Turn(took, waited, self.counted_flops(place, variant), peak)
 
     def plain_loop(self, variant: Variant, rows, collator) -> float:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -266,8 +265,8 @@ class Bench:
             max_steps=1 + self.steps // variant.accumulation,
             per_device_train_batch_size=self.batch_size,
             gradient_accumulation_steps=variant.accumulation,
-            gradient_checkpointing=variant.checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            activation_checkpointing=variant.checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
             train_sampling_strategy="sequential",
             learning_rate=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
@@ -435,40 +434,36 @@ def padding_waste(lengths: list[int], batch_size: int, order: list[int]) -> floa
 
 
 def cc12m_answers(count: int = CC12M_ROWS) -> list[int]:
-    """Answer lengths drawn as the captions of CC12M are said to be long, with an end token."""
+    """Answer lengths, with the end token, drawn as the captions of CC12M are said to be long."""
     average, deviation = CC12M_WORDS
     variance = math.log(1 + (deviation / average) ** 2)
     normal = torch.randn(count, generator=torch.Generator().manual_seed(0))
     words = (normal * math.sqrt(variance) + math.log(average) - variance / 2).exp().round()
-    return (words.clamp(*CC12M_LIMITS) + 1).int().tolist()
+    return (words.clamp(min=CC12M_LEAST) + 1).clamp(max=CC12M_MOST).int().tolist()
 
 
 def padding_row(model, prompt_length: int, answers: list[int], batch_size: int) -> dict[str, float]:
     """Means over some epochs: padded shares in random order and grouped by length, and what grouping and, at most, packing would
     save of the step's matrix products."""
     lengths = [prompt_length + n for n in answers]
-    g = torch.Generator().manual_seed(0)
-    found = defaultdict(list)
-    packed = sum(decoder_flops(model, 1, n) for n in lengths)
+    parts = step_flops(model, prompt_length, [mean(answers)] * batch_size)
+    others = (sum(parts.values()) - parts["decoder"]) / batch_size * len(lengths)  # in any order
+    decoder = lambda rows: sum(decoder_flops(model, count, length) for length, count in rows.items())  # noqa: E731
+    packed, found, g = decoder(Counter(lengths)), defaultdict(list), torch.Generator().manual_seed(0)
     for _ in range(PADDING_EPOCHS):
         orders = {
             "random": torch.randperm(len(lengths), generator=g).tolist(),
             "grouped": list(LengthGroupedSampler(batch_size, lengths=lengths, generator=g)),
         }
-        decoder = {}
+        flops = {}
         for name, order in orders.items():
+            rows = Counter()  # padded length -> rows
+            for batch in batches_of(order, batch_size):
+                rows[max(lengths[i] for i in batch)] += len(batch)
+            flops[name] = decoder(rows)
             found[name].append(padding_waste(lengths, batch_size, order))
-            decoder[name] = sum(
-                decoder_flops(model, len(batch), max(lengths[i] for i in batch))
-                for batch in batches_of(order, batch_size)
-            )
-        others = 0.0
-        for batch in batches_of(orders["random"], batch_size):
-            parts = step_flops(model, prompt_length, [answers[i] for i in batch])
-            others += sum(parts.values()) - parts["decoder"]
-        whole = others + decoder["random"]
-        found["saved_by_grouping"].append((decoder["random"] - decoder["grouped"]) / whole)
-        found["saved_by_packing"].append((decoder["random"] - packed) / whole)
+        for name, saved in (("grouping", flops["grouped"]), ("packing", packed)):
+            found[f"saved_by_{name}"].append((flops["random"] - saved) / (flops["random"] + others))
     return {name: mean(values) for name, values in found.items()} | {"mean": mean(lengths), "longest": max(lengths)}
 
 
@@ -576,7 +571,8 @@ def main(argv: list[str] | None = None) -> dict:
     if options.steps < 2 or options.steps % 2 or options.rounds < 1 or options.batch_size < 2:
         parser.error("--steps must be even and 2 or more, --rounds 1 or more, --batch-size 2 or more.")
     transformers.utils.logging.disable_progress_bar()
-    print(f"{machine()}\n", flush=True)
+    where = machine()
+    print(f"{where}\n", flush=True)
     B, samples = options.batch_size, options.steps * options.batch_size
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.small, B, options.steps, options.rounds, folder)
@@ -614,7 +610,7 @@ def main(argv: list[str] | None = None) -> dict:
         "CC12M's lengths are drawn, not measured."
     )
     values = {
-        "machine": machine(),
+        "machine": where,
         "options": vars(options),
         "results": results,
         "turns": {name: [asdict(t) for t in own] for name, own in turns.items()},

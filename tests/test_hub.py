@@ -43,6 +43,7 @@ STATUS = TrainingStatus(
 )
 TRAINING_STATE = (
     "optimizer.pt",
+    "optimizer.bin",
     "scheduler.pt",
     "scaler.pt",
     "rng_state.pth",
@@ -52,6 +53,7 @@ TRAINING_STATE = (
     "data_rank0.json",
     "checkpoint-10/model.safetensors",
     "checkpoint-10/optimizer.pt",
+    "captions/step_10.json",
     "runs/today/events.out",
     "model.safetensors.tmp",
     "__pycache__/modeling_microvlm.pyc",
@@ -185,6 +187,7 @@ def test_card_in_progress_and_finished():
     ):
         assert line in text.splitlines()
     assert "Experimental: training is at step 1,200 of 5,000, and the weights will change." in text
+    assert 'AutoModel.from_pretrained("someone/toy", trust_remote_code=True)' in text
     assert "/home" not in text
 
     finished = model_card(replace(STATUS, finished=True, global_step=5000)).text
@@ -447,8 +450,10 @@ def test_pushes_keep_history_and_replace_weights(hub, run):
     assert "1,200 of 5,000" in hub.read("someone/toy", "README.md", first["oid"]).decode()
     assert "5,000 of 5,000" in hub.read("someone/toy", "README.md").decode()
 
-    push(hub, run, "step 1", revision="try")
-    assert set(repo.branches) == {"main", "try"} and repo.branches["main"] == second["oid"]
+    write_card(run, STATUS)
+    third = push(hub, run, "aside", revision="try")
+    assert repo.branches == {"main": second["oid"], "try": third["oid"]}
+    assert [c.title for c in repo.history("try")][:2] == ["aside", "step 5000"]
 
 
 def test_who_may_not_read_gets_the_librarys_error(hub):

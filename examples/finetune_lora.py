@@ -1,0 +1,66 @@
+"""LoRA with PEFT: low-rank branches beside the decoder's linear layers, and the whole adapter, train.
+
+    python examples/finetune_lora.py --max-steps 40 --output runs/finetune_lora
+
+Needs finetune_trainer.py beside it, and peft. The output folder holds the trained part only and loads onto its base:
+
+    AutoModelForImageTextToText.from_pretrained("runs/finetune_lora", trust_remote_code=True)
+
+A branch can be added to the weights if the layer is plain, as in V; OUTPUT/merged is then a whole checkpoint. nano's and M's
+decoders are ternary: a layer rounds its weights in every pass and would round the branch away, so there it stays a branch.
+"""
+
+from pathlib import Path
+
+import torch
+from finetune_trainer import parse_options, train
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+
+def load(name: str):
+    return AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+
+
+@torch.no_grad()
+def logits_of(model, batch) -> torch.Tensor:
+    return model.eval()(**batch).logits
+
+
+def save_and_check(trainer, output: str, base, merge_base) -> None:
+    """Save adapter and processor, load them onto `base`; save `merge_base` with the branches added if it computes the same."""
+    device = trainer.model.device
+    rows = trainer.eval_dataset.select(range(min(8, len(trainer.eval_dataset))))
+    batch = trainer.data_collator(list(rows)).to(device)
+    logits = logits_of(trainer.model, batch)
+    trainer.model.save_pretrained(output)
+    trainer.processing_class.save_pretrained(output)
+    loaded = PeftModel.from_pretrained(base, output).to(device)
+    print(f"saved: {output}; loaded again, the logits are equal: {torch.equal(logits_of(loaded, batch), logits)}")
+
+    merged = PeftModel.from_pretrained(merge_base, output).merge_and_unload().to(device)
+    moved = (logits_of(merged, batch) - logits).abs().max().item()
+    if moved < 1e-2:  # rounding; what differs moves logits by several
+        merged.save_pretrained(Path(output) / "merged")
+        trainer.processing_class.save_pretrained(Path(output) / "merged")
+    print(f"merged: the logits move by {moved:.1g}, {'saved' if moved < 1e-2 else 'not saved'}")
+
+
+def main() -> None:
+    options = parse_options(__doc__, "runs/finetune_lora", learning_rate=2e-3)
+    set_seed(0)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",  # without it adapter_config.json names a module of this machine's cache
+        r=16,
+        lora_alpha=32,
+        target_modules=r"model\.language_model\.layers\..*_proj",
+        modules_to_save=["adapter"],
+    )
+    model = get_peft_model(load(options.model), config)
+    trainer = train(model, processor, options)
+    save_and_check(trainer, options.output, load(options.model), load(options.model))
+
+
+if __name__ == "__main__":
+    main()

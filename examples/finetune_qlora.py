@@ -1,0 +1,73 @@
+"""QLoRA with bitsandbytes and PEFT: the frozen base in 4 bits (NF4), LoRA branches and the adapter in float32, also on a CPU.
+
+    python examples/finetune_qlora.py --max-steps 40 --output runs/finetune_qlora
+    python examples/finetune_qlora.py --model runs/microvlm-v --data my/captions --answer "{caption}"
+
+Needs finetune_trainer.py and finetune_lora.py beside it, peft and bitsandbytes. Made for V, whose decoder of plain linear
+layers has nearly all parameters: it goes to 4 bits; head, adapter, alignment, memory and the vision tower, whose features are
+the memory's addresses, stay as they are. Ternary layers (nano, M) are not plain, bitsandbytes leaves them: with nano only the
+vision tower goes to 4 bits, which shows the way and saves little.
+
+The branches were trained beside the *rounded* base: load OUTPUT onto the same base in 4 bits. OUTPUT/merged (V) is the rounded
+base in float32 with the branches added: a whole checkpoint that computes what was trained, without peft and bitsandbytes.
+Adding them in 4 bits (merge_and_unload on the 4-bit model) would round them away: they are smaller than a step of NF4.
+"""
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from finetune_lora import save_and_check
+from finetune_trainer import parse_options, train
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, set_seed
+
+
+def load(name: str):
+    """The model with one part in NF4, safe to evaluate and then train."""
+    ternary = AutoConfig.from_pretrained(name, trust_remote_code=True).qat_config.ternary_modules
+    part = "vision_tower" if ternary else "language_model"
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        llm_int8_skip_modules=["lm_head", rf"model\.(?!{part}\.).*"],  # matched from the start of the whole name
+    )
+    model = AutoModelForImageTextToText.from_pretrained(
+        name, trust_remote_code=True, dtype=torch.float32, quantization_config=quantization
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # Where the CPU has AVX512-BF16, an evaluation would repack the weights for a kernel without gradients, and
+            # training after it would raise (layers with a bias) or lose its gradients in silence (layers without).
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_lora(model):
+    """Freeze all, then let branches beside the decoder's layers and beside all 4-bit layers train, and the adapter."""
+    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+        or (name.startswith("model.language_model.layers.") and isinstance(module, nn.Linear))
+    ]
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=targets, modules_to_save=["adapter"])
+    return get_peft_model(model, config)
+
+
+def main() -> None:
+    options = parse_options(__doc__, "runs/finetune_qlora", learning_rate=2e-3)
+    set_seed(0)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    base = load(options.model)
+    layers = sum(isinstance(module, Linear4bit) for module in base.modules())
+    print(f"{layers} layers in 4 bits, the base takes {base.get_memory_footprint() / 1e6:.1f} MB")
+    model = add_lora(base)
+    trainer = train(model, processor, options)
+    save_and_check(trainer, options.output, load(options.model), load(options.model).dequantize())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The training benchmark runs on a tiny model, its two sides agree, and its arithmetic is right; nothing here asserts a time."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from toy_data import use_cache
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import train_throughput  # noqa: E402
+from train_throughput import PLAIN, TRAINER, VARIANTS, Turn, cc12m_answers, padding_row, padding_waste  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What the command prints, and the numbers it writes."""
+    folder, printed = tmp_path_factory.mktemp("throughput"), []
+    with pytest.MonkeyPatch.context() as patch:
+        use_cache(patch, folder / "cache")
+        patch.setattr(
+            train_throughput.transformers.utils.logging, "disable_progress_bar", lambda: None
+        )  # for all tests
+        patch.setattr("builtins.print", lambda *args, **kwargs: printed.append(" ".join(map(str, args))))
+        path = folder / "out.json"
+        train_throughput.main(["--small", "--rounds", "2", "--steps", "2", "--batch-size", "3", "--json", str(path)])
+    return "\n".join(printed), json.loads(path.read_text())
+
+
+def test_every_variant_has_a_row_of_finite_numbers(run):
+    out, values = run
+    assert list(values["results"]) == [v.name for v in VARIANTS]
+    for name, result in values["results"].items():
+        assert f"| {name} |" in out
+        for key in ("samples_per_second", "time_by_plain", "of_peak", "data"):
+            assert math.isfinite(result[key]) and result[key] > 0, (name, key)
+        assert len(values["turns"][name]) == 2
+        assert all(0 < turn["waited"] < turn["seconds"] for turn in values["turns"][name])
+    assert values["results"][PLAIN.name]["time_by_plain"] == 1
+    assert math.isfinite(values["vision_cache"]["gain"]) and values["vision_cache"]["pictures_per_second"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
+def test_peak_memory_is_of_the_turn(run):
+    assert all(turn["peak"] > 2**26 for turns in run[1]["turns"].values() for turn in turns)
+    train_throughput.reset_peak()
+    before = train_throughput.peak_memory()
+    torch.ones(2**25)  # 128 MiB
+    grown = train_throughput.peak_memory() - before
+    train_throughput.reset_peak()
+    assert grown > 2**26 > train_throughput.peak_memory() - before
+
+
+def test_both_sides_compute_the_same_loss(run):
+    losses = run[1]["losses"]
+    assert losses["plain"] == pytest.approx(losses["trainer"], rel=5e-3)
+
+
+def test_the_flops_by_formula_are_those_that_torch_counts(run):
+    flops = run[1]["flops"]
+    assert flops["formula"] == pytest.approx(sum(flops["parts"].values()))
+    assert flops["formula"] == pytest.approx(flops["counted"], rel=0.05)
+
+
+def test_variants_read_the_same_rows(tmp_path, monkeypatch):
+    use_cache(monkeypatch, tmp_path / "cache")
+    bench = train_throughput.Bench(True, 3, 2, 2, str(tmp_path))
+    batches = {}
+    for variant in VARIANTS:
+        for round in range(2):
+            rows = bench.round_rows(round, variant)
+            batches[variant, round] = rows[variant.accumulation * 3 : -3]  # those that count
+            assert set(batches[variant, round]) == set(batches[PLAIN, round])
+            assert variant.by_length or batches[variant, round] == batches[PLAIN, round]
+        assert len({*batches[variant, 0], *batches[variant, 1]}) == 2 * 2 * 3
+    seen = []
+    monkeypatch.setattr(train_throughput, "plain_loss", lambda model, batch: seen.append(batch) or batch_loss(model))
+    bench.turn(1, PLAIN)
+    assert len(seen) == 3  # a warm-up step and two that count
+    expected = bench.collator([bench.rows[i] for i in batches[PLAIN, 1][-3:]])
+    assert torch.equal(seen[-1]["input_ids"], expected["input_ids"])
+    assert torch.equal(seen[-1]["pixel_values"], expected["pixel_values"])
+
+
+def batch_loss(model):
+    return sum(p.sum() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_summary_takes_ratios_round_by_round():
+    turn = lambda seconds: Turn(seconds, seconds / 10, 1e9, 100)  # noqa: E731
+    turns = {PLAIN.name: [turn(1.0), turn(2.0), turn(4.0)], TRAINER.name: [turn(1.1), turn(2.2), turn(40.0)]}
+    result = train_throughput.summary(turns, 8, 1e10)[TRAINER.name]
+    assert result["samples_per_second"] == pytest.approx(8 / 2.2)
+    assert result["time_by_plain"] == pytest.approx(1.1)
+    assert result["of_peak"] == pytest.approx(0.1 / 2.2)
+    assert result["data"] == pytest.approx(0.1) and result["peak_bytes"] == 100
+
+
+def test_padding_waste_by_hand():
+    lengths = [4, 2, 3, 1, 5]
+    assert padding_waste(lengths, 2, [0, 1, 2, 3, 4]) == pytest.approx(1 - 15 / (8 + 6 + 5))
+    assert padding_waste(lengths, 2, [4, 0, 2, 1, 3]) == pytest.approx(1 - 15 / (10 + 6 + 1))
+    assert padding_waste(lengths, 1, [0, 1, 2, 3, 4]) == padding_waste([7, 7, 7], 2, [2, 0, 1]) == 0
+    assert padding_waste(lengths, 5, [0, 1, 2, 3, 4]) == pytest.approx(1 - 15 / 25)
+
+
+def test_the_padding_table_is_in_order(run):
+    out, values = run
+    assert len(values["padding"]) == 6
+    for name, row in values["padding"].items():
+        assert f"| {name} | {row['mean']:.1f} ({row['longest']}) | {row['random']:.1%} | {row['grouped']:.1%} |" in out
+        assert 0 <= row["grouped"] <= row["random"] < 1
+        assert 0 <= row["saved_by_grouping"] <= row["saved_by_packing"] < 1
+
+
+def test_what_grouping_saves_is_the_difference_of_whole_steps():
+    """Rows of two lengths, as many as fill their batches: grouped without padding, which is also what packing reaches."""
+    model = train_throughput.build(True, train_throughput.AutoProcessor.from_pretrained(ROOT, trust_remote_code=True))
+    row = padding_row(model, 7, [3] * 64 + [30] * 64, 4)
+    flops = lambda answers: sum(train_throughput.step_flops(model, 7, answers).values())  # noqa: E731
+    assert row["mean"] == 7 + 16.5 and row["longest"] == 37
+    assert row["grouped"] < 0.2 * row["random"]
+    even = 16 * (flops([3] * 4) + flops([30] * 4))
+    padded = even / (1 - row["saved_by_packing"])
+    assert even < padded < 32 * flops([30] * 4)
+
+
+def test_drawn_lengths_have_the_stated_mean_and_limits(monkeypatch):
+    assert min(cc12m_answers()) == 4 and max(cc12m_answers()) == 64
+    monkeypatch.setattr(train_throughput, "CC12M_LEAST", 0)
+    monkeypatch.setattr(train_throughput, "CC12M_MOST", 10**6)
+    words = torch.tensor(cc12m_answers()).double() - 1
+    assert words.mean() == pytest.approx(20.2, abs=0.5) and words.std() == pytest.approx(16.3, abs=1.5)
+
+
+@pytest.mark.parametrize("option", [["--steps", "3"], ["--steps", "0"], ["--rounds", "0"], ["--batch-size", "1"]])
+def test_options_that_make_no_turn_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        train_throughput.main(["--small", *option])
+    assert "must be even" in capsys.readouterr().err
+
+
+def test_more_rows_than_there_are_is_refused(tmp_path, monkeypatch):
+    use_cache(monkeypatch, tmp_path / "cache")
+    with pytest.raises(ValueError, match="1000 rounds need 15000 rows"):
+        train_throughput.Bench(True, 3, 2, 1000, str(tmp_path))
