@@ -156,6 +156,11 @@ def row_caption(row: dict) -> str:
     return caption.strip()
 
 
+def caption_length(row: dict) -> int:
+    """Characters of a row's caption, 0 without one: batches of similar length need less padding."""
+    return len(row["caption"]) if isinstance(row["caption"], (str, bytes)) else 0
+
+
 def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
     """Picture (3, height, width) uint8 and caption of a row of `load_rows`.
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from data_microvlm import is_remote, named_columns
+from data_microvlm import caption_length, is_remote, named_columns
 
 READ_BATCH = 32  # rows read at a time
 
@@ -66,6 +67,7 @@ class CaptionStream(torch.utils.data.IterableDataset):
         seed: of all orders.
         shuffle_buffer: rows in a block; a reader holds them in memory.
         limit: rows of an epoch, shared evenly by the shards (a shard with fewer gives all it has).
+        group_size: rows of a block come in groups of so many with captions of similar length; 1: in any order.
         rank, world_size: of this process.
 
     Raises:
@@ -79,10 +81,12 @@ class CaptionStream(torch.utils.data.IterableDataset):
         seed: int = 0,
         shuffle_buffer: int = 1000,
         limit: int | None = None,
+        group_size: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ):
         self.rows, self.seed, self.shuffle_buffer, self.limit = rows, seed, shuffle_buffer, limit
+        self.group_size = group_size
         self.rank, self.world_size = rank, world_size
         self.first_worker, self.starts = 0, {}
 
@@ -152,7 +156,12 @@ class CaptionStream(torch.utils.data.IterableDataset):
             taken = 0
 
     def _shuffled(self, block, reader, start, taken, end):
+        draw = random.Random(f"{self.seed} {reader} {start}")
         order = list(range(len(block)))
-        random.Random(f"{self.seed} {reader} {start}").shuffle(order)
+        if self.group_size > 1:
+            generator = torch.Generator().manual_seed(draw.getrandbits(63))
+            order = get_length_grouped_indices(list(map(caption_length, block)), self.group_size, generator=generator)
+        else:
+            draw.shuffle(order)
         for count, index in enumerate(order[taken:], taken + 1):
             yield block[index], start[0], (*start, count) if count < len(order) else (*end, 0)

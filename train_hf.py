@@ -51,6 +51,7 @@ from data_microvlm import (
     FeatureCollator,
     PictureEpisodeCollator,
     cache_vision_features,
+    caption_length,
     gray_copy,
     is_remote,
     load_rows,
@@ -58,10 +59,11 @@ from data_microvlm import (
     text_ids,
 )
 from evaluate_hf import caption_rows, score
-from hub_microvlm import TrainingStatus, check_repo, push_folder, write_card
+from hub_microvlm import TAGS, TrainingStatus, check_repo, push_folder, write_card
 from stream_microvlm import CaptionStream, load_stream, take_rows
 from training_microvlm import (
     LossBar,
+    SeededLengthGroupedSampler,
     StopOnSignal,
     StreamEpoch,
     TrackedCollator,
@@ -226,14 +228,20 @@ def set_trainable(model: torch.nn.Module, patterns: list[str]) -> None:
         parameter.requires_grad_(trains)
 
 
+def parameter_count(parameter: torch.nn.Parameter) -> int:
+    """Numbers that a parameter stands for; NF4 packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
 def trainable_table(model: torch.nn.Module) -> str:
     """A line per module: parameters, and the share of them that trains."""
     rows = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
         part = ".".join(name.split(".")[:2])
         for key in (part, "total"):
-            rows[key][0] += parameter.numel()
-            rows[key][1] += parameter.numel() * parameter.requires_grad
+            rows[key][0] += parameter_count(parameter)
+            rows[key][1] += parameter_count(parameter) * parameter.requires_grad
     lines = [f"{'part':<24}{'parameters':>14}{'trainable':>14}{'share':>8}"]
     for part in sorted(rows, key=lambda p: (p == "total", p)):
         count, trains = rows[part]
@@ -324,7 +332,7 @@ class MicroVLMTrainer(Trainer):
         status: what the model cards of the checkpoints say beside step, date and metrics; default: no cards.
 
     Raises:
-        ValueError: a pattern of `learning_rates` that matches no parameter.
+        ValueError: a pattern of `learning_rates` that matches no parameter; the memory's losses with FSDP or DeepSpeed.
         RuntimeError: too many steps without a finite loss; the message names their rows.
     """
 
@@ -351,6 +359,10 @@ class MicroVLMTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if quantized:
             model.is_quantized = True
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and any(map(loss_weights.get, MEMORY_LOSSES)):
+            raise ValueError(
+                "the memory's losses are not for FSDP or DeepSpeed, which gather weights for the model's own forward alone: use DDP."
+            )
         self.eval_collator = eval_collator or self.data_collator
         self.loss_weights = loss_weights
         self.learning_rates = learning_rates or {}
@@ -383,6 +395,14 @@ class MicroVLMTrainer(Trainer):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
             self.data_collator = plain
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [caption_length({"caption": caption}) for caption in rows["caption"]]
+        group = self._train_batch_size * self.args.gradient_accumulation_steps
+        return SeededLengthGroupedSampler(group, lengths, self.args.seed)
 
     def get_train_dataloader(self):
         if self.stream is None:
@@ -739,11 +759,13 @@ class MicroVLMTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         counts = {"parameters": 0, "trainable_parameters": 0}
         for parameter in model.parameters():
-            counts["parameters"] += parameter.numel()
-            counts["trainable_parameters"] += parameter.numel() * parameter.requires_grad
+            counts["parameters"] += parameter_count(parameter)
+            counts["trainable_parameters"] += parameter_count(parameter) * parameter.requires_grad
+        text = model.config.text_config.model_type
         return TrainingStatus(
             **self.status,
             **counts,
+            tags=[text if tag == "bitnet" else tag for tag in TAGS],
             global_step=self.state.global_step,
             max_steps=self.state.max_steps,
             finished=self.state.global_step >= self.state.max_steps,
@@ -904,6 +926,8 @@ class TrainingData:
             raise ValueError("data.exclude_copyleft needs all rows at once: not with data.stream.")
         rows = load_stream(data["train"], data.get("format"), data.get("revision"))
         place = {"rank": args.process_index, "world_size": args.world_size}
+        if args.train_sampling_strategy == "group_by_length":
+            place["group_size"] = args.train_batch_size * args.gradient_accumulation_steps
         return CaptionStream(rows, args.seed, limit=data.get("limit"), **place, **data["stream"])
 
     def sample(self, count: int) -> list[dict]:

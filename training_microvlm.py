@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from data_microvlm import row_name
 
@@ -110,6 +111,28 @@ class StreamEpoch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / state.max_steps
+
+
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """Rows of similar length together, in an order of seed and epoch alone; the library's own draws from the process's random numbers,
+    which a resumed run and other ranks do not share.
+
+    Args:
+        batch_size: rows of a group.
+        lengths: of all rows.
+        seed: of all epochs.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class LossBar(ProgressCallback):

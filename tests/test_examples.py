@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,16 +48,20 @@ def wide_checkpoint(folder: Path, text: str = "qwen2") -> Path:
     return toy_checkpoint(folder, text_config=text_config)
 
 
-@pytest.fixture
-def toy(tmp_path, monkeypatch) -> dict[str, Path]:
+def make_toy(folder: Path) -> dict[str, Path]:
     """A checkpoint and eight pictures with captions, the last four held out too."""
-    use_cache(monkeypatch, tmp_path / "cache")
-    data = tmp_path / "data"
+    data = folder / "data"
     data.mkdir()
     rows = pairs(style=["flat", "round"] * 4)
     write_parquet(data / "train.parquet", rows)
     write_parquet(data / "validation.parquet", rows[4:])
-    return {"model": wide_checkpoint(tmp_path / "model"), "data": data}
+    return {"model": wide_checkpoint(folder / "model"), "data": data}
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> dict[str, Path]:
+    use_cache(monkeypatch, tmp_path / "cache")
+    return make_toy(tmp_path)
 
 
 def arguments(start: dict[str, Path], output: Path) -> list[str]:
@@ -64,12 +69,29 @@ def arguments(start: dict[str, Path], output: Path) -> list[str]:
     return ["--model", str(start["model"]), "--data", str(start["data"]), "--output", str(output), *few]
 
 
-def run(script: str, start: dict[str, Path], output: Path) -> str:
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments(start, output)]
-    env = os.environ | {"HF_DATASETS_CACHE": str(output.parent / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=output.parent, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> Iterator[dict[str, tuple]]:
+    """Every script as a process, all at the same time: three with nano, QLoRA with a toy of V's kind."""
+    folder = tmp_path_factory.mktemp("examples")
+    toy, started = make_toy(folder), {}
+    for name in ("trainer", "trl", "lora", "qlora"):
+        start, output = toy if name == "qlora" else NANO, folder / name
+        command = [sys.executable, str(ROOT / f"examples/finetune_{name}.py"), *arguments(start, output)]
+        env = os.environ | {"HF_DATASETS_CACHE": str(folder / f"cache_{name}"), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started[name] = subprocess.Popen(command, cwd=folder, env=env, **pipes), start, output
+    yield started
+    for process, _, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+def finish(processes, name: str) -> tuple[str, dict[str, Path], Path]:
+    """What a script printed, what it started from and where it saved."""
+    process, start, output = processes[name]
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return out, start, output
 
 
 def run_here(module, start: dict[str, Path], output: Path, monkeypatch, capsys) -> str:
@@ -159,17 +181,16 @@ def test_the_collator_is_that_of_train_hf(source, toy):
 # --- full fine-tuning
 
 
-def test_trainer_on_nano(tmp_path):
-    out = run("finetune_trainer.py", NANO, tmp_path / "out")
-    start = load(ROOT)
-    check_saved(tmp_path / "out", start, out, NANO["data"])
-    assert load(tmp_path / "out").memory_fingerprint() == start.memory_fingerprint()  # taught facts stay readable
+def test_trainer_on_nano(processes):
+    out, start, folder = finish(processes, "trainer")
+    check_saved(folder, load(start["model"]), out, start["data"])
+    assert load(folder).memory_fingerprint() == load(start["model"]).memory_fingerprint()  # taught facts stay readable
 
 
-def test_trl_on_nano(tmp_path):
+def test_trl_on_nano(processes):
     pytest.importorskip("trl")
-    out = run("finetune_trl.py", NANO, tmp_path / "out")
-    check_saved(tmp_path / "out", load(ROOT), out, NANO["data"])
+    out, start, folder = finish(processes, "trl")
+    check_saved(folder, load(start["model"]), out, start["data"])
 
 
 def test_trl_and_trainer_agree(toy, tmp_path, monkeypatch, capsys):
@@ -186,18 +207,18 @@ def test_trl_and_trainer_agree(toy, tmp_path, monkeypatch, capsys):
 # --- LoRA
 
 
-def test_lora_on_ternary_layers_is_not_merged(tmp_path):
-    out = run("finetune_lora.py", NANO, tmp_path / "out")
+def test_lora_on_ternary_layers_is_not_merged(processes):
+    out, start, folder = finish(processes, "lora")
     assert "loaded again, the logits are equal: True" in out
-    assert "not saved" in out and not (tmp_path / "out/merged").exists()
-    check_adapter(tmp_path / "out")
-    model, processor = load(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert "not saved" in out and not (folder / "merged").exists()
+    check_adapter(folder)
+    model, processor = load(folder), AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     before, after, caption = printed(out)
     assert after < before
-    assert loss_and_caption(model, processor, NANO["data"]) == (near(after, model), caption)
-    start = load(ROOT).state_dict()
+    assert loss_and_caption(model, processor, start["data"]) == (near(after, model), caption)
     base = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
-    assert all(torch.equal(base[name], tensor) for name, tensor in start.items() if ".adapter." not in name)
+    frozen = {name: t for name, t in load(start["model"]).state_dict().items() if ".adapter." not in name}
+    assert all(torch.equal(base[name], tensor) for name, tensor in frozen.items())
 
 
 def test_lora_on_plain_layers_is_merged(toy, tmp_path, monkeypatch, capsys):
@@ -210,14 +231,14 @@ def test_lora_on_plain_layers_is_merged(toy, tmp_path, monkeypatch, capsys):
 # --- QLoRA
 
 
-def test_qlora_leaves_a_whole_checkpoint(toy, tmp_path):
-    out = run("finetune_qlora.py", toy, tmp_path / "out")
+def test_qlora_leaves_a_whole_checkpoint(processes):
+    out, start, folder = finish(processes, "qlora")
     assert "loaded again, the logits are equal: True" in out
-    check_adapter(tmp_path / "out")
-    start = finetune_qlora.load(toy["model"]).dequantize()
-    check_saved(tmp_path / "out/merged", start, out, toy["data"])
-    assert "quantization_config" not in (tmp_path / "out/merged/config.json").read_text()
-    rounded = {name for name in changed(load(toy["model"]), start)}
+    check_adapter(folder)
+    base = finetune_qlora.load(start["model"]).dequantize()
+    check_saved(folder / "merged", base, out, start["data"])
+    assert "quantization_config" not in (folder / "merged/config.json").read_text()
+    rounded = changed(load(start["model"]), base)
     assert rounded and all(re.fullmatch(r"model\.language_model\.layers\..*_proj\.weight", name) for name in rounded)
 
 
@@ -233,6 +254,8 @@ def test_qlora_on_nano_rounds_the_vision_tower_alone(tmp_path, monkeypatch, caps
     assert "loaded again, the logits are equal: True" in out
     assert "not saved" in out
     check_adapter(tmp_path / "out")
+    branches = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(f"base_model.model.{name}.lora_B.weight" in branches for name in rounded)
     before, after, _ = printed(out)
     assert after < before
 

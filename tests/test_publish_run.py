@@ -38,6 +38,7 @@ def test_every_save_is_a_complete_repo(run, tmp_path):  # noqa: F811
         check_repo(folder)
         assert all((folder / f"{name}_microvlm.py").exists() for name in CODE)
         card = ModelCard.load(folder / "README.md")
+        assert card.data.tags == ["vision-language", "image-captioning", "qwen2", "deit", "tiny"]
         assert "step 6 of 6" in card.text.lower() and f"{log[-1]['eval_loss']:.4f}" in card.text
         measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert any(value == pytest.approx(log[-1]["eval_perplexity"]) for value in measured.values())

@@ -362,17 +362,26 @@ def test_sharded_training_is_the_same(tmp_path, monkeypatch):
     runs.alone("whole", training=SGD | {"per_device_train_batch_size": 4})
     for name, batch, steps in (("wide", 2, 1), ("narrow", 1, 2)):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
-        runs.together(name, training=SGD | sizes | {"save_strategy": "steps", "save_steps": 1})
+        runs.together(name, training=SGD | sizes)
+    adam = {"optim": "adamw_torch", "learning_rate": 1.0e-3, "save_strategy": "steps", "save_steps": 1}
+    runs.together("adam", training=SGD | adam)
+    memory = {"config": {"use_memory": True} | {f"memory_config.{k}": v for k, v in MEMORY.items()}}
+    taught = {"data": {"episodes": {"size": 2}}, "loss_weights": {"lm": 1.0, "scope": 0.2}, **memory}
+    runs.together("memory", training=SGD, **taught)
     runs.launch("fsdp")
+    refused = "ValueError: the memory's losses are not for FSDP or DeepSpeed, which gather weights for the model's own forward alone: use DDP."
+    assert [report["ended"] for report in runs.reports("memory")] == [refused, refused]
     for name in ("wide", "narrow"):
         assert [report["ended"] for report in runs.reports(name)] == ["done", "done"]
         assert_same_losses(runs, name, "whole")
         assert_same_weights(runs, name, "whole")
-    assert (tmp_path / "wide" / "checkpoint-1" / "pytorch_model_fsdp.bin").exists()
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "wide" / "checkpoint-1", trust_remote_code=True)
-    through = runs.weights("wide")
-    shutil.rmtree(tmp_path / "wide" / "checkpoint-2")
+    checkpoint = runs.folder / "adam" / "checkpoint-1"
+    assert is_complete(checkpoint) and (checkpoint / "pytorch_model_fsdp.bin").exists()  # not DDP by another name
+    AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
+    through = runs.weights("adam")
+    shutil.rmtree(runs.folder / "adam" / "checkpoint-2")
     runs.jobs.clear()
-    runs.resume("resumed", of="wide")
+    runs.resume("resumed", of="adam")
     runs.launch("fsdp")
-    assert same_state(runs.weights("wide"), through)
+    assert [report["ended"] for report in runs.reports("resumed")] == ["done", "done"]
+    assert same_state(runs.weights("adam"), through)

@@ -58,16 +58,36 @@ def test_every_row_once_an_epoch_in_an_order_of_the_seed(tars):
     assert row["image"]["bytes"] and row["caption"] == f"row {row['__key__']}"
 
 
-@pytest.mark.parametrize("buffer", [1, 3, 100])
-def test_goes_on_behind_any_row(tars, buffer):
+@pytest.mark.parametrize("buffer,group", [(1, 1), (3, 1), (100, 1), (8, 2), (100, 3)])
+def test_goes_on_behind_any_row(tars, buffer, group):
     n = len(ALL)
-    through = list(islice(CaptionStream(load_stream(tars), seed=3, shuffle_buffer=buffer), 2 * n + 5))
+    through = list(islice(CaptionStream(load_stream(tars), 3, buffer, group_size=group), 2 * n + 5))
     for cut in range(1, 2 * n + 1):
-        stream = CaptionStream(load_stream(tars), seed=3, shuffle_buffer=buffer)
+        stream = CaptionStream(load_stream(tars), 3, buffer, group_size=group)
         stream.go_on(cut, [through[cut - 1]["cursor"]], 0)
         rest = list(islice(stream, 4))
         assert keys(rest) == keys(through[cut : cut + 4]), cut
         assert [row["cursor"] for row in rest] == [row["cursor"] for row in through[cut : cut + 4]]
+
+
+def test_groups_of_similar_length(tmp_path):
+    for shard in range(2):
+        lengths = [1 + (32 * shard + i) * 7 % 64 for i in range(32)]
+        rows = [{"image": {"bytes": png(0), "path": None}, "caption": "x" * n, "id": f"{shard}-{n}"} for n in lengths]
+        write_tar(tmp_path / f"{shard}.tar", rows)
+
+    def epochs(group):
+        stream = iter(CaptionStream(load_stream(str(tmp_path / "*.tar")), 0, shuffle_buffer=64, group_size=group))
+        return [[len(row["caption"]) for row in islice(stream, 64)] for _ in range(2)]
+
+    def padded(lengths):
+        return sum(2 * max(lengths[i : i + 2]) for i in range(0, 64, 2)) - sum(lengths)
+
+    mixed, grouped = epochs(1), epochs(2)
+    for epoch in (*mixed, *grouped):
+        assert sorted(epoch) == list(range(1, 65))
+    assert grouped[0] != grouped[1] and grouped == epochs(2)
+    assert max(map(padded, grouped)) < min(map(padded, mixed)) / 2
 
 
 def test_readers_share_the_rows(tars):

@@ -116,6 +116,32 @@ def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.
     return weights["lm"] * lm + weights["align"] * align, lm, align
 
 
+# --- groups of similar length
+
+
+def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypatch):
+    use_cache(monkeypatch, tmp_path / "cache")
+    rows = [row | {"caption": "x" * (1 + i)} for i, row in enumerate(pairs() * 4)]
+    rows = load_rows(str(write_parquet(tmp_path / "train.parquet", rows)))
+
+    def lengths_seen(folder, strategy, resume=None):
+        kwargs = {"per_device_train_batch_size": 2, "train_sampling_strategy": strategy, "max_steps": 24}
+        trainer = toy_trainer(tmp_path / folder, rows, save_strategy="steps", save_steps=20, **kwargs)
+        collate, seen = trainer.data_collator, []
+        trainer.data_collator = lambda rows: (seen.append([len(row["caption"]) for row in rows]), collate(rows))[1]
+        trainer.train(resume_from_checkpoint=resume)
+        return seen
+
+    mixed, grouped = lengths_seen("mixed", "random"), lengths_seen("grouped", "group_by_length")
+    first, second = grouped[:16], grouped[16:24]
+    assert sorted(sum(first, [])) == list(range(1, 33)) and first[:8] != second
+    apart = lambda batches: sum(max(b) - min(b) for b in batches) / len(batches)  # noqa: E731
+    assert apart(grouped) < apart(mixed) / 2
+    torch.manual_seed(7)
+    resumed = lengths_seen("resumed", "group_by_length", str(tmp_path / "grouped" / "out" / "checkpoint-20"))
+    assert resumed[:4] == grouped[20:24]
+
+
 # --- recipes
 
 
@@ -645,6 +671,8 @@ def test_training_beside_4_bits(run, tmp_path):
     assert moved - {"model.adapter.k_proj.bias"} == expected
     model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
     assert model.is_quantized and model.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    plain = AutoModelForImageTextToText.from_pretrained(run["model"], trust_remote_code=True)
+    assert f"{plain.num_parameters():,}" in trainable_table(model)  # two numbers in a byte are two
     shutil.rmtree(out / "checkpoint-4")
     train_hf.main([recipe, "--set", "training.eval_on_start=true", "--resume"])
     assert same_state(load_file(out / "model.safetensors"), through)
