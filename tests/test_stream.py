@@ -51,6 +51,8 @@ def test_every_row_once_an_epoch_in_an_order_of_the_seed(tars):
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != ALL
     assert keys(islice(CaptionStream(load_stream(tars), seed=0, shuffle_buffer=4), 3 * n)) == sum(epochs, [])
     assert keys(islice(CaptionStream(load_stream(tars), seed=1, shuffle_buffer=4), n)) != epochs[0]
+    one_by_one = list(islice(CaptionStream(load_stream(tars), seed=0, shuffle_buffer=1), 2 * n))
+    assert keys(one_by_one[:n]) != keys(one_by_one[n:])  # the shards' order is drawn anew
     # shards come whole: what is shuffled is their order and the blocks
     shards = [key[0] for key in epochs[0]]
     assert len(set(shards[:5])) <= 3

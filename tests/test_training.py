@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT
 from PIL import Image as PILImage
 from safetensors.torch import load_file
-from test_train import hub_environment, run, write_recipe  # noqa: F401
-from toy_data import pairs, same_state, toy_checkpoint, write_parquet, write_tar
+from test_train import hub_environment, rows, run, toy_trainer, write_recipe  # noqa: F401
+from toy_data import pairs, same_state, toy_checkpoint, toy_model, toy_processor, write_parquet, write_tar
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_hf
+from data_microvlm import PictureEpisodeCollator, gray_copy, picture_augmentation
 from evaluate_hf import score
 from training_microvlm import LossBar, plot_curves, retrieval_recalls, scope_metrics
 
@@ -53,6 +54,9 @@ def test_retrieval_recalls():
         assert found[f"image_to_text_recall_at_{k}"] == pytest.approx(by_hand[0])
         assert found[f"text_to_image_recall_at_{k}"] == pytest.approx(by_hand[1])
     assert found["image_to_text_recall_at_1"] < found["image_to_text_recall_at_10"]
+    three = torch.tensor([[1, 0, 0], [0, 1, 0], [0.6, 0.6, 0.28**0.5]])
+    twins = retrieval_recalls(three, three[[1, 1, 2]], (1,))  # the text of the first two shows the second
+    assert twins == {"image_to_text_recall_at_1": pytest.approx(2 / 3), "text_to_image_recall_at_1": 1.0}
     perfect = retrieval_recalls(images, images)
     assert set(perfect.values()) == {1.0}
 
@@ -206,6 +210,26 @@ def memory_run(run, tmp_path):  # noqa: F811
     run["training"] |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
     run["training"] |= {"eval_strategy": "steps", "eval_steps": 3}
     return run
+
+
+@torch.no_grad()
+def test_picture_episodes_become_features_of_the_vision_tower(tmp_path, rows):  # noqa: F811
+    model = toy_model(use_memory=True, memory_config=MEMORY)
+    trainer = toy_trainer(tmp_path, rows, model)
+    prompt, augment = model.default_prompt(1)[0].tolist(), picture_augmentation()
+    collator = PictureEpisodeCollator(toy_processor(), prompt, augment, size=2, max_tokens=8)
+    batch = collator(list(rows.select(range(4))))
+    inputs, episode = trainer._model_inputs(batch)
+    of = lambda pixels: model.model.vision_tower(pixels, do_pooling=False).last_hidden_state  # noqa: E731
+    pool = lambda pixels: model.model.memory.key_encoder.pool(of(pixels), 1)  # noqa: E731
+    queries, written = batch["pixel_values"], batch["support_pixel_values"]
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    close(inputs["mm_encoder_outputs"]["image"].last_hidden_state, of(queries))
+    close(episode["vision_features"], of(queries))
+    views = [pool(written), pool(gray_copy(written))]
+    close(episode["support_features"], torch.stack(views, 1).unflatten(0, (2, 2)))
+    close(episode["key_features"], torch.stack([views[0], pool(queries), views[1]]))
+    assert not torch.allclose(pool(written), pool(queries))
 
 
 def test_episodes_of_a_stream(memory_run, tmp_path):
