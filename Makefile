@@ -25,11 +25,13 @@ lint: $(VENV)/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(VENV)/.ready  ## the tables of docs/architecture.md and README.md
+bench: $(VENV)/.ready  ## the tables of README.md and docs
 	$(PY) benchmarks/parameters.py
 	$(PY) benchmarks/overhead.py
 	$(PY) benchmarks/memory_overhead.py
 	$(PY) benchmarks/memory_drift.py
+	$(PY) benchmarks/train_memory.py
+	$(PY) benchmarks/train_throughput.py
 	$(PY) -m pip install --quiet --editable ".[bench]"
 	$(PY) benchmarks/memory_recall.py
 
