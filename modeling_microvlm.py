@@ -257,6 +257,8 @@ class MicroVLMAlignment(nn.Module):
 class MicroVLMVisionTower(TimmWrapperModel):
     """A timm model (N, 3, height, width) -> (N, 1 + patches, vision width)."""
 
+    _no_split_modules = ["MicroVLMVisionTower"]  # FSDP looks the classes up by name, and the parent names itself
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

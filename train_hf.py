@@ -257,7 +257,7 @@ def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
     skip = model.model.vision_tower.timm_model.num_prefix_tokens  # the class token
     rows = list(rows)
     for start in range(0, len(rows), 32):
-        pixel_values = collator(rows[start : start + 32])["pixel_values"]
+        pixel_values = collator(rows[start : start + 32])["pixel_values"].to(model.device)
         features.append(model.get_image_features(pixel_values).last_hidden_state)
     features = torch.cat(features)
     model.model.adapter.calibrate(features[:, skip:].flatten(0, 1))
@@ -746,7 +746,15 @@ class MicroVLMTrainer(Trainer):
         self.stream.go_on(self.batches, state["cursors"], self.args.dataloader_num_workers)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
+        wrapped = type(self.model)
+        if self.is_fsdp_enabled:  # FSDP makes it a class of torch's, whose file would be copied, and unties its weights
+            name = wrapped.__name__.removeprefix("FSDP")
+            self.model.__class__ = next(cls for cls in wrapped.__mro__ if cls.__name__ == name)
+            state_dict = {k: v for k, v in state_dict.items() if k not in self.model.all_tied_weights_keys}
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = wrapped
         if self.status is not None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             write_card(folder, self._training_status())
@@ -1024,6 +1032,10 @@ def main(argv: list[str] | None = None) -> None:
     if recipe["data"].get("stream") is not None:
         defaults["ignore_data_skip"] = True  # the stream goes on from its own place
     args = TrainingArguments(**defaults | recipe["training"])
+    if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but each would train alone: without a GPU set training.use_cpu: true."
+        )
     output = Path(args.output_dir)
     checkpoint = newest_complete(output) if options.resume else None
     if not options.resume and any(map(is_complete, checkpoints(output))):
@@ -1091,6 +1103,8 @@ def main(argv: list[str] | None = None) -> None:
         plot_curves(trainer.state.log_history, output / "curves.png")
     if stopped:
         print(f"stopped by SIGTERM at step {trainer.state.global_step}: --resume goes on from there", flush=True)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks as soon as one has ended
+    if stopped:
         sys.exit(STOPPED)
     if args.push_to_hub:
         trainer.push_to_hub()  # saves first

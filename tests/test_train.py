@@ -116,6 +116,14 @@ def by_hand(model, batches, weights) -> tuple[torch.Tensor, torch.Tensor, torch.
     return weights["lm"] * lm + weights["align"] * align, lm, align
 
 
+def test_processes_that_would_train_alone_are_refused(run, tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, **run)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "^2 processes were started, but each would train alone: without a GPU set training.use_cpu: true.$"
+    with pytest.raises(ValueError, match=message):
+        train_hf.main([recipe, "--set", "training.use_cpu=false"])
+
+
 # --- groups of similar length
 
 
