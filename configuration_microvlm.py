@@ -167,6 +167,7 @@ class MicroVLMQuantizationConfig(PreTrainedConfig):
             whose weights are rounded to {-1, 0, 1} times a scale in every forward pass (BitNet b1.58, arXiv 2402.17764).
         ternary_weights: `absmean` rounds the weights; `none` leaves them, for weights that are ternary already.
         activation_bits: width of the per-token activation quantisation in front of those layers, 8 or `None` for none.
+        group_size: weights that share a scale: "tensor", "row", or so many columns of a row.
     """
 
     model_type = "microvlm_quantization"
@@ -175,6 +176,7 @@ class MicroVLMQuantizationConfig(PreTrainedConfig):
     ternary_modules: list[str] | None = None
     ternary_weights: str = "absmean"
     activation_bits: int | None = 8
+    group_size: int | str = "tensor"
 
 
 class MicroVLMConfig(PreTrainedConfig):
@@ -281,6 +283,9 @@ class MicroVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"qat_config.ternary_weights must be 'absmean' or 'none', got {self.qat_config.ternary_weights!r}."
             )
+        group = self.qat_config.group_size
+        if group not in ("tensor", "row") and not (isinstance(group, int) and group > 0):
+            raise ValueError(f"qat_config.group_size must be 'tensor', 'row' or a number of columns, got {group!r}.")
 
     def to_dict(self) -> dict:
         # every saved folder carries the code, so the map points at files beside it, wherever this config came from

@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_microvlm import MemoryCache
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig
+from .decoder_microvlm import PackedDecoder
 from .memory_microvlm import (
     EpisodicMemory,
     MemoryContentEncoder,
@@ -356,6 +357,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                 config.qat_config.ternary_modules,
                 ternary_weights=config.qat_config.ternary_weights == "absmean",
                 activation_bits=config.qat_config.activation_bits,
+                group_size=config.qat_config.group_size,
             )
         self.post_init()
 
@@ -483,13 +485,17 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         for layer in replayed:
             layer._can_checkpoint_with_cache = True
         try:
-            outputs = self.language_model(
+            decoder, extra = self._packed_decoder(inputs_embeds), {"return_dict": True, **kwargs}
+            if decoder is not None and not any(extra.get(k) for k in extra.keys() - {"use_cache", "return_dict"}):
+                decode, extra = decoder, {"use_cache": kwargs.get("use_cache")}
+            else:
+                decode = self.language_model
+            outputs = decode(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                return_dict=True,
-                **kwargs,
+                **extra,
             )
         finally:
             for layer in replayed:
@@ -502,6 +508,19 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             image_hidden_states=prefix,
             pooling_attentions=pooling_attentions,
         )
+
+    def _packed_decoder(self, inputs_embeds: torch.Tensor) -> PackedDecoder | None:
+        """The fast way through the language model, if its weights are packed and nothing asks for a gradient."""
+        if self.training or inputs_embeds.requires_grad or inputs_embeds.device.type != "cpu":
+            return None
+        if not hasattr(self, "_decoder"):
+            supported = PackedDecoder.supports(self.language_model)
+            self._decoder = PackedDecoder(self.language_model) if supported else None
+        return self._decoder
+
+    def _apply(self, fn, recurse=True):
+        self.__dict__.pop("_decoder", None)
+        return super()._apply(fn, recurse)
 
     @property
     def _is_checkpointing(self) -> bool:
@@ -847,7 +866,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         memory = self._need_memory()
         modules = {"memory": memory, "vision_tower": self.model.vision_tower}
         tensors = {f"{part}.{n}": t for part, m in modules.items() for n, t in m.state_dict(keep_vars=True).items()}
-        tensors["embeddings"] = self.get_input_embeddings().weight
+        vocabulary = self.get_input_embeddings().state_dict(keep_vars=True)
+        tensors |= {f"embeddings.{name}".removesuffix(".weight"): tensor for name, tensor in vocabulary.items()}
         fields = tuple((name, getattr(self.config.memory_config, name)) for name in FINGERPRINT_FIELDS)
         key = fields, tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors.values())
         if getattr(self, "_fingerprint", (None,))[0] != key:

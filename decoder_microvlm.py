@@ -1,0 +1,185 @@
+"""The decoder of a packed checkpoint with few, large steps: the same layers, caches and masks as transformers', less of what a token pays for.
+
+A decode step of transformers' own Qwen2 starts some 40 operations a layer, each over a few kilobytes. Here a layer is four products on packed
+weights (queries, keys and values as one matrix, gate and up as one), whose inputs leave the norms rounded already and whose outputs come with the residual
+added. Hidden states are float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .kernels_microvlm import (
+    low_bit_linear_quantized,
+    pack_panels,
+    quantize_rows,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
+from .quantization_microvlm import PackedLinear
+
+MODEL_TYPES = ("qwen2", "llama", "bitnet")
+
+
+class Product:
+    """Packed linear layers of one input, as one matrix.
+
+    Args:
+        linears: with row or tensor scales and the same columns and width.
+    """
+
+    def __init__(self, *linears: PackedLinear):
+        first = linears[0]
+        self.rows, self.columns = sum(m.rows for m in linears), first.columns
+        self.bits = first.format.bits
+        self.panels = pack_panels(torch.cat([m.values() for m in linears]), self.bits)
+        self.scale = torch.cat([m.row_scale() for m in linears])
+        self.bias = None
+        if any(m.bias is not None for m in linears):
+            biases = [torch.zeros(m.rows) if m.bias is None else m.bias.detach().float() for m in linears]
+            self.bias = torch.cat(biases)
+
+    def __call__(self, quantized, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Rounded inputs of M tokens -> float32 (M, rows)."""
+        shape = (self.rows, self.columns, self.bits)
+        return low_bit_linear_quantized(*quantized, self.panels, self.scale, self.bias, *shape, torch.float32, residual)
+
+
+class Norm:
+    """An RMSNorm whose output is rounded for a product."""
+
+    def __init__(self, module: nn.Module):
+        self.weight, self.eps = module.weight.detach().float().contiguous(), module.variance_epsilon
+
+    def __call__(self, x: torch.Tensor):
+        return rms_norm_quantize(x, self.weight, self.eps)
+
+
+class Layer:
+    """One decoder layer's packed parts."""
+
+    def __init__(self, layer: nn.Module):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self.head_dim = attention.layer_idx, attention.head_dim
+        self.heads = attention.q_proj.rows // self.head_dim
+        self.kv_heads = attention.k_proj.rows // self.head_dim
+        self.scaling = attention.scaling
+        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out, self.gate_up, self.down = (
+            Product(attention.o_proj),
+            Product(mlp.gate_proj, mlp.up_proj),
+            Product(mlp.down_proj),
+        )
+        sub_norms = hasattr(attention, "attn_sub_norm")  # BitNet
+        self.attention_norm = Norm(attention.attn_sub_norm) if sub_norms else quantize_rows
+        self.hidden_norm = Norm(mlp.ffn_sub_norm) if sub_norms else None
+        self.act = mlp.act_fn
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up = self.gate_up(self.mlp_norm(x))
+        if self.hidden_norm is None:
+            return self.down(silu_mul_quantize(gate_up), x)
+        gate, up = gate_up.chunk(2, -1)
+        return self.down(self.hidden_norm(self.act(gate) * up), x)
+
+    def attend(self, q, keys, values, mask):
+        """q (B, heads, T, d), keys and values (B, kv heads, K, d) -> (B, T, heads x d)."""
+        B, H, T, d = q.shape
+        groups = H // self.kv_heads
+        if T == 1 and groups > 1:  # the heads that share keys stand in for positions: nothing is repeated
+            q = q.view(B, self.kv_heads, groups, d)
+            out = F.scaled_dot_product_attention(q, keys, values, mask, scale=self.scaling)
+            return out.reshape(B, 1, H * d)
+        if groups > 1:
+            keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
+        causal = mask is None and T > 1
+        out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal, scale=self.scaling)
+        return out.transpose(1, 2).reshape(B, T, H * d)
+
+    def __call__(
+        self, x, cos, sin, mask, cache: Cache | None, size: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """x (B T, D) -> the same; cos and sin (B T, 1, d / 2)."""
+        B, T = size
+        H, KV, d = self.heads, self.kv_heads, self.head_dim
+        qkv = self.qkv(self.input_norm(x)).view(B * T, H + 2 * KV, d)
+        first, second = qkv[:, : H + KV].chunk(2, -1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        heads = torch.cat([rotated, qkv[:, H + KV :]], 1).to(dtype).view(B, T, H + 2 * KV, d).transpose(1, 2)
+        q, k, v = heads.split([H, KV, KV], 1)
+        if cache is not None:
+            k, v = cache.update(k, v, self.index)
+        out = self.attend(q, k, v, mask)
+        x = self.out(self.attention_norm(out.reshape(B * T, H * d).float().contiguous()), x)
+        return self.mlp(x)
+
+
+class PackedDecoder:
+    """A language model of packed linears, for inference on a CPU.
+
+    Args:
+        model: see `supports`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.config = model, model.config
+        self.layers = [Layer(layer) for layer in model.layers]
+        self.norm = Norm(model.norm)
+
+    @staticmethod
+    def supports(model: nn.Module) -> bool:
+        """Whether all linear layers of a language model are packed with whole-number products, on a CPU, in an architecture known here."""
+        if model.config.model_type not in MODEL_TYPES or set(
+            getattr(model.config, "layer_types", None) or ["full_attention"]
+        ) != {"full_attention"}:
+            return False
+        linears = [m for name, m in model.layers.named_modules() if name.endswith("_proj")]
+        return all(
+            isinstance(m, PackedLinear)
+            and m.scheme.activation_bits == 8
+            and m.scheme.group_size in ("tensor", "row")
+            and m.weight.device.type == "cpu"
+            for m in linears
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """As the language model's own forward: (B, T, D) -> hidden states (B, T, D), float32."""
+        B, T, D = inputs_embeds.shape
+        dtype = inputs_embeds.dtype
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(past, past + T).unsqueeze(0)
+        if isinstance(attention_mask, dict):  # of generate() with a static cache
+            attention_mask = attention_mask["full_attention"]
+        dynamic = past_key_values is None or all(isinstance(layer, DynamicLayer) for layer in past_key_values.layers)
+        plain = attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all()))
+        single = T == 1 and plain and dynamic  # sees all that is kept
+        mask = None
+        if not single:
+            mask = create_causal_mask(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
+            )
+        cos, sin = self.model.rotary_emb(inputs_embeds.float(), position_ids)
+        half = cos.shape[-1] // 2
+        cos, sin = (t[..., :half].expand(B, -1, -1).reshape(B * T, 1, half) for t in (cos, sin))
+        x = inputs_embeds.reshape(B * T, D).float()
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, past_key_values, (B, T), dtype)
+        x = F.rms_norm(x, (D,), self.norm.weight, self.norm.eps)
+        return BaseModelOutputWithPast(last_hidden_state=x.view(B, T, D), past_key_values=past_key_values)

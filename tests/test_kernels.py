@@ -1,0 +1,393 @@
+"""Low-bit CPU kernels: every target this CPU can run gives the bits of the torch path, which an integer computation checks."""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT  # noqa: F401  gives the model files the package `microvlm`
+from microvlm import kernels_microvlm as kernels
+from microvlm.quantization_microvlm import fake_quantize_activation
+
+RANGES = {2: (-1, 1), 4: (-8, 7), 8: (-128, 127)}
+RUNNABLE = [name for name in kernels.TARGETS if kernels.runs_here(name)]
+needs_native = pytest.mark.skipif(not RUNNABLE, reason="llvmlite is not installed")
+
+
+@pytest.fixture(params=RUNNABLE)
+def native(request, monkeypatch):
+    """Calls go to one target, and small ones are shared with the workers too."""
+    monkeypatch.setattr(kernels, "target", lambda: request.param)
+    monkeypatch.setattr(kernels, "GRAIN", 2**12)
+    return request.param
+
+
+def random_codes(rows, columns, bits, seed=0):
+    low, high = RANGES[bits]
+    return torch.randint(
+        low, high + 1, (rows, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def random_layer(rows, columns, bits, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    codes = random_codes(rows, columns, bits, seed)
+    return codes, kernels.pack_panels(codes, bits), torch.rand(rows, generator=g) + 0.1, torch.randn(rows, generator=g)
+
+
+def pack_trits(codes):
+    digits = F.pad(codes, (0, -codes.shape[1] % 5)).view(codes.shape[0], -1, 5) + 1
+    return (digits * 3 ** torch.arange(5)).sum(-1).to(torch.uint8)
+
+
+def run_python(code, **env):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **env}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+
+# ------------------------------------------------------------------------------------------------------------ packed weights
+
+
+@pytest.mark.parametrize("bits", RANGES)
+def test_panels_round_trip(bits):
+    for columns in range(1, 71):
+        for rows in range(1, 10):
+            codes = random_codes(rows, columns, bits, seed=columns)
+            panels = kernels.pack_panels(codes, bits)
+            assert panels.shape == (kernels.panel_bytes(rows, columns, bits),)
+            assert torch.equal(kernels.unpack_panels(panels, rows, columns, bits), codes), (rows, columns)
+
+
+def test_panel_layout():
+    codes = torch.zeros(5, 65, dtype=torch.int8)
+    codes[0, 0], codes[3, 1], codes[1, 64], codes[4, 2] = 1, -1, 1, 1
+    panels = kernels.pack_panels(codes, 2)  # 2 panels of 2 blocks of 64 bytes
+    expected = torch.full((256,), 0b01010101, dtype=torch.uint8)
+    expected[0], expected[1], expected[64], expected[128 + 2] = 0b01010110, 0b00010101, 0b01011001, 0b01010110
+    assert torch.equal(panels, expected)
+    four = kernels.pack_panels(codes, 4)
+    assert four[0] == 0x89 and four[64 + 1] == 0x78 and four[128] == 0x98  # rows 0-1, rows 2-3, then the next block
+    assert kernels.pack_panels(codes, 8)[3 * 64 + 1] == 127
+
+
+@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 64), (6, 70), (9, 203), (4100, 1300)])
+def test_panels_from_trits(rows, columns):
+    codes = random_codes(rows, columns, 2)
+    assert torch.equal(kernels.panels_from_trits(pack_trits(codes), columns), kernels.pack_panels(codes, 2))
+
+
+def test_packing_errors():
+    with pytest.raises(ValueError, match=r"codes span -2\.\.0; expected -1\.\.1 for 2 bits"):
+        kernels.pack_panels(torch.tensor([[-2, 0]], dtype=torch.int8), 2)
+    with pytest.raises(ValueError, match=r"codes span 0\.\.8; expected -8\.\.7 for 4 bits"):
+        kernels.pack_panels(torch.tensor([[8, 0]], dtype=torch.int8), 4)
+    with pytest.raises(ValueError, match="bits is 3; expected 2, 4 or 8"):
+        kernels.pack_panels(torch.zeros(1, 1, dtype=torch.int8), 3)
+    with pytest.raises(ValueError, match=r"torch.float32 \(1, 1\); expected int8"):
+        kernels.pack_panels(torch.zeros(1, 1), 2)
+    with pytest.raises(ValueError, match="columns is 131072; expected 1 to 131071"):
+        kernels.panel_bytes(1, 2**17, 2)
+    with pytest.raises(ValueError, match=r"\(64,\); expected contiguous uint8 \(128,\) for 4 x 65 weights of 2 bits"):
+        kernels.unpack_panels(torch.zeros(64, dtype=torch.uint8), 4, 65, 2)
+    with pytest.raises(ValueError, match="hold the byte 243; expected at most 242"):
+        kernels.panels_from_trits(torch.tensor([[243]], dtype=torch.uint8), 5)
+    with pytest.raises(ValueError, match=r"\(1, 1\); expected uint8 \(rows, 2\) for 6 columns"):
+        kernels.panels_from_trits(torch.tensor([[0]], dtype=torch.uint8), 6)
+
+
+# ------------------------------------------------------------------------------------------------------------------ products
+
+
+@pytest.mark.parametrize("bits", RANGES)
+def test_reference_equals_integers(bits):
+    rows, columns = 21, 2500  # for 8 bits more columns than one exact float32 product
+    codes, panels, scale, bias = random_layer(rows, columns, bits)
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
+    x_q, s, sums = kernels.quantize_rows_reference(x)
+    q = np.clip(np.round(x.numpy() * s.numpy()[:, None]), -128, 127).astype(np.int64)
+    assert np.array_equal(x_q[:, :columns].numpy(), q) and not x_q[:, columns:].any()
+    assert np.array_equal(sums.numpy(), q.sum(1))
+    expected = (q @ codes.numpy().astype(np.int64).T) * scale.double().numpy() / s.double().numpy()[
+        :, None
+    ] + bias.double().numpy()
+    y = kernels.low_bit_linear_reference(x, panels, scale, bias, rows, columns, bits)
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_rounding_is_that_of_training():
+    x = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    x_q, s, _ = kernels.quantize_rows(x)
+    assert torch.equal(x_q[:, :100].float() / s[:, None], fake_quantize_activation(x, 8))
+
+
+@pytest.mark.parametrize("bits", RANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_equals_torch(native, bits, dtype):
+    shapes = [(M, 5 + 7 * M, 40 * M + M) for M in range(1, 10)] + [
+        (1, 8, 64),
+        (4, 4, 128),
+        (2, 3, 5000),
+        (1, 1, 1),
+        (0, 4, 64),
+    ]
+    for M, rows, columns in shapes:
+        _, panels, scale, bias = random_layer(rows, columns, bits, seed=M)
+        g = torch.Generator().manual_seed(M)
+        x = (torch.randn(M, columns, generator=g) * 3).to(dtype)
+        residual = torch.randn(M, rows, generator=g).to(dtype)
+        quantized = kernels.quantize_rows(x)
+        for got, expected in zip(quantized, kernels.quantize_rows_reference(x)):
+            assert got.dtype == expected.dtype and torch.equal(got, expected), (M, columns)
+        for b in (bias, None):
+            y = kernels.low_bit_linear(x, panels, scale, b, rows, columns, bits)
+            assert y.dtype == dtype
+            assert torch.equal(y, kernels.low_bit_linear_reference(x, panels, scale, b, rows, columns, bits)), (
+                M,
+                rows,
+                columns,
+            )
+        arguments = (*quantized, panels, scale, bias, rows, columns, bits, dtype, residual)
+        y = kernels.low_bit_linear_quantized(*arguments)
+        assert torch.equal(y, kernels.low_bit_linear_quantized_reference(*arguments))
+
+
+@pytest.mark.parametrize("bits", RANGES)
+@pytest.mark.parametrize("columns", [64, 4864, kernels.MAX_COLUMNS])
+def test_extremes(native, bits, columns):
+    low, high = RANGES[bits]
+    codes = torch.tensor([low, high, 0, 1, -1], dtype=torch.int8).view(5, 1).expand(5, columns)
+    panels = kernels.pack_panels(codes.contiguous(), bits)
+    x = torch.tensor([1.0, -1.0, 0.0]).view(3, 1).expand(3, columns) * 3e30
+    arguments = (*kernels.quantize_rows(x), panels, torch.ones(5), None, 5, columns, bits, torch.float32)
+    y = kernels.low_bit_linear_quantized(*arguments)
+    assert torch.equal(y, kernels.low_bit_linear_quantized_reference(*arguments))
+    assert torch.equal(
+        kernels.quantize_rows(x)[0][:, :columns].unique(dim=1), torch.tensor([[127], [-127], [0]], dtype=torch.int8)
+    )
+    s = kernels.quantize_rows(x)[1].double()[:, None]
+    expected = torch.tensor([127.0, -127.0, 0.0], dtype=torch.float64)[:, None] * columns * codes[:, 0].double() / s
+    assert torch.allclose(y.double(), expected, rtol=1e-6, atol=0)
+    x_q = torch.full((1, columns), -128, dtype=torch.int8)  # no float gives it, and the sums still hold
+    x_q, sums = F.pad(x_q, (0, -columns % 64)), torch.tensor([-128 * columns], dtype=torch.int32)
+    y = kernels.low_bit_linear_quantized(
+        x_q, torch.ones(1), sums, panels, torch.ones(5), None, 5, columns, bits, torch.float32
+    )
+    assert torch.equal(y[0], (codes[:, 0].int() * -128 * columns).float())
+
+
+def test_bfloat16_rounds_ties_to_even(native):
+    panels = kernels.pack_panels(torch.ones(4, 3, dtype=torch.int8), 2)
+    x_q = torch.tensor(
+        [[127, 127, 3 + 2 * i] for i in range(8)], dtype=torch.int8
+    )  # sums 257, 259, ...: between two bfloat16
+    sums = x_q.sum(1, dtype=torch.int32)
+    x_q = F.pad(x_q, (0, 61))
+    y = kernels.low_bit_linear_quantized(x_q, torch.ones(8), sums, panels, torch.ones(4), None, 4, 3, 2, torch.bfloat16)
+    assert torch.equal(y[:, 0].float(), torch.tensor([256.0, 260, 260, 264, 264, 268, 268, 272]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_stays_not_finite(native, dtype, bad):
+    _, panels, scale, bias = random_layer(6, 70, 2)
+    x = torch.randn(6, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1, 3] = x[4, 69] = bad
+    y = kernels.low_bit_linear(x, panels, scale, bias, 6, 70, 2)
+    reference = kernels.low_bit_linear_reference(x, panels, scale, bias, 6, 70, 2)
+    assert y.isnan().all(dim=1).tolist() == [False, True, False, False, True, False]
+    assert torch.equal(y.isnan(), reference.isnan()) and torch.equal(y[~y.isnan()], reference[~y.isnan()])
+    assert torch.equal(kernels.quantize_rows(x)[0], kernels.quantize_rows_reference(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M,columns", [(1, 64), (3, 37), (5, 896)])
+def test_fused_helpers(native, dtype, M, columns):
+    g = torch.Generator().manual_seed(columns)
+    x, weight = (torch.randn(M, columns, generator=g) * 4).to(dtype), torch.rand(columns, generator=g) + 0.5
+    gate_up = (torch.randn(M, 2 * columns, generator=g) * 8).to(dtype)
+    gate_up[0, :3] = torch.tensor([-200.0, 200.0, -90.0])
+    for got, expected in [
+        (kernels.rms_norm_quantize(x, weight, 1e-6), kernels.rms_norm_quantize_reference(x, weight, 1e-6)),
+        (kernels.silu_mul_quantize(gate_up), kernels.silu_mul_quantize_reference(gate_up)),
+    ]:
+        assert torch.allclose(got[1], expected[1], rtol=1e-5, atol=0)
+        difference = (got[0].int() - expected[0].int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.01
+        assert torch.equal(got[0].sum(1, dtype=torch.int32), got[2])
+
+
+def test_leading_dimensions_and_strides(native):
+    codes, panels, scale, _ = random_layer(7, 66, 4)
+    x = torch.randn(2, 66, 3, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    y = kernels.low_bit_linear(x, panels, scale, None, 7, 66, 4)
+    assert y.shape == (2, 3, 7)
+    w = codes.float() * scale[:, None]
+    assert torch.allclose(y, F.linear(fake_quantize_activation(x, 8), w), rtol=1e-4, atol=1e-3)
+
+
+def test_argument_errors():
+    _, panels, scale, _ = random_layer(6, 70, 2)
+    x = torch.randn(2, 70)
+    x_q, s, sums = kernels.quantize_rows(x)
+    with pytest.raises(
+        ValueError, match=r"scale is torch.float32 \(5,\) on cpu; expected contiguous torch.float32 \(6,\) on cpu"
+    ):
+        kernels.low_bit_linear(x, panels, scale[:5], None, 6, 70, 2)
+    with pytest.raises(ValueError, match=r"bias is torch.float64 \(6,\)"):
+        kernels.low_bit_linear(x, panels, scale, scale.double(), 6, 70, 2)
+    with pytest.raises(
+        ValueError, match=r"x_q is torch.int8 \(2, 64\) on cpu; expected contiguous torch.int8 \(2, 128\)"
+    ):
+        kernels.low_bit_linear(x[:, :64], panels, scale, None, 6, 70, 2)
+    with pytest.raises(ValueError, match=r"x is torch.float16 \(2, 70\); expected float32 or bfloat16"):
+        kernels.quantize_rows(x.half())
+    with pytest.raises(ValueError, match="dtype is torch.float16; expected"):
+        kernels.low_bit_linear_quantized(x_q, s, sums, panels, scale, None, 6, 70, 2, torch.float16)
+    with pytest.raises(
+        ValueError, match=r"residual is torch.float32 \(2, 6\) on cpu; expected contiguous torch.bfloat16"
+    ):
+        kernels.low_bit_linear_quantized(
+            x_q, s, sums, panels, scale, None, 6, 70, 2, torch.bfloat16, residual=torch.zeros(2, 6)
+        )
+    with pytest.raises(ValueError, match="gate_up has 3 columns; expected an even number"):
+        kernels.silu_mul_quantize(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"weight is torch.float32 \(69,\)"):
+        kernels.rms_norm_quantize(x, torch.ones(69), 1e-6)
+
+
+def test_choice_of_target(monkeypatch):
+    choose = kernels.target.__wrapped__
+    monkeypatch.setenv("MICROVLM_KERNELS", "torch")
+    assert choose() == "torch"
+    monkeypatch.setenv("MICROVLM_KERNELS", "sse9")
+    with pytest.raises(ValueError, match="MICROVLM_KERNELS is 'sse9'; expected one of auto, torch, avx512-vnni"):
+        choose()
+    monkeypatch.setattr(kernels, "runs_here", lambda name: name == "generic")
+    monkeypatch.setenv("MICROVLM_KERNELS", "avx2")
+    with pytest.raises(RuntimeError, match="'avx2', which this CPU"):
+        choose()
+    monkeypatch.setenv("MICROVLM_KERNELS", "auto")
+    assert choose() == "generic"
+    monkeypatch.setattr(kernels, "runs_here", lambda name: False)
+    assert choose() == "torch"
+
+
+@needs_native
+@pytest.mark.parametrize("bits", RANGES)
+def test_lowers_to_the_dot_product_of_arm(bits):
+    for name, instruction in [("neon-dotprod", r"sdot"), ("generic", r"s?m(ul|la|lal|ull)2?")]:
+        text = kernels.assembly(name, str(kernels.linear_ir(name, bits, True)), "aarch64-linux-gnu")
+        assert re.search(rf"\t{instruction}\tv", text)
+    assert "fmadd" not in text and "fmla" not in text
+    assert "\tfcvtn" not in text  # bfloat16 rounds in integers
+
+
+# ------------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_native
+def test_many_callers(two_threads, native):
+    layers = [
+        (*random_layer(300 + 8 * i, 130, bits, seed=i)[1:], 300 + 8 * i, 130, bits)
+        for i, bits in enumerate([2, 4, 8, 2])
+    ]
+    inputs = [torch.randn(1 + i, 130) for i in range(4)]
+    expected = [kernels.low_bit_linear_reference(x, *layer) for x, layer in zip(inputs, layers)]
+    wrong = []
+
+    def call(i):
+        for _ in range(50):
+            if not torch.equal(kernels.low_bit_linear(inputs[i], *layers[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_native
+def test_workers_share_and_wake(two_threads):
+    seen = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    def kernel(_, begin, end):
+        seen.append((begin, end, threading.get_ident()))
+        time.sleep(0.05)
+
+    for idle in (0.0, 0.3):  # the workers still spin, the workers sleep
+        time.sleep(idle)
+        seen.clear()
+        kernels._run(ctypes.cast(kernel, ctypes.c_void_p).value, b"", 29, 3)
+        assert sorted(part[:2] for part in seen) == [(i, min(i + 3, 29)) for i in range(0, 29, 3)]
+        assert len({part[2] for part in seen}) == 2
+
+
+POOL_USER = """
+import os, sys, time, torch, kernels_microvlm as k
+torch.set_num_threads(2)
+k.GRAIN = 2**12
+codes = torch.randint(-1, 2, (512, 128), dtype=torch.int8)
+layer = k.pack_panels(codes, 2), torch.ones(512), None, 512, 128, 2
+x = torch.randn(1, 128)
+expected = k.low_bit_linear_reference(x, *layer)
+def check():
+    assert all(torch.equal(k.low_bit_linear(x, *layer), expected) for _ in range(20))
+check()
+assert k._pool is not None and all(thread.is_alive() for thread in k._pool.threads)
+"""
+
+
+@needs_native
+def test_works_after_fork_and_exits():
+    code = """
+child = os.fork()
+check()
+assert k._pool is not None and all(thread.is_alive() for thread in k._pool.threads)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+print("done", time.time())
+"""
+    result = run_python(POOL_USER + code)
+    assert result.returncode == 0, result.stderr
+    last = max(float(line.split()[1]) for line in result.stdout.splitlines())
+    assert result.stdout.count("done") == 2 and time.time() - last < 20  # a hang would last until the timeout
+
+
+@needs_native
+def test_one_thread_makes_no_workers():
+    code = POOL_USER.rsplit("check()\nassert", 1)[0].replace("set_num_threads(2)", "set_num_threads(1)")
+    result = run_python(code + "check()\nassert k._pool is None")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_native
+def test_idle_workers_sleep():
+    code = """
+time.sleep(0.2)
+before = time.process_time()
+time.sleep(0.5)
+assert time.process_time() - before < 0.05
+check()
+k._stop_pool()
+check()
+"""
+    result = run_python(POOL_USER + code)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,376 @@
+"""Packed weights: bytes by hand, round trips, a checkpoint that opens and saves as it is, and a packed decoder that says what the plain one says."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import outspoken_model, tiny_inputs, tiny_model
+from microvlm import quantization_microvlm as quantization
+from microvlm.decoder_microvlm import PackedDecoder
+from safetensors.torch import load_file, save_file
+from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
+from transformers import AutoModelForImageTextToText
+
+import quantize_hf
+from quantize_hf import load_recipe, pack
+
+TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
+LINEARS = r"model\.language_model\.layers\..*_proj"
+EVERYTHING = {
+    LINEARS: {"format": "ternary"},
+    r"model\.language_model\.embed_tokens": {"format": "int8", "group_size": "row", "scale_type": "float16"},
+    r"model\.vision_tower\..*": {"format": "int4", "group_size": "row"},
+}
+
+
+# --- bytes
+
+
+def test_trits_by_hand():
+    values = torch.tensor([[-1, 0, 1, 1, -1, 0], [1, 1, 1, 1, 1, 1]])
+    packed = quantization.pack_trits(values)
+    first = 0 + 1 * 3 + 2 * 9 + 2 * 27 + 0 * 81
+    filled = 3 + 9 + 27 + 81  # four zeros behind the sixth column
+    assert packed.tolist() == [[first, 1 + filled], [242, 2 + filled]]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("format", list(quantization.FORMATS))
+def test_round_trip_of_every_length(format, rows):
+    form = quantization.FORMATS[format]
+    for columns in range(1, 42):
+        g = torch.Generator().manual_seed(columns)
+        values = torch.randint(form.low, form.high + 1, (rows, columns), generator=g, dtype=torch.int8)
+        packed = form.pack(values)
+        assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-columns // form.per_byte))
+        assert torch.equal(form.unpack(packed, columns), values)
+
+
+@pytest.mark.parametrize("value", [2, -2, 0.5])
+def test_other_values_are_no_trits(value):
+    with pytest.raises(ValueError, match="^values must be -1, 0 or 1.$"):
+        quantization.pack_trits(torch.tensor([[0, value]]))
+
+
+def test_bytes_that_are_no_trits():
+    with pytest.raises(ValueError, match="^a byte of five trits is at most 242, got 243.$"):
+        quantization.unpack_trits(torch.tensor([[0, 243]], dtype=torch.uint8), 10)
+    with pytest.raises(ValueError, match=re.escape("11 trits a row take uint8 (rows, 3), got torch.uint8 (1, 2).")):
+        quantization.unpack_trits(torch.zeros(1, 2, dtype=torch.uint8), 11)
+
+
+# --- rounding
+
+
+@pytest.mark.parametrize("group_size", ["tensor", "row", 16])
+@pytest.mark.parametrize("format", list(quantization.FORMATS))
+def test_numbers_are_the_nearest_ones(format, group_size):
+    scheme, form = quantization.Scheme(format, group_size), quantization.FORMATS[format]
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7).view(-1, 1)
+    values, scale = quantization.quantize_weight(weight, scheme)
+    assert values.shape == (6, 40) and scale.shape == {"tensor": (1, 1), "row": (6, 1), 16: (6, 3)}[group_size]
+    size = 40 if isinstance(group_size, str) else group_size
+    wide = np.broadcast_to(np.repeat(scale.double().numpy(), size, 1)[:, :40], (6, 40))
+    expected = np.clip(np.round(weight.double().numpy() / wide), form.low, form.high)
+    assert (values.numpy() == expected).mean() > 0.99  # float64 rounds a tie otherwise
+    error = np.abs(values.numpy() * wide - weight.numpy())
+    inside = np.abs(weight.numpy() / wide) <= form.high
+    assert (error[inside] <= wide[inside] / 2 * 1.001).all()
+    if format == "int8":
+        assert error.max() < 0.02 * np.abs(weight.numpy()).max()
+
+
+@pytest.mark.parametrize("group_size", ["tensor", "row", 8])
+def test_what_was_trained_is_packed_as_it_was(group_size):
+    weight = torch.randn(8, 20)
+    scheme = quantization.Scheme("ternary", group_size)
+    module = quantization.PackedWeight(8, 20, scheme)
+    module.store(weight, as_trained=True)
+    assert torch.equal(module.dequantize(), quantization.fake_ternary(weight, group_size))
+    again = quantization.PackedWeight(8, 20, scheme)
+    again.store(module.dequantize())  # ternary already
+    torch.testing.assert_close(again.dequantize(), module.dequantize(), rtol=1e-6, atol=0)
+    fitted = quantization.PackedWeight(8, 20, scheme)
+    fitted.store(weight)
+    assert (fitted.dequantize() - weight).square().sum() < (module.dequantize() - weight).square().sum()
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"format": "int3"}, "format must be one of ternary, int4, int8, got 'int3'."),
+        ({"group_size": 0}, "group_size must be 'tensor', 'row' or a number of columns, got 0."),
+        ({"activation_bits": 4}, "activation_bits must be 8 or null, got 4."),
+        ({"scale_type": "int8"}, "scale_type must be float16 or float32, got 'int8'."),
+        (
+            {"colour": 1},
+            "x: unknown key colour. Known: activation_bits, format, frequent_format, frequent_rows, group_size, scale_type.",
+        ),
+    ],
+)
+def test_schemes_are_checked(values, message):
+    with pytest.raises(ValueError) as error:
+        quantization.PackedConfig({"x": values})
+    assert str(error.value) == message
+
+
+# --- modules
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "format,group_size", [("ternary", "tensor"), ("int4", "row"), ("int8", "row"), ("int4", 16), ("ternary", 8)]
+)
+def test_a_packed_linear_layer(format, group_size, bias):
+    torch.manual_seed(0)
+    for activation_bits in (8, None):
+        scheme = quantization.Scheme(format, group_size, activation_bits)
+        layer = quantization.PackedLinear(40, 24, bias, scheme)
+        layer.store(torch.randn(24, 40))
+        if bias:
+            torch.nn.init.normal_(layer.bias)
+        x = torch.randn(2, 3, 40)
+        rounded = x if activation_bits is None else quantization.fake_quantize_activation(x, 8)
+        expected = rounded.double() @ layer.dequantize().double().mT
+        expected = expected if layer.bias is None else expected + layer.bias.double()
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_new_dtype_leaves_scales_and_bytes(tmp_path):
+    layer = quantization.PackedLinear(40, 24, True, quantization.Scheme("int4", "row"))
+    layer.store(torch.randn(24, 40))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    layer(torch.randn(1, 40))
+    layer.bfloat16()
+    assert layer.bias.dtype == torch.bfloat16
+    for name in ("weight", "weight_scale"):
+        assert torch.equal(layer.state_dict()[name], before[name])
+
+
+def test_frequent_rows_have_their_own_format():
+    torch.manual_seed(0)
+    scheme = quantization.Scheme("ternary", "row", frequent_rows=7)
+    embedding = quantization.PackedEmbedding(50, 16, scheme)
+    weight, counts = torch.randn(50, 16), torch.randperm(50)
+    embedding.store(weight, counts)
+    error = (embedding.dequantize() - weight).abs().amax(1)
+    assert set(error.argsort()[:7].tolist()) == set(counts.argsort(descending=True)[:7].tolist())
+    ids = torch.tensor([[3, 49, 0], [3, 3, 11]])
+    assert torch.equal(embedding(ids), embedding.dequantize()[ids])
+    x = torch.randn(2, 3, 16)
+    expected = quantization.fake_quantize_activation(x, 8) @ embedding.dequantize().mT
+    torch.testing.assert_close(embedding.product(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="^frequent_rows needs counts of the tokens.$"):
+        embedding.store(weight)
+
+
+# --- a whole model
+
+
+def packed(model, modules=None):
+    pack(model, quantization.PackedConfig(modules or EVERYTHING))
+    return model.eval()
+
+
+def generic(model, **inputs):
+    """Logits without the packed decoder."""
+    model.model._decoder = None
+    try:
+        return model(**inputs).logits
+    finally:
+        del model.model._decoder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("group_size", ["tensor", 8])
+def test_packing_what_was_trained_ternary_loses_nothing(group_size):
+    model, inputs = tiny_model("bitnet", qat_config=TERNARY | {"group_size": group_size}), tiny_inputs()
+    plain = model(**inputs).logits
+    with pytest.raises(ValueError, match="was trained ternary with group_size"):
+        packed(tiny_model("bitnet", qat_config=TERNARY | {"group_size": group_size}), {LINEARS: {"format": "int4"}})
+    packed(model, {LINEARS: {"format": "ternary", "group_size": group_size}})
+    torch.testing.assert_close(generic(model, **inputs), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(**inputs).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_packed_decoder_is_the_language_model(text_type):
+    model = packed(outspoken_model(text_type))
+    assert PackedDecoder.supports(model.model.language_model)
+    inputs = tiny_inputs(3)
+    inputs["attention_mask"][1, :2] = 0
+    logits = model(**inputs).logits
+    assert isinstance(model.model._decoder, PackedDecoder)
+    seen = inputs["attention_mask"].bool()
+    # a number on the edge of a rounding step moves a logit; nearly all are equal
+    difference = (logits - generic(model, **inputs))[seen].abs()
+    assert difference.median() < 1e-4 * logits.std() and difference.max() < 0.05 * logits.std()
+    single = {k: v[1:2, 2:] if k != "pixel_values" else v[1:2] for k, v in inputs.items()}
+    torch.testing.assert_close(model(**single).logits[0], logits[1, 2:], rtol=1e-3, atol=1e-3)
+
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation({"text_config": implementation})
+        one = {k: v[:1] for k, v in inputs.items()}
+        whole = model.generate(**one, max_new_tokens=12, do_sample=False)
+        assert torch.equal(model.generate(**one, max_new_tokens=12, do_sample=False, use_cache=False), whole)
+        assert torch.equal(
+            model.generate(**one, max_new_tokens=12, do_sample=False, cache_implementation="static"), whole
+        )
+    hidden = model(**inputs, output_hidden_states=True).hidden_states  # the language model's own way
+    assert len(hidden) == 3
+
+
+@torch.no_grad()
+def test_a_memory_is_read_by_the_packed_decoder():
+    memory_config = {"num_slots": 16, "code_size": 32, "num_content_slots": 4, "num_memory_tokens": 4}
+    memory_config |= {"max_content_tokens": 16, "key_hidden_size": 32, "scope_hidden_size": 16}
+    model = packed(outspoken_model("qwen2", use_memory=True, memory_config=memory_config))
+    fact, question = tiny_inputs(1), tiny_inputs(1, length=4)
+    memory = model.write_memory(**fact)
+    plain = model(**question).logits
+    logits = model(**question, memory=memory, memory_gate="on").logits
+    assert not torch.allclose(logits, plain, atol=1e-2)
+    torch.testing.assert_close(
+        generic(model, **question, memory=memory, memory_gate="on"), logits, rtol=1e-3, atol=1e-2
+    )
+    assert model.memory_fingerprint() == model.memory_fingerprint()
+
+
+def test_gradients_go_around_it():
+    model = packed(tiny_model())
+    embeds = model.get_input_embeddings()(tiny_inputs()["input_ids"]).requires_grad_()
+    assert model.model._packed_decoder(embeds) is None
+    assert model.train().model._packed_decoder(embeds.detach()) is None
+
+
+# --- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = packed(tiny_model("qwen2", qat_config=TERNARY))
+    model.save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def reopen(folder, **kwargs):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **kwargs)
+
+
+def test_opens_directly_and_saves_bit_for_bit(checkpoint, tmp_path):
+    stored = load_file(checkpoint / "model.safetensors")
+    assert stored["model.language_model.layers.0.mlp.down_proj.weight"].shape == (32, 13)  # 64 columns, 5 to a byte
+    assert not any(name.startswith("lm_head") for name in stored)
+    assert json.loads((checkpoint / "config.json").read_text())["quantization_config"]["quant_method"] == "microvlm"
+    model = reopen(checkpoint)
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    model.save_pretrained(tmp_path / "again")
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (checkpoint / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        assert torch.equal(reopen(tmp_path / "again")(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}, {"dtype": "auto"}],
+    ids=str,
+)
+def test_arguments_of_from_pretrained(checkpoint, kwargs):
+    model = reopen(checkpoint, **kwargs)
+    dtype = kwargs.get("dtype") if isinstance(kwargs.get("dtype"), torch.dtype) else torch.float32
+    assert model.get_input_embeddings()(torch.tensor([1])).dtype == model.dtype == dtype
+    inputs = tiny_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        logits = model(**inputs).logits.float()
+        expected = reopen(checkpoint)(**tiny_inputs()).logits
+    scales = "model.language_model.embed_tokens.rest.weight_scale"
+    assert model.state_dict()[scales].dtype == torch.float16
+    assert (
+        (logits - expected).abs().max() < 0.1 * expected.std()
+        if dtype == torch.bfloat16
+        else torch.equal(logits, expected)
+    )
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (
+            lambda t: t.fill_(243),
+            "model.language_model.layers.1.mlp.up_proj.weight: a byte of five trits is at most 242, got 243.",
+        ),
+        (
+            lambda t: t[:, :-1].contiguous(),
+            "model.language_model.layers.1.mlp.up_proj.weight has the shape (64, 6), expected (64, 7).",
+        ),
+    ],
+    ids=["byte", "shape"],
+)
+def test_damaged_weights_are_refused_by_name(checkpoint, damage, message):
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors[name] = damage(tensors[name])
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reopen(checkpoint)
+    assert message in str(error.value)
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(
+        ValueError, match="^quantization_config.modules: 'decoder' matches no linear layer or embedding of the model.$"
+    ):
+        packed(tiny_model(), {"decoder": {}})
+    with pytest.raises(ValueError, match="is a linear layer: frequent_rows is for embeddings.$"):
+        packed(tiny_model(), {LINEARS: {"frequent_rows": 3}})
+
+
+# --- quantize_hf.py
+
+
+def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
+    use_cache(monkeypatch, tmp_path / "cache")
+    start = toy_checkpoint(tmp_path / "start", qat_config=TERNARY)
+    data = write_parquet(tmp_path / "data.parquet", pairs(style=["flat"] * 8))
+    recipe = tmp_path / "recipe.yaml"
+    modules = EVERYTHING | {r"model\.language_model\.embed_tokens": {"group_size": "row", "frequent_rows": 20}}
+    recipe.write_text(json.dumps({"modules": modules, "counts": str(data)}))
+    out, scores = tmp_path / "out", tmp_path / "scores.json"
+    quantize_hf.main([str(start), str(out), "--recipe", str(recipe), "--data", str(data), "--json", str(scores)])
+    printed = capsys.readouterr().out
+    size = (out / "model.safetensors").stat().st_size
+    assert f"{size:,} bytes of weights" in printed
+    linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert re.search(rf"decoder layers +ternary +{linears:,} ", printed)
+    total = int(re.search(r"total +[\d,]+ +([\d,]+)", printed)[1].replace(",", ""))
+    assert 0 < size - total < 20_000  # names and shapes
+    found = json.loads(scores.read_text())
+    assert found["before"].keys() == found["after"].keys() and found["before"]["perplexity"] > 1
+    assert found["after"]["perplexity"] == pytest.approx(found["before"]["perplexity"], rel=0.3)
+    assert re.search(rf"perplexity +{found['before']['perplexity']:.4f} +{found['after']['perplexity']:.4f}", printed)
+    assert reopen(out).dtype == torch.bfloat16
+    with pytest.raises(FileExistsError, match=f"^{re.escape(str(out))} exists: choose another folder.$"):
+        quantize_hf.main([str(start), str(out), "--recipe", str(recipe)])
+    shutil.rmtree(out)
+
+
+def test_recipes_of_packing_are_checked(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("modules: {x: {}}\nmodel: y\n")
+    with pytest.raises(
+        ValueError, match=f"^unknown key in {re.escape(str(path))}: model. Known: counts, dtype, modules.$"
+    ):
+        load_recipe(str(path))
+    path.write_text("dtype: float32\n")
+    with pytest.raises(ValueError, match="has no modules: what to pack.$"):
+        load_recipe(str(path))
+    with pytest.raises(ValueError, match="^--set takes key=value, got 'dtype'.$"):
+        load_recipe(str(path), ["dtype"])

@@ -1,0 +1,266 @@
+"""The speed benchmark runs on tiny models and counts what it says it counts; nothing here asserts a time."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+from torch import nn
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import speed  # noqa: E402
+from speed import CATALOGUE, LLAMA_CPP, Result, Scratch, in_groups, ratios, step_bytes  # noqa: E402
+
+needs_llama_cpp = pytest.mark.skipif(
+    not all(importlib.util.find_spec(m) for m in ("llama_cpp", "gguf")), reason="llama-cpp-python is not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """The benchmark sets threads and progress bars for its whole process, which here is that of all tests."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(speed.transformers.utils.logging, "disable_progress_bar", lambda: None)
+    yield
+    torch.set_num_threads(threads)
+
+
+def by_hand(text) -> int:
+    """Numbers that a decoding step of a Qwen2 with a tied head reads: matrices, biases, norms, the head."""
+    D, F, L, V = text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size
+    kv = D // text.num_attention_heads * text.num_key_value_heads
+    layer = 2 * D * D + 2 * D * kv + 3 * D * F + (D + 2 * kv) + 2 * D
+    return L * layer + D + V * D
+
+
+def generate(model):
+    ids = speed.prompt(model)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 32, 32)}
+    return lambda n: model.generate(**inputs, do_sample=False, min_new_tokens=n, max_new_tokens=n)
+
+
+def test_the_small_command_measures_each_in_its_own_process(tmp_path, capsys):
+    speed.main(["--small", "--write-v", str(tmp_path / "packed")])
+    assert "V with random weights" in capsys.readouterr().out
+    names = ["given", "V NF4", "GIT-base"]
+    out, plots = tmp_path / "out" / "speed.json", tmp_path / "plots"
+    command = ["--small", "--rounds", "2", "--tokens", "32", "--only", *names, "--json", str(out), "--plot", str(plots)]
+    speed.main([*command, "--scratch", str(tmp_path / "runs"), "--checkpoint", f"given={tmp_path / 'packed'}"])
+    printed, values = capsys.readouterr().out, json.loads(out.read_text())
+    assert list(values["results"]) == names
+    assert values["bandwidth_bytes_per_second"]["highest"] == max(values["bandwidth_bytes_per_second"]["rounds"]) > 0
+    for name, result in values["results"].items():
+        assert printed.count(f"| {name} |") >= 2
+        assert len(result["turns"]) == 2
+        for turn in result["turns"]:
+            assert 0 < turn["first"] < turn["caption"] and math.isfinite(turn["rate"]) and turn["rate"] > 0
+        assert result["disk"] > 0 and result["load"] > 0 and sum(result["read"].values()) > 0
+        if sys.platform == "linux":
+            assert result["peak"] > 0
+    assert "given is faster than" in printed
+    assert values["results"]["V NF4"]["read"]["uint8"] > 0
+    assert values["results"]["V NF4"]["disk"] < values["results"]["given"]["disk"]
+    assert sorted(path.name for path in plots.iterdir()) == ["speed_disk.png", "speed_tokens.png"]
+    assert not list((tmp_path / "runs").iterdir())  # scratch weights are gone
+
+
+@pytest.mark.parametrize(
+    "name,positions",
+    [("SmolVLM-256M x1", 2 + 1 + 16), ("SmolVLM-256M x17", 17 * 3 + 16), ("BLIP-base", 1), ("ViT-GPT2", 1)],
+)
+def test_peers_take_a_picture_and_never_stop_early(name, positions, tmp_path):
+    subject = CATALOGUE[name](name, Scratch(tmp_path, True))
+    subject.load()
+    assert subject.positions == positions and subject.disk_bytes() > 0
+    assert subject.model.dtype == torch.bfloat16
+    times = subject.emit(40)
+    assert len(times) == 40 and 0 < times[0] and times == sorted(times)
+
+
+@pytest.mark.parametrize("standin", [False, True])
+def test_full_sizes_are_those_of_the_documents(standin):
+    text = speed.v_config(standin=standin).text_config
+    assert (text.vocab_size, text.num_hidden_layers, text.intermediate_size) == (151936, 24, 4864)
+    assert text.hidden_size == (1024 if standin else 896)
+    assert not standin or text.hidden_size % 256 == text.intermediate_size % 256 == 0
+    assert text.hidden_size // text.num_attention_heads == 64 and text.num_key_value_heads == 2
+    assert standin or by_hand(text) == 494_032_768  # Qwen2.5-0.5B's published number
+
+
+@pytest.mark.parametrize(
+    "name,millions", [("SmolVLM-256M", 256), ("BLIP-base", 224), ("GIT-base", 177), ("ViT-GPT2", 239)]
+)
+def test_peers_have_the_published_number_of_parameters(name, millions):
+    """BLIP's is given as 247 million with its tied head counted twice."""
+    shape = speed.SHAPES[name]
+    with torch.device("meta"):
+        model = getattr(speed.transformers, shape.model)(shape.config(False))
+    model.tie_weights()
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=1)
+
+
+@pytest.mark.parametrize("dtype,name,size", [(torch.float32, "float32", 4), (torch.bfloat16, "bfloat16", 2)])
+def test_bytes_of_a_step_are_those_counted_by_hand(dtype, name, size):
+    model = tiny_model().to(dtype)
+    run = generate(model)
+    model.model.vision_tower.to(torch.float32).register_forward_pre_hook(
+        lambda m, args, kwargs: ((args[0].float(), *args[1:]), kwargs), with_kwargs=True
+    )
+    model.model.vision_tower.register_forward_hook(
+        lambda m, a, out: setattr(out, "last_hidden_state", out[0].to(dtype))
+    )
+    found = step_bytes(model, run)
+    inv_freq = model.model.language_model.rotary_emb.inv_freq.numel()
+    rest = found.pop("float32", 0) if name == "bfloat16" else 0
+    assert sum(found.values()) + rest == pytest.approx(size * by_hand(model.config.text_config), abs=4 * inv_freq)
+    assert found[name] >= size * by_hand(model.config.text_config)
+
+
+def test_a_layer_that_calls_none_of_its_parts_counts_whole():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.packed = torch.zeros(10, dtype=torch.uint8)  # a plain attribute
+
+        def forward(self, x):
+            return x @ self.a.weight @ self.b.weight
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.layer, self.embedding = nn.Linear(4, 4), Fused(), nn.Embedding(4, 4)
+            self.head = nn.Linear(4, 4, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            x = self.once(torch.zeros(1, 4))
+            for _ in range(tokens):
+                x = self.head(self.layer(x + self.embedding(torch.tensor([0]))))
+
+    model = Model()
+    assert step_bytes(model, model) == {"float32": 3 * 16 * 4, "uint8": 10}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    "name", ["llama.cpp V BF16", "llama.cpp V TQ2_0", "llama.cpp V Q4_0+head", "llama.cpp 1024 TQ1_0"]
+)
+def test_llama_cpp_runs_and_stores_what_the_name_says(name, tmp_path):
+    subject = CATALOGUE[name](name, Scratch(tmp_path, True))
+    opened = subject.open(32)
+    assert opened["positions"] == 5 + 16 and not opened["sees"]
+    assert len(subject.emit(4)) == 4 and subject.close() is None or sys.platform == "linux"
+    text = speed.v_config(True, "1024" in name).text_config
+    vectors = text.num_hidden_layers * (3 * text.hidden_size + 2 * 2 * text.hidden_size // 4) + text.hidden_size
+    matrices = by_hand(text) - vectors
+    head = text.vocab_size * text.hidden_size
+    expected = {
+        "llama.cpp V BF16": {"BF16": 2 * matrices},
+        # 64 columns: rows of no 256, so layers fall back to blocks of 32 in 18 bytes, the head to 34 bytes
+        "llama.cpp V TQ2_0": {"Q4_0": (matrices - head) * 18 // 32, "Q8_0": head * 34 // 32},
+        "llama.cpp V Q4_0+head": {"Q4_0": matrices * 18 // 32},
+        # 256 columns: blocks of 256 in 54 bytes, the head in 210
+        "llama.cpp 1024 TQ1_0": {"TQ1_0": (matrices - head) * 54 // 256, "Q6_K": head * 210 // 256},
+    }[name]
+    assert opened["read"] == expected | {"F32": 4 * vectors}
+
+
+def test_without_llama_cpp_its_rows_are_left_out_and_named(monkeypatch):
+    options = speed.parse(["--only", "V bf16", "llama.cpp V BF16"])
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    assert speed.chosen(options) == (["V bf16"], ["llama.cpp V BF16"])
+    assert len(LLAMA_CPP) == 10 and set(LLAMA_CPP) < set(CATALOGUE)
+
+
+class FakeWorker:
+    """Notes what it is asked, in one log of all workers."""
+
+    log, broken = [], None
+
+    def __init__(self, subject):
+        self.name = subject
+
+    def ask(self, method, *args):
+        self.log.append((self.name, method))
+        if self.broken == (self.name, method):
+            raise RuntimeError("broken")
+        return {"open": {}, "turn": {"rate": 1.0}, "close": 7}[method]
+
+    def stop(self):
+        self.log.append((self.name, "stop"))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(FakeWorker, "log", [])
+    monkeypatch.setattr(speed, "Worker", FakeWorker)
+    return FakeWorker
+
+
+def test_turns_are_interleaved_round_by_round(fake):
+    results, rates = speed.measure_group(["a", "b"], 2, 40, lambda: fake.log.append(("bus", "read")) or 5.0)
+    turns = [("bus", "read"), ("a", "turn"), ("b", "turn")]
+    ends = [("a", "close"), ("b", "close"), ("a", "stop"), ("b", "stop")]
+    assert fake.log == [("a", "open"), ("b", "open"), *turns, *turns, *ends]
+    assert rates == [5.0, 5.0] and [len(r.turns) for r in results.values()] == [2, 2] and results["b"].peak == 7
+
+
+def test_every_worker_stops_when_one_fails(fake, monkeypatch):
+    monkeypatch.setattr(fake, "broken", ("a", "turn"))
+    with pytest.raises(RuntimeError, match="broken"):
+        speed.measure_group(["a", "b"], 2, 40, lambda: 5.0)
+    assert fake.log[-2:] == [("a", "stop"), ("b", "stop")]
+
+
+def test_groups_hold_what_memory_holds():
+    needs = {"a": 4, "b": 4, "c": 9, "d": 1}
+    assert in_groups(needs, 18) == [["a", "b", "c", "d"]] == in_groups(needs, None)
+    assert in_groups(needs, 8) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_medians_ratios_and_the_limit_by_hand():
+    opened = {
+        "read": {"uint8": 30, "float32": 20},
+        "sees": True,
+        "positions": 41,
+        "load": 1.0,
+        "disk": 2e6,
+        "memory": None,
+    }
+    turn = lambda rate, first: {"rate": rate, "first": first, "caption": first + 1}  # noqa: E731
+    fast = Result(opened, [turn(10.0, 1.0), turn(30.0, 1.0), turn(20.0, 4.0)], 3 * 10**6)
+    slow = Result(opened, [turn(5.0, 2.0), turn(10.0, 3.0), turn(20.0, 4.0)])
+    assert fast.read == 50 and fast.median("rate") == 20
+    assert ratios(fast, slow) == {"rate": 2.0, "first": 2.0, "caption": 1.5}
+    table = speed.limit_table({"fast": fast}, 2000.0)
+    assert table.endswith("| fast | uint8 0.0, float32 0.0 | 0.0 | 40.0 | 50.0% |")
+    row = speed.speed_table({"fast": fast}).splitlines()[-1]
+    assert "20.0 (10.0 to 30.0)" in row and row.endswith("| 1.00 | 2.0 | not measured | 3.0 |")
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["--rounds", "0"], "--rounds must be 1 or more"),
+        (["--tokens", "31"], "--tokens 32 to 400"),
+        (["--tokens", "401"], "--tokens 32 to 400"),
+        (["--only", "V fp64"], "known are V bf16"),
+        (["--checkpoint", "packed"], "is not NAME=FOLDER"),
+        (["--checkpoint", "packed=nowhere"], "has no config.json"),
+        (["--checkpoint", f"V bf16={ROOT}"], "the name is taken"),
+        (["--checkpoint", f"a={ROOT}", "--checkpoint", f"a={ROOT}"], "the name is taken"),
+    ],
+)
+def test_wrong_arguments_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        speed.parse(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_checkpoints_come_first():
+    options = speed.parse(["--checkpoint", f"nano={ROOT}", "--only", "V bf16", "nano"])
+    assert speed.chosen(options)[0] == ["nano", "V bf16"] and options.checkpoint == {"nano": ROOT}
