@@ -5,6 +5,8 @@ weights (queries, keys and values as one matrix, gate and up as one), whose inpu
 added. Hidden states are float32.
 """
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +16,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .kernels_microvlm import (
+    Program,
+    kernel_threads,
     low_bit_linear_quantized,
+    native_available,
     pack_panels,
     quantize_rows,
     rms_norm_quantize,
@@ -43,6 +48,10 @@ class Product:
             biases = [torch.zeros(m.rows) if m.bias is None else m.bias.detach().float() for m in linears]
             self.bias = torch.cat(biases)
 
+    def record(self, program: Program, quantized, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The same as a step of a program."""
+        return program.linear(quantized, self.panels, self.scale, self.bias, self.rows, self.bits, residual)
+
     def __call__(self, quantized, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Rounded inputs of M tokens -> float32 (M, rows)."""
         shape = (self.rows, self.columns, self.bits)
@@ -54,6 +63,9 @@ class Norm:
 
     def __init__(self, module: nn.Module):
         self.weight, self.eps = module.weight.detach().float().contiguous(), module.variance_epsilon
+
+    def record(self, program: Program, x: torch.Tensor, product: Product) -> torch.Tensor:
+        return product.record(program, program.quantize(x, self.weight, self.eps))
 
     def __call__(self, x: torch.Tensor):
         return rms_norm_quantize(x, self.weight, self.eps)
@@ -77,6 +89,8 @@ class Layer:
         )
         sub_norms = hasattr(attention, "attn_sub_norm")  # BitNet
         self.attention_norm = Norm(attention.attn_sub_norm) if sub_norms else quantize_rows
+        self.attention_weight = self.attention_norm.weight if sub_norms else None
+        self.attention_eps = self.attention_norm.eps if sub_norms else 0.0
         self.hidden_norm = Norm(mlp.ffn_sub_norm) if sub_norms else None
         self.act = mlp.act_fn
 
@@ -101,22 +115,75 @@ class Layer:
         out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal, scale=self.scaling)
         return out.transpose(1, 2).reshape(B, T, H * d)
 
-    def __call__(
-        self, x, cos, sin, mask, cache: Cache | None, size: tuple[int, int], dtype: torch.dtype
+    def attention(
+        self, qkv, cos, sin, mask, cache: Cache | None, size: tuple[int, int], dtype: torch.dtype
     ) -> torch.Tensor:
-        """x (B T, D) -> the same; cos and sin (B T, 1, d / 2)."""
+        """qkv (B T, rows of q, k and v), cos and sin (B T, 1, d / 2) -> (B, T, heads x d)."""
         B, T = size
         H, KV, d = self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(self.input_norm(x)).view(B * T, H + 2 * KV, d)
+        qkv = qkv.view(B * T, H + 2 * KV, d)
         first, second = qkv[:, : H + KV].chunk(2, -1)
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
         heads = torch.cat([rotated, qkv[:, H + KV :]], 1).to(dtype).view(B, T, H + 2 * KV, d).transpose(1, 2)
         q, k, v = heads.split([H, KV, KV], 1)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        out = self.attend(q, k, v, mask)
-        x = self.out(self.attention_norm(out.reshape(B * T, H * d).float().contiguous()), x)
+        return self.attend(q, k, v, mask)
+
+    def __call__(self, x, *args) -> torch.Tensor:
+        """x (B T, D) -> the same; the rest as `attention`."""
+        out = self.attention(self.qkv(self.input_norm(x)), *args)
+        x = self.out(self.attention_norm(out.flatten(0, 1).float().contiguous()), x)
         return self.mlp(x)
+
+
+class TokenStep:
+    """One token of one row, its products recorded as programs on tensors that stay: between two attentions there is one call.
+
+    Args:
+        decoder: a `PackedDecoder`.
+    """
+
+    def __init__(self, decoder: "PackedDecoder"):
+        layers, D = decoder.layers, decoder.layers[0].out.rows
+        self.layers, self.x = layers, torch.zeros(1, D)
+        self.attended = [torch.zeros(1, layer.heads * layer.head_dim) for layer in layers]
+        self.hidden = [torch.zeros(1, layer.down.columns) for layer in layers]
+        self.qkv, self.gate_up = [], []
+        # programs[i] runs before layer i's attention, programs[-1] behind the last; BitNet's MLP is cut by its activation
+        self.programs, self.rests = [Program()], []
+        x = self.x
+        for i, layer in enumerate(layers):
+            program = self.programs[-1]
+            self.qkv.append(layer.input_norm.record(program, x, layer.qkv))
+            program = Program()
+            quantized = program.quantize(self.attended[i], layer.attention_weight, layer.attention_eps)
+            x = layer.out.record(program, quantized, x)
+            gate_up = layer.mlp_norm.record(program, x, layer.gate_up)
+            self.gate_up.append(gate_up)
+            if layer.hidden_norm is None:
+                x = layer.down.record(program, program.silu_mul(gate_up), x)
+                self.rests.append(None)
+            else:
+                self.rests.append(program)
+                program = Program()
+                quantized = program.quantize(self.hidden[i], layer.hidden_norm.weight, layer.hidden_norm.eps)
+                x = layer.down.record(program, quantized, x)
+            self.programs.append(program)
+        self.out = x
+
+    def __call__(self, x: torch.Tensor, cos, sin, mask, cache: Cache | None, dtype: torch.dtype) -> torch.Tensor:
+        """x (1, D) -> the same, before the last norm."""
+        self.x.copy_(x)
+        self.programs[0]()
+        for i, layer in enumerate(self.layers):
+            self.attended[i].copy_(layer.attention(self.qkv[i], cos, sin, mask, cache, (1, 1), dtype).view(1, -1))
+            if self.rests[i] is not None:
+                self.rests[i]()
+                gate, up = self.gate_up[i].chunk(2, -1)
+                torch.mul(layer.act(gate), up, out=self.hidden[i])
+            self.programs[i + 1]()
+        return self.out
 
 
 class PackedDecoder:
@@ -130,6 +197,7 @@ class PackedDecoder:
         self.model, self.config = model, model.config
         self.layers = [Layer(layer) for layer in model.layers]
         self.norm = Norm(model.norm)
+        self.local = threading.local()  # a step writes to tensors of its own: one for each thread
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -147,6 +215,7 @@ class PackedDecoder:
             for m in linears
         )
 
+    @kernel_threads()
     @torch.no_grad()
     def __call__(
         self,
@@ -179,7 +248,12 @@ class PackedDecoder:
         half = cos.shape[-1] // 2
         cos, sin = (t[..., :half].expand(B, -1, -1).reshape(B * T, 1, half) for t in (cos, sin))
         x = inputs_embeds.reshape(B * T, D).float()
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask, past_key_values, (B, T), dtype)
+        if B == T == 1 and native_available():
+            if not hasattr(self.local, "step"):
+                self.local.step = TokenStep(self)
+            x = self.local.step(x, cos, sin, mask, past_key_values, dtype)
+        else:
+            for layer in self.layers:
+                x = layer(x, cos, sin, mask, past_key_values, (B, T), dtype)
         x = F.rms_norm(x, (D,), self.norm.weight, self.norm.eps)
         return BaseModelOutputWithPast(last_hidden_state=x.view(B, T, D), past_key_values=past_key_values)

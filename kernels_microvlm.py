@@ -16,6 +16,7 @@ Nothing here has a gradient. Set MICROVLM_KERNELS to the name of a target to for
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import os
@@ -671,6 +672,28 @@ done:
   store atomic i64 0, ptr %busy seq_cst, align 8
   ret void
 }
+
+define void @run_many(ptr %pool, ptr %jobs, i64 %n, i64 %helpers) {
+entry:
+  br label %loop
+loop:
+  %i = phi i64 [0, %entry], [%next, %loop]
+  %first = shl i64 %i, 2
+  %place0 = getelementptr i64, ptr %jobs, i64 %first
+  %place1 = getelementptr i64, ptr %place0, i64 1
+  %place2 = getelementptr i64, ptr %place0, i64 2
+  %place3 = getelementptr i64, ptr %place0, i64 3
+  %kernel = load ptr, ptr %place0
+  %arguments = load ptr, ptr %place1
+  %total = load i64, ptr %place2
+  %chunk = load i64, ptr %place3
+  call void @run(ptr %pool, ptr %kernel, ptr %arguments, i64 %total, i64 %chunk, i64 %helpers)
+  %next = add i64 %i, 1
+  %more = icmp slt i64 %next, %n
+  br i1 %more, label %loop, label %done
+done:
+  ret void
+}
 """
 
 
@@ -740,19 +763,47 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _run(kernel: int, arguments: bytes, total: int, chunk: int) -> None:
-    """kernel(arguments, begin, end) over 0..total, shared in chunks by torch.get_num_threads() threads."""
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def kernel_threads():
+    """Leave this thread's share of the cores to the kernels: torch's own operations run on one thread meanwhile.
+
+    Threads of OpenMP wait by spinning, in the way of the workers here: a small operation of torch between two products costs more than both.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not native_available():
+        yield
+        return
+    _here.threads = threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        del _here.threads
+
+
+def _helpers(wanted: bool = True) -> tuple[int, int]:
+    """Address of the pool, or 0, and how many of its threads help: as many as torch has, see `kernel_threads`."""
     global _pool
-    helpers, address = torch.get_num_threads() - 1, 0
-    if total > chunk and helpers:
-        pool = _pool
-        if pool is None or pool.workers < helpers:
-            with _pool_lock:
-                if _pool is None or _pool.workers < helpers:
-                    _stop_pool()
-                    _pool = _Pool(helpers)
-                pool = _pool
-        address = pool.address
+    helpers = (getattr(_here, "threads", None) or torch.get_num_threads()) - 1
+    if not wanted or not helpers:
+        return 0, helpers
+    pool = _pool
+    if pool is None or pool.workers < helpers:
+        with _pool_lock:
+            if _pool is None or _pool.workers < helpers:
+                _stop_pool()
+                _pool = _Pool(helpers)
+            pool = _pool
+    return pool.address, helpers
+
+
+def _run(kernel: int, arguments: bytes, total: int, chunk: int) -> None:
+    """kernel(arguments, begin, end) over 0..total, shared in chunks."""
+    address, helpers = _helpers(total > chunk)
     _pool_functions()[0](address, kernel, arguments, total, chunk, helpers)
 
 
@@ -805,12 +856,15 @@ def _compiled(name: str, kind: str, bits: int, bf16: bool) -> int:
 
 @functools.cache
 def _pool_functions():
-    """`run` and `worker` of POOL_IR."""
+    """`run`, `worker` and `run_many` of POOL_IR."""
     _ENGINES.append(_engine("generic", _pool_ir()))
     i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    run = ctypes.CFUNCTYPE(None, pointer, pointer, ctypes.c_char_p, i64, i64, i64)
-    worker = ctypes.CFUNCTYPE(None, pointer)
-    return run(_ENGINES[-1].get_function_address("run")), worker(_ENGINES[-1].get_function_address("worker"))
+    types = {
+        "run": ctypes.CFUNCTYPE(None, pointer, pointer, ctypes.c_char_p, i64, i64, i64),
+        "worker": ctypes.CFUNCTYPE(None, pointer),
+        "run_many": ctypes.CFUNCTYPE(None, pointer, pointer, i64, i64),
+    }
+    return tuple(kind(_ENGINES[-1].get_function_address(name)) for name, kind in types.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------- public API
@@ -836,19 +890,79 @@ def _native(x: torch.Tensor) -> bool:
     return native_available() and x.is_cpu
 
 
+Job = tuple[int, bytes, int, int]  # a kernel, its arguments, how much there is to do, and how much of it at a time
+
+
+def _quantize_job(kind: str, x, weight, scratch, quantized: Quantized, columns: int, eps: float) -> Job:
+    padded = quantized[0].shape[1]
+    tensors = [0 if t is None else t.data_ptr() for t in (x, weight, scratch, *quantized)]
+    arguments = struct.pack("8qfi", *tensors, columns, padded, eps, 0)
+    return _compiled(target(), kind, 8, x.dtype == torch.bfloat16), arguments, len(x), max(1, GRAIN // (8 * padded))
+
+
+def _linear_job(quantized: Quantized, panels, scale, bias, residual, y, bits: int) -> Job:
+    (M, padded), rows = quantized[0].shape, y.shape[1]
+    tensors = [0 if t is None else t.data_ptr() for t in (*quantized, panels, scale, bias, residual, y)]
+    arguments = struct.pack("11q", *tensors, M, rows, padded // COLUMNS)
+    kernel = _compiled(target(), "linear", bits, y.dtype == torch.bfloat16)
+    return kernel, arguments, _up(rows, ROWS) // ROWS, max(1, GRAIN // (ROWS * padded * max(M, 1)))
+
+
+def _empty_quantized(M: int, columns: int) -> Quantized:
+    return torch.empty(M, _up(columns, COLUMNS), dtype=torch.int8), torch.empty(M), torch.empty(M, dtype=torch.int32)
+
+
 def _quantize(
     kind: str, x: torch.Tensor, columns: int, weight: torch.Tensor | None = None, eps: float = 0.0
 ) -> Quantized:
-    M, padded = x.shape[0], _up(columns, COLUMNS)
-    x_q = torch.empty(M, padded, dtype=torch.int8)
-    s = torch.empty(M)
-    sums = torch.empty(M, dtype=torch.int32)
-    x = x.contiguous()
-    scratch = torch.empty(M, columns) if kind == "silu" else None
-    tensors = [0 if t is None else t.data_ptr() for t in (x, weight, scratch, x_q, s, sums)]
-    arguments = struct.pack("8qfi", *tensors, columns, padded, eps, 0)
-    _run(_compiled(target(), kind, 8, x.dtype == torch.bfloat16), arguments, M, max(1, GRAIN // (8 * padded)))
-    return x_q, s, sums
+    quantized, x = _empty_quantized(len(x), columns), x.contiguous()
+    scratch = torch.empty(len(x), columns) if kind == "silu" else None
+    _run(*_quantize_job(kind, x, weight, scratch, quantized, columns, eps))
+    return quantized
+
+
+class Program:
+    """Quantizers and products on tensors that stay where they are, recorded once and run in order by one call.
+
+    The tensors are float32 and contiguous, on a CPU with `native_available()`. Each method records a step and returns what it writes to.
+    """
+
+    def __init__(self):
+        self.steps: list[Job] = []
+        self.tensors, self.jobs = [], None
+
+    def quantize(self, x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0) -> Quantized:
+        """`quantize_rows` of x (M, C), or with a weight `rms_norm_quantize`."""
+        quantized = _empty_quantized(*x.shape)
+        self._add(_quantize_job("plain" if weight is None else "rms", x, weight, None, quantized, x.shape[1], eps))
+        self.tensors += [x, weight, *quantized]
+        return quantized
+
+    def silu_mul(self, gate_up: torch.Tensor) -> Quantized:
+        """`silu_mul_quantize`."""
+        columns = gate_up.shape[1] // 2
+        quantized, scratch = _empty_quantized(len(gate_up), columns), torch.empty(len(gate_up), columns)
+        self._add(_quantize_job("silu", gate_up, None, scratch, quantized, columns, 0.0))
+        self.tensors += [gate_up, scratch, *quantized]
+        return quantized
+
+    def linear(self, quantized: Quantized, panels, scale, bias, rows: int, bits: int, residual=None) -> torch.Tensor:
+        """`low_bit_linear_quantized`."""
+        y = torch.empty(len(quantized[0]), rows)
+        self._add(_linear_job(quantized, panels, scale, bias, residual, y, bits))
+        self.tensors += [*quantized, panels, scale, bias, residual, y]
+        return y
+
+    def _add(self, job: Job) -> None:
+        kernel, arguments, total, chunk = job
+        buffer = ctypes.create_string_buffer(arguments, len(arguments))
+        self.tensors.append(buffer)
+        self.steps.append((kernel, ctypes.addressof(buffer), total, chunk))
+        self.jobs = (ctypes.c_int64 * (4 * len(self.steps)))(*(value for step in self.steps for value in step))
+
+    def __call__(self) -> None:
+        address, helpers = _helpers()
+        _pool_functions()[2](address, self.jobs, len(self.steps), helpers)
 
 
 def quantize_rows_reference(x: torch.Tensor) -> Quantized:
@@ -1021,12 +1135,8 @@ def low_bit_linear_quantized(
             x_q, s, sums, panels, scale, bias, rows, columns, bits, dtype, residual
         )
     _check_linear(x_q, s, sums, panels, scale, bias, rows, columns, bits, dtype, residual)
-    M, padded = x_q.shape
-    y = torch.empty(M, rows, dtype=dtype)
-    tensors = [0 if t is None else t.data_ptr() for t in (x_q, s, sums, panels, scale, bias, residual, y)]
-    arguments = struct.pack("11q", *tensors, M, rows, padded // COLUMNS)
-    kernel = _compiled(target(), "linear", bits, dtype == torch.bfloat16)
-    _run(kernel, arguments, _up(rows, ROWS) // ROWS, max(1, GRAIN // (ROWS * padded * max(M, 1))))
+    y = torch.empty(len(x_q), rows, dtype=dtype)
+    _run(*_linear_job((x_q, s, sums), panels, scale, bias, residual, y, bits))
     return y
 
 

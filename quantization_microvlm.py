@@ -441,13 +441,13 @@ class PackedEmbedding(nn.Module):
         bits = F.pad(chosen, (0, -len(chosen) % 8)).view(-1, 8).to(torch.uint8)
         self.is_frequent, self._places = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8), None
 
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which rows are frequent (V,), and every row's place in its part (V,)."""
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which rows are frequent (V,), every row's place in its part (V,), and behind one another, the frequent first (V,)."""
         if self._places is None or self._places[0].device != self.is_frequent.device:
             shifts = torch.arange(8, dtype=torch.uint8, device=self.is_frequent.device)
             chosen = (self.is_frequent.unsqueeze(1) >> shifts & 1).flatten()[: self.num_embeddings].bool()
             place = torch.where(chosen, chosen.cumsum(0), (~chosen).cumsum(0)) - 1
-            self._places = chosen, place
+            self._places = chosen, place, torch.where(chosen, place, place + self.frequent.rows)
         return self._places
 
     def _apply(self, fn, recurse=True):
@@ -472,7 +472,7 @@ class PackedEmbedding(nn.Module):
         if self.frequent is None:
             rows = self.rest.dequantize(ids, self.dtype)
         else:
-            chosen, place = (t[ids] for t in self.places())
+            chosen, place = (t[ids] for t in self.places()[:2])
             rows = torch.empty(len(ids), self.embedding_dim, dtype=self.dtype, device=ids.device)
             for part, mask in ((self.frequent, chosen), (self.rest, ~chosen)):
                 rows[mask] = part.dequantize(place[mask], self.dtype)
@@ -482,10 +482,8 @@ class PackedEmbedding(nn.Module):
         """Logits (..., V) of hidden states (..., D)."""
         if self.frequent is None:
             return self.rest.product(x)
-        chosen = self.places()[0]
-        logits = torch.empty(*x.shape[:-1], self.num_embeddings, dtype=x.dtype, device=x.device)
-        logits[..., chosen], logits[..., ~chosen] = self.frequent.product(x), self.rest.product(x)
-        return logits
+        logits = torch.cat([self.frequent.product(x), self.rest.product(x)], -1)
+        return logits.index_select(-1, self.places()[2])
 
 
 class PackedHead(nn.Module):

@@ -9,7 +9,7 @@ first (`config: {qat_config.ternary_modules: [...]}` and `distillation` in train
 
 Keys of a recipe: `modules` (regular expression on module names -> format, group_size, activation_bits, scale_type, frequent_rows,
 frequent_format; see `Scheme` in quantization_microvlm.py), `dtype` of what stays in floating point, `counts` (pictures with captions whose tokens
-say which rows of the vocabulary are frequent).
+say which rows of the vocabulary are frequent; without it those of the lowest ids, as BPE numbers them).
 """
 
 import argparse
@@ -73,14 +73,14 @@ def pack(model, config, counts: torch.Tensor | None = None) -> None:
     Args:
         model: in floating point; ternary training layers are packed as they round.
         config: a `PackedConfig`.
-        counts: of the vocabulary's tokens (V,), for `frequent_rows`.
+        counts: of the vocabulary's tokens (V,), for `frequent_rows`; default: the lower the id, the more frequent, as BPE numbers its merges.
     """
     quantization = quantization_of(model)
     plain = dict(model.named_modules())
     for name, new in quantization.replace_with_packed(model, config).items():
         old = plain[name]
         if isinstance(new, quantization.PackedEmbedding):
-            new.store(old.weight, counts)
+            new.store(old.weight, torch.arange(len(old.weight), 0, -1) if counts is None else counts)
             continue
         trained = isinstance(old, quantization.TernaryLinear) and old.ternary_weights
         if trained and (new.scheme.format, new.scheme.group_size) != ("ternary", old.group_size):
@@ -181,7 +181,10 @@ def main(argv: list[str] | None = None) -> None:
     if output.exists():
         raise FileExistsError(f"{output} exists: choose another folder.")
     where = {"revision": options.revision, "trust_remote_code": True}
-    processor = AutoProcessor.from_pretrained(options.checkpoint, **where)
+    bare = Path(options.checkpoint).is_dir() and not (Path(options.checkpoint) / "processor_config.json").exists()
+    if bare and (options.data or recipe.get("counts")):
+        raise ValueError(f"{options.checkpoint} has no processor: --data and counts need one.")
+    processor = None if bare else AutoProcessor.from_pretrained(options.checkpoint, **where)
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, dtype=torch.float32, **where).eval()
     rows = load_rows(options.data, limit=options.limit) if options.data else None
     results = {"before": quality(model, processor, rows, options.facts)} if rows is not None else {}
@@ -195,7 +198,8 @@ def main(argv: list[str] | None = None) -> None:
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
+    if processor is not None:
+        processor.save_pretrained(temporary)
     opened = AutoModelForImageTextToText.from_pretrained(temporary, trust_remote_code=True).eval()
     stored = model.state_dict()
     for name, tensor in opened.state_dict().items():

@@ -1,0 +1,728 @@
+"""Export a MicroVLM checkpoint for other runtimes: its language model as GGUF, the whole model as ONNX.
+
+    python export_hf.py CHECKPOINT model.gguf --type f16   # llama.cpp: the language model, text only
+    python export_hf.py CHECKPOINT FOLDER --onnx           # onnxruntime: pictures to captions
+
+CHECKPOINT is a folder or a Hub id (with --revision). Notable:
+
+- GGUF has the architecture of `text_config`: qwen2, llama or bitnet, and the checkpoint's own byte-level BPE tokenizer with all its
+  ids, `<image>` among them, which llama.cpp's samplers are told to suppress. Ternary layers are stored rounded. BitNet's are stored as
+  -1, 0, 1 beside a float32 scale, so that every type but q8_0 holds them exactly.
+- llama.cpp's graph of BitNet applies SiLU where BitNet b1.58 2B-4T and nano apply squared ReLU. The file names its activation, but a
+  llama.cpp that does not read that name computes something else: it needs one line changed (docs/export.md). This is printed.
+- ONNX has the three graphs and the names of optimum and transformers.js: `vision_encoder`, `embed_tokens` and
+  `decoder_model_merged`, in float32. The same decoder graph takes the prompt and every token after it.
+- Nothing is trusted: the ONNX graphs are run by onnxruntime and compared with the model, and every tensor of a GGUF file is read back,
+  before OUT appears.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from compose_hf import configuration, modeling, processing, publish, quantization
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "tq2_0", "tq1_0")
+GGUF_ARCHITECTURES = ("qwen2", "llama", "bitnet")
+# Ways of cutting text before the merges, by llama.cpp's name: regular expression (None: that of GPT-2, which ByteLevel has
+# built in), whether digits are cut off one by one first, and whether a whole word in the vocabulary skips the merges.
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {
+    "gpt-2": (None, False, False),
+    "smollm": (None, True, False),
+    "qwen2": (CONTRACTIONS + r"\p{N}" + PUNCTUATION, False, False),
+    "llama-bpe": (CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION, False, True),
+}
+# Logits of the ONNX graphs against the model's, largest difference over the largest logit. Where activations are rounded to 8 bits,
+# sums in another order move a few of them to the neighbouring step.
+ONNX_TOLERANCE, ONNX_ROUNDED_TOLERANCE = 1e-4, 5e-2
+ONNX_OPSET = 20
+MAX_EMBEDDED_BYTES = 1_500_000_000  # a protobuf ends at 2 GB: weights of larger graphs go into a file beside it
+
+
+def load_checkpoint(source: str, revision: str | None = None):
+    """The model in float32 and its tokenizer.
+
+    Raises:
+        ValueError: no MicroVLM checkpoint, or one that is stored quantised.
+    """
+    if not os.path.exists(source) and (source.count("/") != 1 or source.startswith((".", "/"))):
+        raise ValueError(f"CHECKPOINT {source!r} is neither a folder on this machine nor a Hub id (owner/name).")
+    try:
+        values, _ = configuration.MicroVLMConfig.get_config_dict(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"CHECKPOINT {source!r} has no readable config.json: {error}") from error
+    if values.get("model_type") != "microvlm":
+        raise ValueError(
+            f"CHECKPOINT {source!r} is of model_type {values.get('model_type')!r}, expected 'microvlm' (compose_hf.py makes one)."
+        )
+    if "text_config" not in values:
+        raise ValueError(f"CHECKPOINT {source!r} has no text_config, so no language model to export.")
+    if values.get("quantization_config"):
+        raise ValueError(
+            f"CHECKPOINT {source!r} is stored with quant_method "
+            f"{values['quantization_config'].get('quant_method')!r}: export the checkpoint it was made from."
+        )
+    model, info = modeling.MicroVLMForConditionalGeneration.from_pretrained(
+        source, revision=revision, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        raise ValueError(f"CHECKPOINT {source!r} lacks {len(names)} of its tensors, such as {names[0]}.")
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(source, revision=revision)
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Raise ValueError when something at `out` would be overwritten."""
+    if out.exists() and not force:
+        raise ValueError(f"OUT {out} exists: choose another name, or replace it with --force.")
+
+
+# ------------------------------------------------------------------------------------------------------------------ GGUF
+
+
+@dataclass
+class GGUFTensor:
+    """One tensor of the file.
+
+    Args:
+        data: float32, as llama.cpp is to see it.
+        kind: "weight" (a matrix of the decoder), "ternary" (one of -1, 0, 1 times one scale), "embedding" or "plain" (always float32).
+    """
+
+    name: str
+    data: np.ndarray
+    kind: str
+
+
+def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> str:
+    """llama.cpp's name for the way in which a byte-level BPE tokenizer cuts text.
+
+    Raises:
+        ValueError: llama.cpp has none that is known here, so that its ids would differ.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, cutter = spec["model"], spec["pre_tokenizer"] or {}
+    parts = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
+    if model["type"] != "BPE" or parts[-1].get("type") != "ByteLevel" or model.get("byte_fallback"):
+        raise ValueError(
+            f"the tokenizer is {model['type']} behind {parts[-1].get('type')}, expected byte-level BPE (GPT-2, Qwen2, Llama 3)."
+        )
+    if (spec["normalizer"] or {}).get("type") not in (None, "NFC") or parts[-1]["add_prefix_space"]:
+        raise ValueError("the tokenizer changes text before it cuts it, which llama.cpp would not do.")
+    digits = [p for p in parts[:-1] if p == {"type": "Digits", "individual_digits": True}]
+    splits = [p for p in parts[:-1] if p["type"] == "Split"]
+    regex = splits[0]["pattern"].get("Regex") if splits else None
+    simple = len(digits) + len(splits) == len(parts) - 1 and len(digits) <= 1 and len(splits) <= 1
+    simple = simple and parts[-1]["use_regex"] == (regex is None)
+    simple = simple and all(s["behavior"] == "Isolated" and not s["invert"] for s in splits)
+    found = (regex, bool(digits), bool(model.get("ignore_merges")))
+    for name, known in PRE_TOKENIZERS.items():
+        if simple and found == known:
+            return name
+    raise ValueError(
+        f"the tokenizer cuts text by {json.dumps(cutter)}, ignore_merges {found[2]}; known are those of {sorted(PRE_TOKENIZERS)}."
+    )
+
+
+def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppressed: list[int]) -> None:
+    """Add vocabulary, merges, special tokens and chat template to a `gguf.GGUFWriter`.
+
+    Args:
+        rows: of the embedding; ids beyond the tokenizer's become unused tokens.
+        suppressed: ids that are never to be generated.
+    """
+    from gguf import TokenType
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    names = {i: text for text, i in spec["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    if max(names) >= rows:
+        raise ValueError(f"the tokenizer has the id {max(names)}, the embedding {rows} rows only.")
+    tokens, types = [], []
+    for i in range(rows):
+        tokens.append(names.get(i, f"[PAD{i}]"))
+        if i not in names:
+            types.append(TokenType.UNUSED)
+        elif i in added:
+            types.append(TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED)
+        else:
+            types.append(TokenType.NORMAL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokenizer_kind(tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
+    for name, add in (
+        ("bos", writer.add_bos_token_id),
+        ("eos", writer.add_eos_token_id),
+        ("pad", writer.add_pad_token_id),
+        ("unk", writer.add_unk_token_id),
+    ):
+        value = getattr(tokenizer, f"{name}_token_id")
+        if value is not None:
+            add(value)
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(len(ids) > 1 and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
+    writer.add_add_space_prefix(False)
+    if suppressed:
+        writer.add_array("tokenizer.ggml.suppress_tokens", sorted(suppressed))
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def check_architecture(model, text_config) -> None:
+    """Raise ValueError where llama.cpp's graph of this architecture would compute something else, save for BitNet's activation."""
+    kind = text_config.model_type
+    if kind not in GGUF_ARCHITECTURES:
+        raise ValueError(
+            f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {list(GGUF_ARCHITECTURES)}."
+        )
+    known = ("silu", "relu2") if kind == "bitnet" else ("silu",)
+    if text_config.hidden_act not in known:
+        raise ValueError(
+            f"text_config.hidden_act is {text_config.hidden_act!r}, expected {' or '.join(known)} of {kind}."
+        )
+    if any(t != "full_attention" for t in getattr(text_config, "layer_types", None) or []):
+        raise ValueError(f"the text model has sliding windows, which llama.cpp's {kind} does not.")
+    rope = text_config.rope_parameters["rope_type"]
+    if rope not in (("default", "linear", "llama3") if kind == "llama" else ("default",)):
+        raise ValueError(f"text_config.rope_parameters has rope_type {rope!r}, which is not exported for {kind}.")
+    layers = model.model.language_model.layers
+    if kind == "bitnet":
+        if not model.config.tie_word_embeddings:
+            raise ValueError("llama.cpp's bitnet has tied embeddings only, this checkpoint has a head of its own.")
+        if layers[0].self_attn.q_proj.out_features != text_config.hidden_size:
+            raise ValueError("llama.cpp's bitnet needs num_attention_heads x head_dim = hidden_size.")
+    biased = {n.split(".", 1)[1] for n, _ in layers.named_parameters() if n.endswith("_proj.bias")}
+    allowed = {"qwen2": {f"self_attn.{n}_proj.bias" for n in "qkv"}, "bitnet": set()}.get(kind, biased)
+    if biased - allowed:
+        raise ValueError(f"llama.cpp's {kind} has no {min(biased - allowed)}.")
+
+
+def ternary_parts(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Values in {-1, 0, 1} (out, in) and scale () of a `TernaryLinear`; None for another layer.
+
+    Raises:
+        ValueError: the layer says that its weights are ternary as stored, and they are not.
+    """
+    if not isinstance(layer, quantization.TernaryLinear):
+        return None
+    if layer.ternary_weights:
+        return quantization.ternary_quantize(layer.weight)
+    scale = layer.weight.abs().max()
+    values = (layer.weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    if not torch.allclose(values * scale, layer.weight, rtol=1e-2, atol=0):  # bfloat16 keeps three digits
+        raise ValueError(
+            "qat_config.ternary_weights is 'none', but the weights of a ternary layer take more than three values."
+        )
+    return values, scale
+
+
+def permute_heads(x: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key projection from transformers' order (halves) to that of llama.cpp's llama (pairs), per head."""
+    return x.reshape(heads, 2, len(x) // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+@torch.no_grad()
+def gguf_tensors(model) -> list[GGUFTensor]:
+    """The language model's tensors under llama.cpp's names."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    text, decoder = model.config.text_config, model.model.language_model
+    kind = text.model_type
+    table = get_tensor_name_map(MODEL_ARCH[kind.upper()], text.num_hidden_layers)
+    sub_norms = {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+    modules = dict(decoder.named_modules())
+    tensors = []
+    for name, parameter in decoder.named_parameters():
+        module, suffix = name.rsplit(".", 1)
+        data, scale, role = parameter.float(), None, "plain" if parameter.ndim == 1 else "weight"
+        if name == "embed_tokens.weight":
+            role = "embedding"
+        parts = ternary_parts(modules[module]) if suffix == "weight" else None
+        if parts is not None:
+            values, scale = parts
+            role = "ternary"
+            data = (
+                values if kind == "bitnet" else values * scale
+            )  # qwen2 and llama read no scales of their own everywhere
+        _, _, rest = module.split(".", 2) if module.startswith("layers.") else ("", "", module)
+        if rest in sub_norms:
+            target = f"blk.{module.split('.')[1]}.{sub_norms[rest]}"
+        else:
+            target = table.get_name(f"model.{module}")
+        if target is None:
+            raise ValueError(f"{name} has no name in GGUF's architecture {kind}.")
+        array = data.numpy()
+        if kind == "llama" and rest in ("self_attn.q_proj", "self_attn.k_proj"):
+            array = permute_heads(array, text.num_attention_heads if "q_proj" in rest else text.num_key_value_heads)
+        tensors.append(GGUFTensor(f"{target}.{suffix}", np.ascontiguousarray(array), role))
+        if role == "ternary" and kind == "bitnet":
+            tensors.append(GGUFTensor(f"{target}.scale", scale.reshape(1).numpy(), "plain"))
+    if not model.config.tie_word_embeddings:
+        tensors.append(GGUFTensor("output.weight", model.lm_head.weight.float().numpy(), "embedding"))
+    if text.rope_parameters["rope_type"] != "default":
+        frequencies = decoder.rotary_emb.inv_freq.double()
+        plain = text.rope_parameters["rope_theta"] ** (-torch.arange(len(frequencies)).double() / len(frequencies))
+        tensors.append(GGUFTensor("rope_freqs.weight", (plain / frequencies).float().numpy(), "plain"))
+    return tensors
+
+
+def choose_type(tensor: GGUFTensor, wanted: str) -> tuple[str, str | None]:
+    """Type in which a tensor is stored, and why it is not the one that was asked for.
+
+    Vectors are float32; the ternary types hold ternary layers, and what is not ternary is float16 beside them.
+    """
+    if tensor.kind == "plain":
+        return "f32", None
+    if wanted.startswith("tq") and tensor.kind != "ternary":
+        return "f16", "not ternary"
+    block = {"q8_0": 32, "tq2_0": 256, "tq1_0": 256}.get(wanted, 1)
+    if tensor.data.shape[-1] % block:
+        return "f16", f"rows of {tensor.data.shape[-1]}, not divisible by {block}"
+    return wanted, None
+
+
+def export_gguf(
+    source: str, out: str | Path, dtype: str = "f16", revision: str | None = None, force: bool = False
+) -> Path:
+    """Write the language model of a checkpoint as one GGUF file.
+
+    Args:
+        source: folder or Hub id.
+        out: file to write.
+        dtype: of the matrices, one of `GGUF_TYPES`.
+        force: replace `out`.
+
+    Raises:
+        ValueError: something given is not what is expected; nothing is written then.
+    """
+    out = Path(out)
+    if dtype not in GGUF_TYPES:
+        raise ValueError(f"--type {dtype!r} is unknown, expected one of {', '.join(GGUF_TYPES)}.")
+    if out.suffix != ".gguf":
+        raise ValueError(f"OUT {out} does not end in .gguf; for a folder of ONNX graphs add --onnx.")
+    if out.is_dir():
+        raise ValueError(f"OUT {out} is a folder, expected a file.")
+    check_out(out, force)
+    import gguf  # after the checks, which need no package
+
+    model, tokenizer = load_checkpoint(source, revision)
+    text = model.config.text_config
+    check_architecture(model, text)
+    tokenizer_kind(tokenizer)
+    tensors = gguf_tensors(model)
+    if dtype.startswith("tq") and not any(tensor.kind == "ternary" for tensor in tensors):
+        raise ValueError(
+            f"--type {dtype} holds ternary layers, and this checkpoint has none (qat_config.ternary_modules)."
+        )
+
+    kind = text.model_type
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        writer = gguf.GGUFWriter(temporary, kind)
+        name = source.rstrip("/").split("/")[-1].strip(".")
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(f"{name or 'MicroVLM'} language model")
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_vocab_size(text.vocab_size)
+        writer.add_context_length(text.max_position_embeddings)
+        writer.add_embedding_length(text.hidden_size)
+        writer.add_block_count(text.num_hidden_layers)
+        writer.add_feed_forward_length(text.intermediate_size)
+        writer.add_head_count(text.num_attention_heads)
+        writer.add_head_count_kv(text.num_key_value_heads)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+        writer.add_rope_dimension_count(head_dim)
+        writer.add_rope_freq_base(text.rope_parameters["rope_theta"])
+        if kind == "bitnet":
+            writer.add_string(f"{kind}.hidden_activation", text.hidden_act)
+            if text.hidden_act != "silu":
+                note = (
+                    f"{text.hidden_act} in the feed-forward: needs a llama.cpp whose bitnet graph applies it, others apply silu "
+                    "and give other tokens (docs/export.md)"
+                )
+                writer.add_description(note)
+                print(f"note: {note}")
+        write_tokenizer(writer, tokenizer, text.vocab_size, model.generation_config.suppress_tokens or [])
+
+        stored: Counter[str] = Counter()
+        fallbacks: dict[str, list[str]] = {}
+        for tensor in tensors:
+            used, reason = choose_type(tensor, dtype)
+            qtype = gguf.GGMLQuantizationType[used.upper()]
+            data = gguf.quants.quantize(tensor.data, qtype)
+            writer.add_tensor(tensor.name, data, raw_dtype=qtype)
+            stored[used] += 1
+            if reason:
+                fallbacks.setdefault(reason, []).append(tensor.name)
+        for reason, names in fallbacks.items():
+            print(f"note: {len(names)} tensors are f16 instead of {dtype} ({reason}), such as {names[0]}")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        error = verify_gguf(temporary, tensors)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(
+        f"{kind}: {', '.join(f'{n} tensors {name}' for name, n in stored.items())}; rounding at most {error:.1e} of a tensor's norm"
+    )
+    print(f"wrote {out}, {out.stat().st_size:,} bytes")
+    return out
+
+
+def verify_gguf(path: Path, tensors: list[GGUFTensor]) -> float:
+    """Read a file back; the largest distance of a tensor from what was to be written, over its norm.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or is further off than 8 bits would put it.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    worst = 0.0
+    for tensor in tensors:
+        if tensor.name not in stored:
+            raise ValueError(f"verification: {tensor.name} was not written.")
+        found = stored[tensor.name]
+        shape = tuple(int(n) for n in found.shape[::-1])
+        if shape != tensor.data.shape:
+            raise ValueError(f"verification: {tensor.name} is {shape} in the file, expected {tensor.data.shape}.")
+        data = dequantize(found.data, found.tensor_type).reshape(shape)
+        error = float(np.linalg.norm(data - tensor.data) / max(np.linalg.norm(tensor.data), 1e-30))
+        if not error <= 0.02:
+            raise ValueError(f"verification: {tensor.name} in the file is {error:.1e} of its norm off.")
+        worst = max(worst, error)
+    return worst
+
+
+# ------------------------------------------------------------------------------------------------------------------ ONNX
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values (N, 3, height, width) -> image_features (N, P, D): the prefix tokens."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.vision_tower, self.adapter = model.model.vision_tower, model.model.adapter
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.vision_tower(
+            pixel_values, output_hidden_states=False, do_pooling=False, return_dict=True
+        ).last_hidden_state
+        return self.adapter(features[:, self.vision_tower.timm_model.num_prefix_tokens :])[0]
+
+
+class EmbedTokens(nn.Module):
+    """input_ids (B, T) -> inputs_embeds (B, T, D)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.embed_tokens = model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+
+class Decoder(nn.Module):
+    """One pass of the language model over T new positions behind `past` cached ones.
+
+    The causal mask is spelled out from `attention_mask`, so that one graph serves prompts and single tokens, padded or not.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.language_model, self.lm_head = model.model.language_model, model.lm_head
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Logits (B, T, V) and, per layer, keys and values (B, kv_heads, past + T, head_dim).
+
+        Args:
+            inputs_embeds: (B, T, D).
+            attention_mask: (B, past + T), 0 on padding.
+            position_ids: (B, T).
+            past_key_values: per layer, keys and values (B, kv_heads, past, head_dim).
+        """
+        T, length = inputs_embeds.shape[1], attention_mask.shape[1]
+        columns = torch.arange(length, device=inputs_embeds.device)
+        rows = torch.arange(T, device=inputs_embeds.device) + past_key_values[0][0].shape[2]
+        seen = (columns.view(1, 1, 1, -1) <= rows.view(1, 1, -1, 1)) & attention_mask.bool().view(-1, 1, 1, length)
+        # finite, so that a row of padding, which sees nothing, does not turn into NaN
+        mask = torch.where(seen, 0.0, torch.finfo(inputs_embeds.dtype).min).to(
+            inputs_embeds.dtype
+        )  # (B, 1, T, past + T)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=DynamicCache(past_key_values),
+            use_cache=True,
+        )
+        present = [(layer.keys, layer.values) for layer in outputs.past_key_values.layers]
+        return self.lm_head(outputs.last_hidden_state), present
+
+
+@torch.no_grad()
+def freeze_ternary(model) -> int:
+    """Replace latent weights of ternary layers by what they are rounded to, in place; returns how many layers there are."""
+    layers = [m for m in model.modules() if isinstance(m, quantization.TernaryLinear)]
+    for layer in layers:
+        if layer.ternary_weights:
+            layer.weight.copy_(quantization.fake_ternary(layer.weight))
+            layer.ternary_weights = False
+    return len(layers)
+
+
+def export_graph(
+    module: nn.Module, inputs: dict, dynamic_shapes: dict, input_names: list[str], output_names: list[str], path: Path
+) -> None:
+    """Write one module as an ONNX graph; its names are given flat, in order."""
+    program = torch.onnx.export(
+        module.eval(),
+        kwargs=inputs,
+        dynamic_shapes=dynamic_shapes,
+        input_names=input_names,
+        output_names=output_names,
+        opset_version=ONNX_OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    program.save(path, external_data=size > MAX_EMBEDDED_BYTES)
+
+
+def export_onnx(source: str, out: str | Path, revision: str | None = None, force: bool = False) -> Path:
+    """Write vision tower with adapter, token embedding and decoder as ONNX, with config and tokenizer beside them.
+
+    Args:
+        source: folder or Hub id.
+        out: folder to write: `onnx/vision_encoder.onnx`, `onnx/embed_tokens.onnx`, `onnx/decoder_model_merged.onnx`, `config.json`,
+            `generation_config.json`, `tokenizer.json` and the rest of the processor.
+        force: replace `out`.
+
+    Raises:
+        ValueError: something given is not what is expected, or the graphs do not compute what the model does; nothing is written then.
+    """
+    out = Path(out)
+    if out.suffix == ".gguf":
+        raise ValueError(f"OUT {out} ends in .gguf; with --onnx it is a folder.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"OUT {out} is a file, expected a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        check_out(out, force)
+        if not (out / "onnx").is_dir():
+            raise ValueError(f"OUT {out} has no folder onnx, so it is no export that --force may replace.")
+    model, _ = load_checkpoint(source, revision)
+    freeze_ternary(model)
+    text = model.config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    L, B, T, past = text.num_hidden_layers, 2, 3, 4  # example sizes, all different
+    height, width = model.model.vision_tower.timm_model.patch_embed.img_size
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        (temporary / "onnx").mkdir()
+        batch, new = torch.export.Dim("batch", min=1), torch.export.Dim("sequence_length", min=1)
+        export_graph(
+            VisionEncoder(model),
+            {"pixel_values": torch.zeros(B, 3, height, width)},
+            {"pixel_values": {0: batch}},
+            ["pixel_values"],
+            ["image_features"],
+            temporary / "onnx" / "vision_encoder.onnx",
+        )
+        export_graph(
+            EmbedTokens(model),
+            {"input_ids": torch.zeros(B, T, dtype=torch.long)},
+            {"input_ids": {0: batch, 1: new}},
+            ["input_ids"],
+            ["inputs_embeds"],
+            temporary / "onnx" / "embed_tokens.onnx",
+        )
+        past_shape, auto = (B, text.num_key_value_heads, past, head_dim), torch.export.Dim.DYNAMIC
+        cached = lambda prefix: [f"{prefix}.{i}.{part}" for i in range(L) for part in ("key", "value")]  # noqa: E731
+        export_graph(
+            Decoder(model),
+            {
+                "inputs_embeds": torch.zeros(B, T, text.hidden_size),
+                "attention_mask": torch.ones(B, past + T, dtype=torch.long),
+                "position_ids": torch.arange(past, past + T).expand(B, T),
+                "past_key_values": [(torch.zeros(past_shape), torch.zeros(past_shape)) for _ in range(L)],
+            },
+            {
+                "inputs_embeds": {0: auto, 1: auto},
+                "attention_mask": {0: auto, 1: auto},
+                "position_ids": {0: auto, 1: auto},
+                "past_key_values": [({0: auto, 2: auto}, {0: auto, 2: auto}) for _ in range(L)],
+            },
+            ["inputs_embeds", "attention_mask", "position_ids", *cached("past_key_values")],
+            ["logits", *cached("present")],
+            temporary / "onnx" / "decoder_model_merged.onnx",
+        )
+        differences = verify_onnx(model, temporary)
+        processing.MicroVLMProcessor.from_pretrained(source, revision=revision, trust_remote_code=True).save_pretrained(
+            temporary
+        )
+        model.config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        print("\n".join(f"ok: {line}" for line in differences))
+        publish(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for path in sorted((out / "onnx").iterdir()):
+        print(f"wrote {path}, {path.stat().st_size:,} bytes")
+    return out
+
+
+@torch.inference_mode()
+def verify_onnx(model, folder: Path) -> list[str]:
+    """Run the graphs with onnxruntime: prompts of two lengths, left-padded, with a picture each, and three tokens after them.
+
+    Returns:
+        What was compared, one line each.
+
+    Raises:
+        ValueError: a difference beyond the tolerance.
+    """
+    import onnxruntime
+
+    sessions = {
+        path.stem: onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for path in sorted((folder / "onnx").glob("*.onnx"))
+    }
+    config, text = model.config, model.config.text_config
+    generator = torch.Generator().manual_seed(0)
+    height, width = model.model.vision_tower.timm_model.patch_embed.img_size
+    pixel_values = torch.randn(2, 3, height, width, generator=generator)
+    rounded = any(isinstance(m, quantization.TernaryLinear) and m.activation_bits is not None for m in model.modules())
+    tolerance = ONNX_ROUNDED_TOLERANCE if rounded else ONNX_TOLERANCE
+    lines = []
+
+    def compare(what: str, given: np.ndarray, expected: torch.Tensor, tolerance: float) -> None:
+        scale = expected.abs().max().item()
+        error = float(np.abs(given - expected.numpy()).max()) / scale
+        if not error <= tolerance:
+            raise ValueError(
+                f"verification: {what} of onnxruntime differ by {error:.1e} of the largest, allowed is {tolerance}."
+            )
+        lines.append(f"{what} {given.shape} as the model's, to {error:.1e} of the largest ({scale:.3g})")
+
+    features = sessions["vision_encoder"].run(None, {"pixel_values": pixel_values.numpy()})[0]
+    prefix = torch.stack(model.get_image_features(pixel_values).pooler_output)
+    compare("prefix tokens", features, prefix, ONNX_TOLERANCE)
+
+    prompt = model.default_prompt(2)
+    words = torch.randint(text.vocab_size, (2, 4), generator=generator)
+    words[words == config.image_token_id] = (config.image_token_id + 1) % text.vocab_size
+    ids = torch.cat([words[:, :2], prompt, words[:, 2:]], 1)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, :2] = 0
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    out = model(
+        input_ids=ids,
+        pixel_values=pixel_values,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+    )
+    embeds = sessions["embed_tokens"].run(None, {"input_ids": ids.numpy()})[0]
+    embeds[(ids == config.image_token_id).numpy()] = features.reshape(-1, features.shape[-1])
+    decoder = sessions["decoder_model_merged"]
+    names = [i.name for i in decoder.get_inputs()][3:]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = dict.fromkeys(names, np.zeros((2, text.num_key_value_heads, 0, head_dim), np.float32))
+    for step in range(4):
+        logits, *present = decoder.run(
+            None,
+            {
+                "inputs_embeds": embeds,
+                "attention_mask": attention_mask.numpy(),
+                "position_ids": position_ids.numpy(),
+                **cache,
+            },
+        )
+        real = attention_mask[:, -logits.shape[1] :].bool()
+        compare(
+            "logits of the prompt" if step == 0 else f"logits of token {step}",
+            logits[real.numpy()],
+            out.logits[real],
+            tolerance,
+        )
+        cache = dict(zip(names, present))
+        if step == 3:
+            break
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(token)], 1)
+        position_ids = position_ids[:, -1:] + 1
+        out = model(
+            input_ids=token,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        embeds = sessions["embed_tokens"].run(None, {"input_ids": token.numpy()})[0]
+    return lines
+
+
+def main() -> None:
+    """Parse, export, and end with a one-line message when something given is wrong."""
+    parser = argparse.ArgumentParser(description="Export a MicroVLM checkpoint as GGUF or ONNX.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id")
+    parser.add_argument("out", metavar="OUT", help="file ending in .gguf; with --onnx a folder")
+    parser.add_argument("--type", help=f"of the matrices in GGUF: {', '.join(GGUF_TYPES)}; default: f16")
+    parser.add_argument("--onnx", action="store_true", help="write ONNX graphs instead of GGUF")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub CHECKPOINT")
+    parser.add_argument("--force", action="store_true", help="replace OUT")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if args.onnx:
+            if args.type:
+                raise ValueError("--type is of GGUF; ONNX graphs are float32.")
+            export_onnx(args.checkpoint, args.out, args.revision, args.force)
+        else:
+            export_gguf(args.checkpoint, args.out, args.type or "f16", args.revision, args.force)
+    except ValueError as error:
+        raise SystemExit(f"export_hf.py: {error}") from error
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"export_hf.py: needs the package {error.name}: pip install -e '.[export]'") from error
+
+
+if __name__ == "__main__":
+    main()
