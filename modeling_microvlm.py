@@ -15,6 +15,7 @@ alignment head beside this path projects pictures and texts into one space for t
 
 import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_microvlm import MemoryCache
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig
 from .decoder_microvlm import PackedDecoder
+from .kernels_microvlm import kernel_threads
 from .memory_microvlm import (
     EpisodicMemory,
     MemoryContentEncoder,
@@ -485,8 +487,12 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         for layer in replayed:
             layer._can_checkpoint_with_cache = True
         try:
-            decoder, extra = self._packed_decoder(inputs_embeds), {"return_dict": True, **kwargs}
-            if decoder is not None and not any(extra.get(k) for k in extra.keys() - {"use_cache", "return_dict"}):
+            decoder, extra = self.packed_decoder(), {"return_dict": True, **kwargs}
+            if (
+                decoder is not None
+                and not inputs_embeds.requires_grad
+                and not any(extra.get(k) for k in extra.keys() - {"use_cache", "return_dict"})
+            ):
                 decode, extra = decoder, {"use_cache": kwargs.get("use_cache")}
             else:
                 decode = self.language_model
@@ -509,9 +515,9 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             pooling_attentions=pooling_attentions,
         )
 
-    def _packed_decoder(self, inputs_embeds: torch.Tensor) -> PackedDecoder | None:
-        """The fast way through the language model, if its weights are packed and nothing asks for a gradient."""
-        if self.training or inputs_embeds.requires_grad or inputs_embeds.device.type != "cpu":
+    def packed_decoder(self) -> PackedDecoder | None:
+        """The fast way through the language model, if its weights are packed, it is on a CPU and not in training."""
+        if self.training:
             return None
         if not hasattr(self, "_decoder"):
             supported = PackedDecoder.supports(self.language_model)
@@ -1130,7 +1136,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             )
             if encoded is not None:
                 kwargs["mm_encoder_outputs"] = encoded
-        return super().generate(inputs, *args, **kwargs)
+        with kernel_threads() if self.model.packed_decoder() is not None else nullcontext():
+            return super().generate(inputs, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -241,10 +241,18 @@ def test_a_memory_is_read_by_the_packed_decoder():
 
 
 def test_gradients_go_around_it():
-    model = packed(tiny_model())
-    embeds = model.get_input_embeddings()(tiny_inputs()["input_ids"]).requires_grad_()
-    assert model.model._packed_decoder(embeds) is None
-    assert model.train().model._packed_decoder(embeds.detach()) is None
+    model, inputs = packed(tiny_model()), tiny_inputs()
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            PackedDecoder, "__call__", lambda *args, **kwargs: pytest.fail("the packed decoder has no gradient")
+        )
+        model.model(inputs_embeds=embeds)
+        assert model.train().model.packed_decoder() is None
+
+
+def test_a_plain_model_has_no_packed_decoder():
+    assert tiny_model().model.packed_decoder() is None
 
 
 # --- checkpoints
