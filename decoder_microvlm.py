@@ -112,6 +112,8 @@ class Layer:
         if groups > 1:
             keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
         causal = mask is None and T > 1
+        q, keys, values = q.float(), keys.float(), values.float()  # faster than bfloat16 without AMX
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal, scale=self.scaling)
         return out.transpose(1, 2).reshape(B, T, H * d)
 

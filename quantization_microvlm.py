@@ -204,6 +204,18 @@ def unpack_nibbles(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :columns].to(torch.int8) - 8
 
 
+def pack_signs(values: torch.Tensor) -> torch.Tensor:
+    """Eight values of -1 or 1 to a byte, the first in the lowest bit: (R, C) -> uint8 (R, ceil(C / 8))."""
+    bits = F.pad((values > 0).to(torch.uint8), (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """The inverse of `pack_signs`: int8 (R, columns)."""
+    bits = packed.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(1)[:, :columns].to(torch.int8) * 2 - 1
+
+
 @dataclass(frozen=True)
 class Format:
     """How whole numbers are stored.
@@ -224,6 +236,7 @@ class Format:
 
 
 FORMATS = {
+    "binary": Format(-1, 1, 2, 8, pack_signs, unpack_signs),
     "ternary": Format(-1, 1, 2, 5, pack_trits, unpack_trits),
     "int4": Format(-8, 7, 4, 2, pack_nibbles, unpack_nibbles),
     "int8": Format(-128, 127, 8, 1, lambda v: v.view(torch.uint8), lambda p, columns: p.view(torch.int8)),
@@ -233,7 +246,7 @@ FORMATS = {
 def quantize_weight(weight: torch.Tensor, scheme: "Scheme") -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix as whole numbers and scales; numbers times scale approximate it.
 
-    Scales are fitted to their group: ternary ones start at absmean and are refined by least squares, which leaves a matrix that is ternary already
+    Scales are fitted to their group: binary and ternary ones start at absmean and are refined by least squares, which leaves a matrix that is ternary already
     what it is; those of integers are the best of 16 fractions of the largest magnitude.
 
     Args:
@@ -250,7 +263,14 @@ def quantize_weight(weight: torch.Tensor, scheme: "Scheme") -> tuple[torch.Tenso
         size = weight.shape[1] if scheme.group_size == "row" else scheme.group_size
         groups = F.pad(weight.float(), (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
     rounded = lambda scale: (groups / scale).round().clamp(form.low, form.high)  # noqa: E731
-    if scheme.format == "ternary":
+    if scheme.format == "binary":
+        inside = torch.ones_like(groups)
+        if scheme.group_size != "tensor":
+            inside = F.pad(torch.ones_like(weight, dtype=torch.float32), (0, -weight.shape[1] % size)).view(
+                groups.shape
+            )
+        rounded = lambda scale: torch.where(groups < 0, -inside, inside)  # noqa: E731
+    if form.bits == 2:
         scale = groups.abs().mean(-1, keepdim=True).clamp(min=EPS)
         for _ in range(8):
             values = rounded(scale)
@@ -273,7 +293,7 @@ class Scheme:
     """How a module's weight is stored, an entry of `quantization_config.modules`.
 
     Args:
-        format: ternary (1.6 bits), int4 or int8.
+        format: binary (1 bit, the sign), ternary (1.6 bits), int4 or int8.
         group_size: which weights share a scale: "tensor", "row", or so many columns of a row.
         activation_bits: round the input per token to 8 bits, which makes the product one of whole numbers; None: the weight is unpacked to
             floating point in every pass.

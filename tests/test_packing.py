@@ -44,6 +44,7 @@ def test_round_trip_of_every_length(format, rows):
     for columns in range(1, 42):
         g = torch.Generator().manual_seed(columns)
         values = torch.randint(form.low, form.high + 1, (rows, columns), generator=g, dtype=torch.int8)
+        values = values.where((values != 0) | (format != "binary"), 1)
         packed = form.pack(values)
         assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-columns // form.per_byte))
         assert torch.equal(form.unpack(packed, columns), values)
@@ -73,6 +74,11 @@ def test_numbers_are_the_nearest_ones(format, group_size):
     values, scale = quantization.quantize_weight(weight, scheme)
     assert values.shape == (6, 40) and scale.shape == {"tensor": (1, 1), "row": (6, 1), 16: (6, 3)}[group_size]
     size = 40 if isinstance(group_size, str) else group_size
+    if format == "binary":
+        assert torch.equal(values, torch.where(weight < 0, -1, 1).to(torch.int8))
+        first = weight[0, :16] if group_size == 16 else weight[0] if group_size == "row" else weight
+        assert scale[0, 0] == pytest.approx(first.abs().mean().item(), rel=1e-5)  # the best by least squares
+        return
     wide = np.broadcast_to(np.repeat(scale.double().numpy(), size, 1)[:, :40], (6, 40))
     expected = np.clip(np.round(weight.double().numpy() / wide), form.low, form.high)
     assert (values.numpy() == expected).mean() > 0.99  # float64 rounds a tie otherwise
@@ -101,7 +107,7 @@ def test_what_was_trained_is_packed_as_it_was(group_size):
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"format": "int3"}, "format must be one of ternary, int4, int8, got 'int3'."),
+        ({"format": "int3"}, "format must be one of binary, ternary, int4, int8, got 'int3'."),
         ({"group_size": 0}, "group_size must be 'tensor', 'row' or a number of columns, got 0."),
         ({"activation_bits": 4}, "activation_bits must be 8 or null, got 4."),
         ({"scale_type": "int8"}, "scale_type must be float16 or float32, got 'int8'."),
@@ -122,7 +128,8 @@ def test_schemes_are_checked(values, message):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "format,group_size", [("ternary", "tensor"), ("int4", "row"), ("int8", "row"), ("int4", 16), ("ternary", 8)]
+    "format,group_size",
+    [("binary", "row"), ("ternary", "tensor"), ("int4", "row"), ("int8", "row"), ("int4", 16), ("ternary", 8)],
 )
 def test_a_packed_linear_layer(format, group_size, bias):
     torch.manual_seed(0)
