@@ -20,12 +20,11 @@ from .kernels_microvlm import (
     kernel_threads,
     low_bit_linear_quantized,
     native_available,
-    pack_panels,
     quantize_rows,
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from .quantization_microvlm import PackedLinear
+from .quantization_microvlm import PackedLinear, panels_of
 
 MODEL_TYPES = ("qwen2", "llama", "bitnet")
 
@@ -41,7 +40,7 @@ class Product:
         first = linears[0]
         self.rows, self.columns = sum(m.rows for m in linears), first.columns
         self.bits = first.format.bits
-        self.panels = pack_panels(torch.cat([m.values() for m in linears]), self.bits)
+        self.panels = panels_of(linears)
         self.scale = torch.cat([m.row_scale() for m in linears])
         self.bias = None
         if any(m.bias is not None for m in linears):
@@ -132,6 +131,18 @@ class Layer:
             k, v = cache.update(k, v, self.index)
         return self.attend(q, k, v, mask)
 
+    def attend_one(self, qkv, cos, sin, mask, cache: Cache | None, dtype: torch.dtype) -> torch.Tensor:
+        """`attention` of one token, qkv (1, rows); cos and sin (rows / d, 2, d / 2), signs included -> (1, heads x d)."""
+        H, KV, d = self.heads, self.kv_heads, self.head_dim
+        halves = qkv.view(H + 2 * KV, 2, d // 2)
+        heads = torch.addcmul(halves * cos, halves.flip(1), sin).to(dtype).view(1, H + 2 * KV, 1, d)
+        k, v = heads[:, H : H + KV], heads[:, H + KV :]
+        if cache is not None:
+            k, v = cache.update(k, v, self.index)
+        # heads that share keys stand in for positions: nothing is repeated
+        q = heads[:, :H].view(1, KV, H // KV, d)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling).view(1, H * d)
+
     def __call__(self, x, *args) -> torch.Tensor:
         """x (B T, D) -> the same; the rest as `attention`."""
         out = self.attention(self.qkv(self.input_norm(x)), *args)
@@ -177,9 +188,14 @@ class TokenStep:
     def __call__(self, x: torch.Tensor, cos, sin, mask, cache: Cache | None, dtype: torch.dtype) -> torch.Tensor:
         """x (1, D) -> the same, before the last norm."""
         self.x.copy_(x)
+        first = self.layers[0]
+        # one turn for queries, keys and values: by nothing for the values
+        turned, still = first.heads + first.kv_heads, first.kv_heads
+        cos = torch.cat([cos.expand(turned, 2, -1), cos.new_ones(still, 2, cos.shape[-1])])
+        sin = torch.cat([torch.cat([-sin, sin], 1).expand(turned, -1, -1), sin.new_zeros(still, 2, sin.shape[-1])])
         self.programs[0]()
         for i, layer in enumerate(self.layers):
-            self.attended[i].copy_(layer.attention(self.qkv[i], cos, sin, mask, cache, (1, 1), dtype).view(1, -1))
+            self.attended[i].copy_(layer.attend_one(self.qkv[i], cos, sin, mask, cache, dtype))
             if self.rests[i] is not None:
                 self.rests[i]()
                 gate, up = self.gate_up[i].chunk(2, -1)
@@ -216,6 +232,11 @@ class PackedDecoder:
             and m.weight.device.type == "cpu"
             for m in linears
         )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What a token reads of the weights, as it lies in memory."""
+        parts = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, (Product, Norm))]
+        return [t for part in (*parts, self.norm) for t in vars(part).values() if isinstance(t, torch.Tensor)]
 
     @kernel_threads()
     @torch.no_grad()

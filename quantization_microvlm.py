@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .kernels_microvlm import low_bit_linear, pack_panels
+from .kernels_microvlm import low_bit_linear, pack_panels, panels_from_trits
 
 QUANT_METHOD = "microvlm"
 EPS = 1e-5  # floor of every scale, as in BitNet's reference code
@@ -391,7 +391,7 @@ class PackedWeight(nn.Module):
         if self.panels is None:
             self.row_scales = self.row_scale()
             self.row_bias = None if bias is None else bias.detach().float()
-            self.panels = pack_panels(self.values(), self.format.bits)
+            self.panels = panels_of([self])
         shape = (self.rows, self.columns, self.format.bits)
         return low_bit_linear(x, self.panels, self.row_scales, self.row_bias, *shape)
 
@@ -406,6 +406,14 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.columns}, {self.rows}, {self.scheme}"
+
+
+def panels_of(weights: list[PackedWeight]) -> torch.Tensor:
+    """The numbers of matrices with one format and width, one below the other, as the kernels read them."""
+    first = weights[0]
+    if first.scheme.format == "ternary":  # in pieces: no byte per number in between
+        return panels_from_trits(torch.cat([w.weight for w in weights]), first.columns)
+    return pack_panels(torch.cat([w.values() for w in weights]), first.format.bits)
 
 
 class PackedLinear(PackedWeight):

@@ -91,7 +91,9 @@ RECIPE_KEYS = {
     "optimizer": "muon: Muon on the weights of linear layers, AdamW on the rest; default: training.optim",
     "learning_rates": "regular expression -> learning rate, for parts that differ from training.learning_rate",
     "calibration_rows": "standardise the adapter's input with statistics of so many training pictures; 0: keep",
-    "loss_weights": "lm, align, match, and with episodes memory_kl, address_kl, reconstruction, scope, key",
+    "loss_weights": "lm, align, match, with a teacher distill, and with episodes memory_kl, address_kl, reconstruction, scope, key",
+    "distillation": "teacher (a checkpoint), temperature: `distill` is the KL divergence from its logits; for quantisation-aware training "
+    "the model's own full-precision weights",
     "data": "train, validation (paths, globs, hf:// addresses), format, exclude_copyleft, image_size, augmentation, "
     "max_unreadable_share, max_caption_tokens, limit, validation_limit, revision, "
     "stream (shuffle_buffer: read shards as they come, see stream_microvlm.py), "
@@ -129,7 +131,7 @@ EPISODE_INPUTS = (
     "key_features",
 )
 MEMORY_LOSSES = ("memory_kl", "address_kl", "reconstruction", "scope", "key")
-LOSSES = ("lm", "align", "match", *MEMORY_LOSSES)
+LOSSES = ("lm", "distill", "align", "match", *MEMORY_LOSSES)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -185,7 +187,11 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
     if episodes and "size" not in episodes and not cache:
         raise ValueError("data.episodes needs data.vision_cache, or a size: episodes of pictures as they come.")
     check_keys("evaluation", recipe.get("evaluation", {}), EVALUATION_KEYS)
+    if "distillation" in recipe:
+        check_keys("distillation", recipe["distillation"], {"teacher", "temperature"})
     check_keys("loss_weights", recipe.setdefault("loss_weights", {"lm": 1.0, "align": 0.0}), LOSSES)
+    if bool(recipe["loss_weights"].get("distill")) != bool(recipe.get("distillation", {}).get("teacher")):
+        raise ValueError("loss_weights.distill and distillation.teacher go together.")
     return recipe
 
 
@@ -329,6 +335,9 @@ class MicroVLMTrainer(Trainer):
         max_nonfinite_steps: so many steps in a row whose loss is not finite end the run. None of them changes a weight.
         caption_rows: pictures that are captioned at every evaluation, rows of `load_rows`.
         memory_batches: episodes that the memory is evaluated on.
+        teacher: a model of the same vocabulary and prompt for the `distill` loss, the mean over the step's tokens of
+            KL(teacher || model) temperature^2 (Hinton et al., arXiv 1503.02531).
+        temperature: both sides' logits are divided by it.
         status: what the model cards of the checkpoints say beside step, date and metrics; default: no cards.
 
     Raises:
@@ -346,6 +355,8 @@ class MicroVLMTrainer(Trainer):
         max_nonfinite_steps: int = 3,
         caption_rows=None,
         memory_batches: list[dict] | None = None,
+        teacher: torch.nn.Module | None = None,
+        temperature: float = 1.0,
         status: dict[str, Any] | None = None,
         **kwargs,
     ):
@@ -367,6 +378,9 @@ class MicroVLMTrainer(Trainer):
         self.loss_weights = loss_weights
         self.learning_rates = learning_rates or {}
         self.muon = muon
+        self.teacher, self.temperature = teacher, temperature
+        if teacher is not None:
+            self.teacher = teacher.to(self.args.device).requires_grad_(False).eval()
         check_patterns("learning_rates", self.learning_rates, self.model)
         self.max_nonfinite_steps = max_nonfinite_steps
         self.caption_rows, self.memory_batches, self.status = caption_rows, memory_batches, status
@@ -548,6 +562,9 @@ class MicroVLMTrainer(Trainer):
         if speaks:
             parts["lm"] = outputs.loss * ranks
             loss = self.loss_weights.get("lm", 1.0) * parts["lm"]
+            if self.teacher is not None:
+                parts["distill"] = self._distill(inputs, kwargs, outputs.logits) * ranks
+                loss = loss + self.loss_weights["distill"] * parts["distill"]
         if align and outputs.image_embeds is not None:
             value = self._alignment(model, outputs, step_pairs)
             if value is not None:
@@ -568,15 +585,29 @@ class MicroVLMTrainer(Trainer):
         # in the log, a mean over training steps, or over evaluated rows
         weight = 1 if model.training else len(inputs["input_ids"]) * (not self.eval_repeats)
         for name, value in parts.items():
-            scale = steps if name == "lm" else 1  # a share back to a mean
+            scale = steps if name in ("lm", "distill") else 1  # a share back to a mean
             entry = self.parts[("" if model.training else self.eval_prefix) + name]
             counts = weight
-            if name == "lm" and not model.training:  # a mean over tokens, however they are batched
+            if name in ("lm", "distill") and not model.training:  # a mean over tokens, however they are batched
                 counts = int((inputs["labels"][:, 1:] != -100).sum()) * (not self.eval_repeats)
             if value is not None:
                 entry[0] += value.detach().item() * scale * counts
                 entry[1] += counts
         return (loss, outputs) if return_outputs else loss
+
+    def _distill(self, inputs: dict, kwargs: dict, logits: torch.Tensor) -> torch.Tensor:
+        """KL from the teacher's distribution at every labelled token: its sum over the step's tokens' number, or its mean."""
+        keep = {k: v for k, v in kwargs.items() if k == "logits_to_keep"}
+        with torch.no_grad():
+            passed = {k: v for k, v in inputs.items() if k != "labels"}
+            target = self.teacher(**passed, **keep, use_cache=False).logits
+        labels = kwargs.get("shift_labels")
+        labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:] if labels is None else labels
+        on = labels != -100
+        log_p, log_q = (x[on].float().div(self.temperature).log_softmax(-1) for x in (target, logits))
+        total = F.kl_div(log_q, log_p, reduction="sum", log_target=True) * self.temperature**2
+        items = kwargs.get("num_items_in_batch")
+        return total / (on.sum() if items is None else items)
 
     def agree(self) -> None:
         """What the ranks have to know of each other before a step: a loss that is not finite, a request to stop."""
@@ -1051,6 +1082,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in recipe.get("compile", []):
         model.get_submodule(name).compile()
 
+    teacher, distillation = None, recipe.get("distillation", {})
+    if distillation:
+        teacher = AutoModelForImageTextToText.from_pretrained(
+            distillation["teacher"], trust_remote_code=True, dtype=torch.float32
+        )
     evaluation = recipe.get("evaluation", {})
     fixed = None
     if evaluation.get("captions"):
@@ -1087,6 +1123,8 @@ def main(argv: list[str] | None = None) -> None:
         max_nonfinite_steps=recipe.get("max_nonfinite_steps", 3),
         caption_rows=fixed,
         memory_batches=data.memory_batches,
+        teacher=teacher,
+        temperature=distillation.get("temperature", 1.0),
         status=status,
     )
     if checkpoint is not None and trainer.stream is not None:

@@ -372,12 +372,16 @@ def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str,
     for hook in hooks:
         hook.remove()
     ran = {m for m, n in counts.items() if n > two[m]}
+    tensors = [t for m in read_modules(model, ran) if "Embedding" not in type(m).__name__ for t in own_tensors(m)]
+    decoder = model.model.packed_decoder() if hasattr(getattr(model, "model", None), "packed_decoder") else None
+    if decoder is not None:  # its layers are no modules, and the head's matrix is the embedding's
+        head = [part for part in model.get_input_embeddings().modules() if hasattr(part, "panels")]
+        tensors = decoder.tensors() + [t for part in head for t in (part.panels, part.row_scales)]
     result, seen = Counter(), set()
-    for module in read_modules(model, ran):
-        for tensor in [] if "Embedding" in type(module).__name__ else own_tensors(module):
-            if tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                result[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    for tensor in tensors:
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            result[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(result)
 
 

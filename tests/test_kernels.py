@@ -391,3 +391,43 @@ check()
 """
     result = run_python(POOL_USER + code)
     assert result.returncode == 0, result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------- programs
+
+
+@needs_native
+def test_a_program_is_its_steps(native):
+    codes, panels, scale, bias = random_layer(128, 64, 2)
+    _, down, down_scale, _ = random_layer(64, 64, 4, seed=1)
+    weight, x = torch.rand(64) + 0.5, torch.zeros(1, 64)
+    program = kernels.Program()
+    gate_up = program.linear(program.quantize(x, weight, 1e-6), panels, scale, bias, 128, 2)
+    y = program.linear(program.silu_mul(gate_up), down, down_scale, None, 64, 4, residual=x)
+    plain = program.quantize(x)
+    for seed in range(3):
+        x.copy_(torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)))
+        program()
+        first = kernels.rms_norm_quantize(x, weight, 1e-6)
+        expected = kernels.low_bit_linear_quantized(*first, panels, scale, bias, 128, 64, 2, torch.float32)
+        assert torch.equal(gate_up, expected)
+        quantized = kernels.silu_mul_quantize(expected)
+        expected = kernels.low_bit_linear_quantized(*quantized, down, down_scale, None, 64, 64, 4, torch.float32, x)
+        assert torch.equal(y, expected)
+        assert all(map(torch.equal, plain, kernels.quantize_rows(x)))
+
+
+@needs_native
+def test_kernel_threads_are_torchs_meanwhile():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(KeyError), kernels.kernel_threads():
+            assert torch.get_num_threads() == 1 and kernels._helpers(False)[1] == 2
+            with kernels.kernel_threads():  # nested
+                assert kernels._helpers(False)[1] == 2
+            assert kernels._helpers(False)[1] == 2
+            raise KeyError
+        assert torch.get_num_threads() == 3 and kernels._helpers(False)[1] == 2
+    finally:
+        torch.set_num_threads(before)

@@ -124,6 +124,50 @@ def test_processes_that_would_train_alone_are_refused(run, tmp_path, monkeypatch
         train_hf.main([recipe, "--set", "training.use_cpu=false"])
 
 
+# --- distillation
+
+
+@pytest.mark.parametrize("batch,steps", [(4, 1), (2, 2), (1, 4)])
+def test_distillation_by_hand(tmp_path, rows, batch, steps):
+    """The KL divergence from the teacher, in float64, over all the step's tokens, however they come; and its gradient."""
+    torch.manual_seed(1)
+    teacher, T = toy_model("llama"), 2.0
+    model = toy_model()
+    start = state(model)
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
+    more = {"teacher": teacher, "temperature": T}
+    trainer = toy_trainer(tmp_path, rows, model, {"lm": 0.3, "distill": 0.7}, more, **sizes)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+
+    wide, teacher_wide = toy_model().double(), teacher.double()
+    wide.load_state_dict({k: v.double() for k, v in start.items()})
+    whole = trainer.data_collator(list(rows.select(range(4))))
+    whole["pixel_values"] = whole["pixel_values"].double()
+    labels = whole.pop("labels")[:, 1:]
+    on = labels != -100
+    log_q = wide(**whole).logits[:, :-1][on]
+    log_p = teacher_wide(**whole).logits[:, :-1][on].detach()
+    lm = torch.nn.functional.cross_entropy(log_q, labels[on])
+    p, log_p, log_q = (log_p / T).softmax(-1), (log_p / T).log_softmax(-1), (log_q / T).log_softmax(-1)
+    distill = (p * (log_p - log_q)).sum(-1).mean() * T**2
+    assert logged["distill_loss"] == pytest.approx(distill.item(), rel=1e-4)
+    assert logged["lm_loss"] == pytest.approx(lm.item(), rel=1e-4)
+    assert logged["loss"] == pytest.approx(0.3 * lm.item() + 0.7 * distill.item(), rel=1e-4)
+    (0.3 * lm + 0.7 * distill).backward()
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    moved = (start[name] - state(model)[name]) / 0.1  # SGD
+    torch.testing.assert_close(moved.double(), wide.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_learns_from_its_teacher(run, tmp_path):
+    run |= {"distillation": {"teacher": run["model"]}, "loss_weights": {"lm": 0.0, "distill": 1.0}}
+    run |= {"config": {"qat_config.ternary_modules": [r"language_model\.layers\..*_proj"]}, "calibration_rows": 0}
+    train_hf.main([write_recipe(tmp_path, **run)])
+    log = [e["distill_loss"] for e in json.loads((tmp_path / "out" / "log.json").read_text()) if "distill_loss" in e]
+    assert log[-1] < log[0]
+
+
 # --- groups of similar length
 
 
@@ -159,7 +203,7 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         (
             {"modle": "x", "colour": 1},
             "unknown key in {path}: colour, modle. Known: attn_implementation, calibration_rows, compile, config, data, "
-            "evaluation, learning_rates, loss_weights, max_nonfinite_steps, model, optimizer, quantization, revision, trainable, "
+            "distillation, evaluation, learning_rates, loss_weights, max_nonfinite_steps, model, optimizer, quantization, revision, trainable, "
             "training.",
         ),
         (
@@ -174,8 +218,11 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         ),
         (
             {"loss_weights": {"lm": 1, "kl": 2}},
-            "unknown key in loss_weights: kl. Known: address_kl, align, key, lm, match, memory_kl, reconstruction, scope.",
+            "unknown key in loss_weights: kl. Known: address_kl, align, distill, key, lm, match, memory_kl, reconstruction, scope.",
         ),
+        ({"loss_weights": {"lm": 1, "distill": 1}}, "loss_weights.distill and distillation.teacher go together."),
+        ({"distillation": {"teacher": "t"}}, "loss_weights.distill and distillation.teacher go together."),
+        ({"distillation": {"student": "t"}}, "unknown key in distillation: student. Known: teacher, temperature."),
         ({"data": {"validation": "v"}}, "{path} has no data.train: the training data."),
     ],
 )
