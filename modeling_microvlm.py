@@ -24,6 +24,11 @@ from torch import nn
 from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel, TimmWrapperModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.generation.logits_process import (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -707,6 +712,38 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         return image_embeds, text_embeds, match_logits
 
 
+class IndexedSuppressTokens(SuppressTokensLogitsProcessor):
+    """As the parent, which looks every token of the vocabulary up in the list: milliseconds per token."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(-1, self.suppress_tokens.to(scores.device), -math.inf)
+
+
+class IndexedMinNewTokens(MinNewTokensLengthLogitsProcessor):
+    """As the parent, which looks every token of the vocabulary up in the list of end tokens."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[-1] - self.prompt_length_to_skip >= self.min_new_tokens:
+            return scores
+        return scores.index_fill(-1, self.eos_token_id.to(scores.device), -math.inf)
+
+
+class IndexedMinLength(MinLengthLogitsProcessor):
+    """As the parent, likewise."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[-1] >= self.min_length:
+            return scores
+        return scores.index_fill(-1, self.eos_token_id.to(scores.device), -math.inf)
+
+
+INDEXED = {
+    MinLengthLogitsProcessor: IndexedMinLength,
+    SuppressTokensLogitsProcessor: IndexedSuppressTokens,
+    MinNewTokensLengthLogitsProcessor: IndexedMinNewTokens,
+}
+
+
 class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin):
     """MicroVLM with its language-modelling head: captions through `generate()`."""
 
@@ -1138,6 +1175,12 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
                 kwargs["mm_encoder_outputs"] = encoded
         with kernel_threads() if self.model.packed_decoder() is not None else nullcontext():
             return super().generate(inputs, *args, **kwargs)
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            processor.__class__ = INDEXED.get(type(processor), type(processor))
+        return processors
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_inputs
-from transformers import CompileConfig, DynamicCache, TextStreamer
+from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_inputs, tiny_model
+from transformers import CompileConfig, DynamicCache, GenerationConfig, TextStreamer
 from transformers.cache_utils import StaticCache
 
 PAD, NEW = 1, 6
@@ -330,3 +330,16 @@ def test_compiled_static_cache_equals_eager(text_type):
         kwargs = {"cache_implementation": "static", "compile_config": compile_config}
         assert model.generate(**inputs, **GREEDY, **kwargs).equal(expected)
         assert hasattr(model, "_compiled_call")
+
+
+def test_indexed_processors_are_the_librarys():
+    model, scores, ids = tiny_model(), torch.randn(2, 128), torch.zeros(2, 9, dtype=torch.long)
+    config = GenerationConfig(suppress_tokens=[4, 17], min_new_tokens=3, min_length=9, eos_token_id=[0, 5])
+    config._eos_token_tensor = torch.tensor([0, 5])
+    for length in (6, 7):  # two of three new tokens, and enough
+        ours = model._get_logits_processor(config, input_ids_seq_length=9 - (8 - length), device="cpu")
+        assert [type(p).__name__ for p in ours] == ["IndexedMinLength", "IndexedMinNewTokens", "IndexedSuppressTokens"]
+        for processor in ours:
+            assert torch.equal(
+                processor(ids, scores.clone()), type(processor).__mro__[1].__call__(processor, ids, scores)
+            )
