@@ -549,7 +549,8 @@ class MicroVLMTrainer(Trainer):
         if model.training:
             kwargs |= {"use_cache": False} | labelled_logits(inputs["labels"])
         # else the memory's own losses alone; several ranks meet in the wrapped forward, so there it always runs
-        speaks = not model.training or align or match or self.loss_weights.get("lm", 1.0) or model is not self.model
+        weights = (align, match, self.loss_weights.get("lm", 1.0), self.loss_weights.get("distill"))
+        speaks = not model.training or any(weights) or model is not self.model
         outputs = model(**inputs, **kwargs) if speaks else None
         # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all
         # ranks. Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that

@@ -58,9 +58,8 @@ TRAINING_STATE = (
     "model.safetensors.tmp",
     "__pycache__/modeling_microvlm.pyc",
 )
-CODE = {
-    f"{name}_microvlm.py" for name in ("cache", "configuration", "memory", "modeling", "processing", "quantization")
-}
+NAMES = ("cache", "configuration", "decoder", "kernels", "memory", "modeling", "processing", "quantization")
+CODE = {f"{name}_microvlm.py" for name in NAMES}
 REPO = CODE | {
     "README.md",
     "chat_template.jinja",
