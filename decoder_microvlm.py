@@ -104,13 +104,13 @@ class Layer:
         """q (B, heads, T, d), keys and values (B, kv heads, K, d) -> (B, T, heads x d)."""
         B, H, T, d = q.shape
         groups = H // self.kv_heads
-        if T == 1 and groups > 1:  # the heads that share keys stand in for positions: nothing is repeated
+        if T == 1:  # the heads that share keys stand in for positions: nothing is repeated
             q = q.view(B, self.kv_heads, groups, d)
             out = F.scaled_dot_product_attention(q, keys, values, mask, scale=self.scaling)
             return out.reshape(B, 1, H * d)
         if groups > 1:
             keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
-        causal = mask is None and T > 1
+        causal = mask is None
         q, keys, values = q.float(), keys.float(), values.float()  # faster than bfloat16 without AMX
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal, scale=self.scaling)
@@ -139,9 +139,7 @@ class Layer:
         k, v = heads[:, H : H + KV], heads[:, H + KV :]
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        # heads that share keys stand in for positions: nothing is repeated
-        q = heads[:, :H].view(1, KV, H // KV, d)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling).view(1, H * d)
+        return self.attend(heads[:, :H], k, v, mask).view(1, H * d)
 
     def __call__(self, x, *args) -> torch.Tensor:
         """x (B T, D) -> the same; the rest as `attention`."""

@@ -217,10 +217,12 @@ def ternary_parts(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Values in {-1, 0, 1} (out, in) and scale () of a `TernaryLinear`; None for another layer.
 
     Raises:
-        ValueError: the layer says that its weights are ternary as stored, and they are not.
+        ValueError: the layer says that its weights are ternary as stored, and they are not; scales of rows or groups.
     """
     if not isinstance(layer, quantization.TernaryLinear):
         return None
+    if layer.group_size != "tensor":
+        raise ValueError(f"GGUF has one scale for a ternary matrix, qat_config.group_size is {layer.group_size!r}.")
     if layer.ternary_weights:
         return quantization.ternary_quantize(layer.weight)
     scale = layer.weight.abs().max()
@@ -500,9 +502,8 @@ def freeze_ternary(model) -> int:
     """Replace latent weights of ternary layers by what they are rounded to, in place; returns how many layers there are."""
     layers = [m for m in model.modules() if isinstance(m, quantization.TernaryLinear)]
     for layer in layers:
-        if layer.ternary_weights:
-            layer.weight.copy_(quantization.fake_ternary(layer.weight))
-            layer.ternary_weights = False
+        layer.weight.copy_(layer.rounded_weight())
+        layer.ternary_weights = False
     return len(layers)
 
 

@@ -92,8 +92,12 @@ class TernaryLinear(nn.Linear):
         self.activation_bits = activation_bits
         self.group_size = group_size
 
+    def rounded_weight(self) -> torch.Tensor:
+        """The weight that `forward` computes with."""
+        return fake_ternary(self.weight, self.group_size) if self.ternary_weights else self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = fake_ternary(self.weight, self.group_size) if self.ternary_weights else self.weight
+        weight = self.rounded_weight()
         if self.activation_bits is not None:
             x = fake_quantize_activation(x, self.activation_bits)
         return F.linear(x, weight, self.bias)
@@ -466,14 +470,12 @@ class PackedEmbedding(nn.Module):
         chosen[counts.argsort(descending=True, stable=True)[: self.frequent.rows]] = True
         self.frequent.store(weight[chosen])
         self.rest.store(weight[~chosen])
-        bits = F.pad(chosen, (0, -len(chosen) % 8)).view(-1, 8).to(torch.uint8)
-        self.is_frequent, self._places = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8), None
+        self.is_frequent, self._places = pack_signs(chosen.unsqueeze(0))[0], None
 
     def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Which rows are frequent (V,), every row's place in its part (V,), and behind one another, the frequent first (V,)."""
         if self._places is None or self._places[0].device != self.is_frequent.device:
-            shifts = torch.arange(8, dtype=torch.uint8, device=self.is_frequent.device)
-            chosen = (self.is_frequent.unsqueeze(1) >> shifts & 1).flatten()[: self.num_embeddings].bool()
+            chosen = unpack_signs(self.is_frequent.unsqueeze(0), self.num_embeddings)[0] > 0
             place = torch.where(chosen, chosen.cumsum(0), (~chosen).cumsum(0)) - 1
             self._places = chosen, place, torch.where(chosen, place, place + self.frequent.rows)
         return self._places
@@ -550,9 +552,6 @@ class PackedConfig(QuantizationConfigMixin):
             if unknown := sorted(set(values) - known):
                 raise ValueError(f"{pattern}: unknown key {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
         return {pattern: Scheme(**values) for pattern, values in self.modules.items()}
-
-    def scheme_of(self, name: str) -> Scheme | None:
-        return next((s for pattern, s in self.schemes().items() if re.fullmatch(pattern, name)), None)
 
 
 def replace_with_packed(

@@ -1,7 +1,7 @@
 """Pack a checkpoint: ternary weights at 1.6 bits, embeddings and vision in few bits, and say what it costs.
 
     python quantize_hf.py IN OUT --recipe recipes/pack_v.yaml --data data/mini/validation.parquet
-    python quantize_hf.py IN OUT --recipe recipes/pack_nano.yaml --set modules.VISION.format=int8
+    python quantize_hf.py IN OUT --recipe recipes/pack_nano.yaml --set dtype=float32
 
 OUT opens with `from_pretrained(OUT, trust_remote_code=True)`. Printed: bytes and bits per weight of every part, and with `--data` perplexity,
 caption scores and memory recall of IN and of OUT, opened again from the disk. Rounding a decoder that was not trained for it to three values ruins it: train it

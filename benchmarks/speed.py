@@ -45,6 +45,7 @@ import sys
 import tempfile
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -404,7 +405,7 @@ def resident() -> int | None:
 
 
 @dataclass
-class Subject:
+class Subject(ABC):
     """What is measured; lives in a worker of its own.
 
     Args:
@@ -416,17 +417,17 @@ class Subject:
     path: Path
     sees = True
 
+    @abstractmethod
     def load(self) -> None:
         """Open the weights as their users do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def emit(self, new_tokens: int) -> list[float]:
         """Seconds from the picture to each new token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_bytes(self) -> dict[str, int]:
         """Bytes of the weights that a decoding step reads, by format."""
-        raise NotImplementedError
 
     def disk_bytes(self) -> int:
         files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
@@ -474,9 +475,9 @@ class Subject:
 class TransformersSubject(Subject):
     """A model of transformers, which `generate()` runs."""
 
+    @abstractmethod
     def inputs(self, picture: Image.Image) -> dict[str, torch.Tensor]:
         """What `generate()` is given for a picture."""
-        raise NotImplementedError
 
     def emit(self, new_tokens: int) -> list[float]:
         picture, clock = Image.effect_noise(PICTURE, 64).convert("RGB"), Clock()
@@ -587,7 +588,7 @@ class LlamaCpp(Subject):
     sees = False
 
     def load(self) -> None:
-        self.library = library = quiet_llama_cpp()
+        self.lib = library = quiet_llama_cpp()
         library.llama_backend_init()
         self.model = library.llama_model_load_from_file(str(self.path).encode(), library.llama_model_default_params())
         if not self.model:
@@ -599,7 +600,7 @@ class LlamaCpp(Subject):
         self.sampler = library.llama_sampler_init_greedy()
 
     def emit(self, new_tokens: int) -> list[float]:
-        library = self.library
+        library = self.lib
         library.llama_memory_clear(library.llama_get_memory(self.context), True)
         tokens = (library.llama_token * self.positions)(*range(3, 3 + self.positions))
         times, started = [], time.perf_counter()

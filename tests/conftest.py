@@ -28,9 +28,9 @@ TEXT = {
 }
 
 
-def tiny_config(text: str = "qwen2", **kwargs) -> MicroVLMConfig:
-    """A two-layer model at 32 x 32 pictures (16 patches of 8 x 8, 5 prefix tokens)."""
-    text_config = TEXT[text] | {
+def text_section(text: str, **kwargs) -> dict:
+    """`text_config` of a decoder with two layers."""
+    section = TEXT[text] | {
         "vocab_size": VOCAB,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -43,8 +43,13 @@ def tiny_config(text: str = "qwen2", **kwargs) -> MicroVLMConfig:
         "pad_token_id": 1,
         "tie_word_embeddings": True,
     }
+    return section | kwargs
+
+
+def tiny_config(text: str = "qwen2", **kwargs) -> MicroVLMConfig:
+    """A two-layer model at 32 x 32 pictures (16 patches of 8 x 8, 5 prefix tokens)."""
     defaults = {
-        "text_config": text_config,
+        "text_config": text_section(text),
         "vision_config": {
             "model_type": "timm_wrapper",
             "architecture": "deit_tiny_patch16_224",

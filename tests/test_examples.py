@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
-from conftest import ROOT, TEXT, VOCAB
+from conftest import ROOT, text_section
 from datasets import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -32,20 +32,7 @@ TRAINED = r"model\.(adapter|language_model\.layers)\."
 
 def wide_checkpoint(folder: Path, text: str = "qwen2") -> Path:
     """A toy of V's kind, wide enough for NF4's blocks of 64 values."""
-    text_config = TEXT[text] | {
-        "vocab_size": VOCAB,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
-        "tie_word_embeddings": True,
-    }
-    return toy_checkpoint(folder, text_config=text_config)
+    return toy_checkpoint(folder, text_config=text_section(text, hidden_size=128, intermediate_size=256))
 
 
 def make_toy(folder: Path) -> dict[str, Path]:

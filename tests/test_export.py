@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_ID, ROOT, TEXT, tiny_model
+from conftest import IMAGE_ID, ROOT, text_section, tiny_model
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from microvlm.processing_microvlm import MicroVLMImageProcessor, MicroVLMProcessor
 from microvlm.quantization_microvlm import TernaryLinear, fake_ternary
@@ -59,31 +59,16 @@ def byte_level_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def text_section(text: str, **kwargs) -> dict:
-    return (
-        TEXT[text]
-        | {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 1,
-            "tie_word_embeddings": True,
-        }
-        | ({"hidden_act": "silu"} if text == "bitnet" else {})
-        | kwargs
-    )
+def export_section(text: str, **kwargs) -> dict:
+    """Of a decoder that released llama.cpp computes."""
+    act = {"hidden_act": "silu"} if text == "bitnet" else {}
+    return text_section(text, **{"vocab_size": VOCAB} | act | kwargs)
 
 
 def checkpoint(folder: Path, text: str, qat: dict | None = None, **kwargs) -> Path:
     """A tiny checkpoint of a family, with a tokenizer of that family; norms and biases are not those of a fresh model."""
     model = tiny_model(
-        text, text_config=text_section(text, **kwargs), qat_config=qat or {}, default_prompt_ids=[2, IMAGE_ID, 3]
+        text, text_config=export_section(text, **kwargs), qat_config=qat or {}, default_prompt_ids=[2, IMAGE_ID, 3]
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -289,7 +274,7 @@ def test_graphs_that_llama_cpp_does_not_have_are_refused():
         ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'linear'"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding windows"),
     ):
-        model = tiny_model(text, text_config=text_section(text, **kwargs))
+        model = tiny_model(text, text_config=export_section(text, **kwargs))
         with pytest.raises(ValueError, match=message):
             export_hf.check_architecture(model, model.config.text_config)
     model = tiny_model("qwen2")
