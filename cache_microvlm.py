@@ -1,4 +1,4 @@
-"""MemoryCache: the keys and values of the episodic memory beside those of the text.
+"""MemoryCache: the keys and values of the episodic memory beside those of the text. GrowingLayer: room for tokens to come.
 
 The layers hold text only, so every length, position, crop and mask size is that of the text. `update()` returns `[text, memory]`, memory
 last and without rotary position; the model's forward appends the memory's gate to the attention mask. With no row on, nothing is
@@ -6,8 +6,9 @@ attached, and the cache is the plain one.
 """
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import create_causal_mask
 
 from .memory_microvlm import MemoryReadout
 
@@ -15,6 +16,75 @@ WRONG_ROWS = (
     "the memory was read for {} rows, the text has {}: "
     "batch_repeat_interleave or batch_select_indices the cache along with the text."
 )
+
+
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer that keeps its keys and values in tensors longer than they are: a new token is written, not the whole text anew.
+
+    `keys` and `values` (B, heads, length, head_dim) are views; assigning to them replaces what is kept.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.length = 0
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> "GrowingLayer":
+        """A layer that holds what a dynamic one does."""
+        new = cls()
+        if layer.is_initialized:
+            new.lazy_initialization(layer.keys, layer.values)
+            new.keys, new.values = layer.keys, layer.values
+        return new
+
+    @staticmethod
+    def _view(name: str, kept: str) -> property:
+        def get(self) -> torch.Tensor | None:
+            tensor = getattr(self, kept)
+            return tensor if tensor is None or tensor.ndim < 4 else tensor[:, :, : self.length]
+
+        def put(self, tensor: torch.Tensor | None) -> None:
+            setattr(self, kept, tensor)
+            self.length = tensor.shape[2] if tensor is not None and tensor.ndim == 4 else 0
+
+        return property(get, put, doc=f"{name} kept so far, (B, heads, length, head_dim)")
+
+    keys, values = _view("keys", "kept_keys"), _view("values", "kept_values")
+
+    @property
+    def capacity(self) -> int:
+        return self.kept_keys.shape[2] if self.is_initialized and self.kept_keys.ndim == 4 else 0
+
+    def reserve(self, count: int) -> None:
+        """Make room for so many more tokens, and half as many again as there will be."""
+        if self.length + count <= self.capacity:
+            return
+        capacity = (self.length + count) * 3 // 2 + 64
+        for name in ("kept_keys", "kept_values"):
+            old = getattr(self, name)[:, :, : self.length]
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : self.length] = old
+            setattr(self, name, new)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove >= 0 or not self.is_initialized:
+            return super().crop(tokens_to_remove)
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.kept_keys.ndim < 4:
+            self.kept_keys, self.kept_values = key_states[:, :, :0], value_states[:, :, :0]
+        count = key_states.shape[2]
+        self.reserve(count)
+        for kept, new in ((self.kept_keys, key_states), (self.kept_values, value_states)):
+            kept[:, :, self.length : self.length + count] = new
+        self.length += count
+        return self.keys, self.values
 
 
 class ReadOnlyLayer(CacheLayerMixin):
@@ -158,4 +228,21 @@ class MemoryCache(Cache):
             self.memory[layer_idx] = tuple(t.to("cpu", non_blocking=True) for t in self.memory[layer_idx])
 
 
-__all__ = ["MemoryCache"]
+def memory_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: MemoryCache,
+    position_ids: torch.LongTensor | None = None,
+) -> torch.Tensor:
+    """The 4D mask (B, 1, T, text + S) of inputs (B, T, D): the text's own, always spelled out, and the columns of an attached memory."""
+    mask = create_causal_mask(
+        config, inputs_embeds, attention_mask, cache, position_ids=position_ids, allow_is_causal_skip=False
+    )
+    if mask.dtype == torch.bool and not cache.hard:
+        floor = torch.finfo(inputs_embeds.dtype).min
+        mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, floor)
+    return cache.extend_mask(mask)
+
+
+__all__ = ["GrowingLayer", "MemoryCache", "memory_mask"]

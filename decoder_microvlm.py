@@ -15,12 +15,16 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .cache_microvlm import GrowingLayer, memory_mask
 from .kernels_microvlm import (
+    DTYPES,
     Program,
+    TokenAttention,
     kernel_threads,
     low_bit_linear_quantized,
     native_available,
     quantize_rows,
+    relu2_norm_quantize,
     rms_norm_quantize,
     silu_mul_quantize,
 )
@@ -90,15 +94,15 @@ class Layer:
         self.attention_norm = Norm(attention.attn_sub_norm) if sub_norms else quantize_rows
         self.attention_weight = self.attention_norm.weight if sub_norms else None
         self.attention_eps = self.attention_norm.eps if sub_norms else 0.0
-        self.hidden_norm = Norm(mlp.ffn_sub_norm) if sub_norms else None
-        self.act = mlp.act_fn
+        hidden_norm = Norm(mlp.ffn_sub_norm) if sub_norms else None
+        self.hidden_weight = hidden_norm.weight if sub_norms else None
+        self.hidden_eps = hidden_norm.eps if sub_norms else 0.0
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = self.gate_up(self.mlp_norm(x))
-        if self.hidden_norm is None:
+        if self.hidden_weight is None:
             return self.down(silu_mul_quantize(gate_up), x)
-        gate, up = gate_up.chunk(2, -1)
-        return self.down(self.hidden_norm(self.act(gate) * up), x)
+        return self.down(relu2_norm_quantize(gate_up, self.hidden_weight, self.hidden_eps), x)
 
     def attend(self, q, keys, values, mask):
         """q (B, heads, T, d), keys and values (B, kv heads, K, d) -> (B, T, heads x d)."""
@@ -131,16 +135,6 @@ class Layer:
             k, v = cache.update(k, v, self.index)
         return self.attend(q, k, v, mask)
 
-    def attend_one(self, qkv, cos, sin, mask, cache: Cache | None, dtype: torch.dtype) -> torch.Tensor:
-        """`attention` of one token, qkv (1, rows); cos and sin (rows / d, 2, d / 2), signs included -> (1, heads x d)."""
-        H, KV, d = self.heads, self.kv_heads, self.head_dim
-        halves = qkv.view(H + 2 * KV, 2, d // 2)
-        heads = torch.addcmul(halves * cos, halves.flip(1), sin).to(dtype).view(1, H + 2 * KV, 1, d)
-        k, v = heads[:, H : H + KV], heads[:, H + KV :]
-        if cache is not None:
-            k, v = cache.update(k, v, self.index)
-        return self.attend(heads[:, :H], k, v, mask).view(1, H * d)
-
     def __call__(self, x, *args) -> torch.Tensor:
         """x (B T, D) -> the same; the rest as `attention`."""
         out = self.attention(self.qkv(self.input_norm(x)), *args)
@@ -149,56 +143,50 @@ class Layer:
 
 
 class TokenStep:
-    """One token of one row, its products recorded as programs on tensors that stay: between two attentions there is one call.
+    """One token of one row as a single call: all layers, attention included, recorded as a program on tensors that stay.
 
     Args:
         decoder: a `PackedDecoder`.
+        dtype: of keys and values, float32 or bfloat16.
     """
 
-    def __init__(self, decoder: "PackedDecoder"):
-        layers, D = decoder.layers, decoder.layers[0].out.rows
-        self.layers, self.x = layers, torch.zeros(1, D)
-        self.attended = [torch.zeros(1, layer.heads * layer.head_dim) for layer in layers]
-        self.hidden = [torch.zeros(1, layer.down.columns) for layer in layers]
-        self.qkv, self.gate_up = [], []
-        # programs[i] runs before layer i's attention, programs[-1] behind the last; BitNet's MLP is cut by its activation
-        self.programs, self.rests = [Program()], []
-        x = self.x
-        for i, layer in enumerate(layers):
-            program = self.programs[-1]
-            self.qkv.append(layer.input_norm.record(program, x, layer.qkv))
-            program = Program()
-            quantized = program.quantize(self.attended[i], layer.attention_weight, layer.attention_eps)
-            x = layer.out.record(program, quantized, x)
-            gate_up = layer.mlp_norm.record(program, x, layer.gate_up)
-            self.gate_up.append(gate_up)
-            if layer.hidden_norm is None:
-                x = layer.down.record(program, program.silu_mul(gate_up), x)
-                self.rests.append(None)
-            else:
-                self.rests.append(program)
-                program = Program()
-                quantized = program.quantize(self.hidden[i], layer.hidden_norm.weight, layer.hidden_norm.eps)
-                x = layer.down.record(program, quantized, x)
-            self.programs.append(program)
+    def __init__(self, decoder: "PackedDecoder", dtype: torch.dtype):
+        first = decoder.layers[0]
+        self.program, self.dtype = Program(), dtype
+        self.x = x = torch.zeros(1, first.out.rows)
+        self.turn, self.length = torch.zeros(first.head_dim), torch.zeros((), dtype=torch.int64)
+        self.attentions, self.source = [], None
+        for layer in decoder.layers:
+            qkv = layer.input_norm.record(self.program, x, layer.qkv)
+            attention = TokenAttention(layer.heads, layer.kv_heads, layer.head_dim, layer.scaling, dtype)
+            self.attentions.append(attention)
+            attended = self.program.attention(qkv, self.turn, self.length, attention)
+            quantized = self.program.quantize(attended, layer.attention_weight, layer.attention_eps)
+            x = layer.out.record(self.program, quantized, x)
+            gate_up = layer.mlp_norm.record(self.program, x, layer.gate_up)
+            hidden = self.program.gate(gate_up, layer.hidden_weight, layer.hidden_eps)
+            x = layer.down.record(self.program, hidden, x)
         self.out = x
 
-    def __call__(self, x: torch.Tensor, cos, sin, mask, cache: Cache | None, dtype: torch.dtype) -> torch.Tensor:
-        """x (1, D) -> the same, before the last norm."""
+    def __call__(self, x: torch.Tensor, turn: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """x (1, D), turn (d,) -> (1, D), before the last norm; the cache's layers take the token."""
         self.x.copy_(x)
-        first = self.layers[0]
-        # one turn for queries, keys and values: by nothing for the values
-        turned, still = first.heads + first.kv_heads, first.kv_heads
-        cos = torch.cat([cos.expand(turned, 2, -1), cos.new_ones(still, 2, cos.shape[-1])])
-        sin = torch.cat([torch.cat([-sin, sin], 1).expand(turned, -1, -1), sin.new_zeros(still, 2, sin.shape[-1])])
-        self.programs[0]()
-        for i, layer in enumerate(self.layers):
-            self.attended[i].copy_(layer.attend_one(self.qkv[i], cos, sin, mask, cache, dtype))
-            if self.rests[i] is not None:
-                self.rests[i]()
-                gate, up = self.gate_up[i].chunk(2, -1)
-                torch.mul(layer.act(gate), up, out=self.hidden[i])
-            self.programs[i + 1]()
+        self.turn.copy_(turn)
+        self.length.fill_(cache.layers[0].length)
+        source, gate = getattr(cache, "memory", None), 0.0
+        if not source:
+            memory = [None] * len(self.attentions)
+        else:
+            if source is not self.source:
+                self.source = source
+                self.memory = [tuple(t.to("cpu", self.dtype).contiguous() for t in pair) for pair in source]
+            memory, gate = self.memory, float(cache.log_gate)
+        for layer, attention, items in zip(cache.layers, self.attentions, memory):
+            layer.reserve(1)
+            attention.bind(layer.kept_keys, layer.kept_values, items, gate)
+        self.program()
+        for layer in cache.layers:
+            layer.length += 1
         return self.out
 
 
@@ -214,6 +202,7 @@ class PackedDecoder:
         self.layers = [Layer(layer) for layer in model.layers]
         self.norm = Norm(model.norm)
         self.local = threading.local()  # a step writes to tensors of its own: one for each thread
+        self.turns = None
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -221,6 +210,8 @@ class PackedDecoder:
         if model.config.model_type not in MODEL_TYPES or set(
             getattr(model.config, "layer_types", None) or ["full_attention"]
         ) != {"full_attention"}:
+            return False
+        if model.config.hidden_act != ("relu2" if model.config.model_type == "bitnet" else "silu"):
             return False
         linears = [m for name, m in model.layers.named_modules() if name.endswith("_proj")]
         return all(
@@ -236,6 +227,21 @@ class PackedDecoder:
         parts = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, (Product, Norm))]
         return [t for part in (*parts, self.norm) for t in vars(part).values() if isinstance(t, torch.Tensor)]
 
+    def turn(self, position: int) -> torch.Tensor:
+        """Cosines, then sines, of a position, (d,), from a table where they do not depend on how long the text is."""
+        rotary = self.model.rotary_emb
+        if rotary.rope_type in ("dynamic", "longrope"):
+            first, count = position, 1
+        elif self.turns is not None and position < len(self.turns):
+            return self.turns[position]
+        else:
+            first, count = 0, max(256, 2 * position)
+        cos, sin = (t[0, :, : t.shape[-1] // 2] for t in rotary(self.norm.weight, torch.arange(count)[None] + first))
+        turns = torch.cat([cos, sin], -1)
+        if first == 0:
+            self.turns = turns
+        return turns[position - first]
+
     @kernel_threads()
     @torch.no_grad()
     def __call__(
@@ -246,35 +252,45 @@ class PackedDecoder:
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
-        """As the language model's own forward: (B, T, D) -> hidden states (B, T, D), float32."""
+        """As the language model's own forward: (B, T, D) -> hidden states (B, T, D), float32.
+
+        Plain dynamic layers of the cache are replaced by growing ones.
+        """
         B, T, D = inputs_embeds.shape
-        dtype = inputs_embeds.dtype
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        dtype, cache = inputs_embeds.dtype, past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.config)
+        layers = [] if cache is None or getattr(cache, "offloading", False) else cache.layers
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[i] = GrowingLayer.of(layer)
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + T).unsqueeze(0)
         if isinstance(attention_mask, dict):  # of generate() with a static cache
             attention_mask = attention_mask["full_attention"]
-        dynamic = past_key_values is None or all(isinstance(layer, DynamicLayer) for layer in past_key_values.layers)
-        plain = attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all()))
-        single = T == 1 and plain and dynamic  # sees all that is kept
-        mask = None
-        if not single:
-            mask = create_causal_mask(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
-            )
-        cos, sin = self.model.rotary_emb(inputs_embeds.float(), position_ids)
-        half = cos.shape[-1] // 2
-        cos, sin = (t[..., :half].expand(B, -1, -1).reshape(B * T, 1, half) for t in (cos, sin))
         x = inputs_embeds.reshape(B * T, D).float()
-        if B == T == 1 and native_available():
-            if not hasattr(self.local, "step"):
-                self.local.step = TokenStep(self)
-            x = self.local.step(x, cos, sin, mask, past_key_values, dtype)
+        if (
+            B == T == 1
+            and native_available()
+            and dtype in DTYPES
+            and len(layers) == len(self.layers)
+            and all(type(layer) is GrowingLayer and layer.length for layer in layers)
+            and all(len(keys) == 1 for keys, _ in getattr(cache, "memory", ())[:1])
+            and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
+        ):
+            steps = vars(self.local)
+            if dtype not in steps:
+                steps[dtype] = TokenStep(self, dtype)
+            x = steps[dtype](x, self.turn(int(position_ids)), cache)
         else:
+            mask = (memory_mask if getattr(cache, "memory", None) else create_causal_mask)(
+                self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids
+            )
+            cos, sin = self.model.rotary_emb(inputs_embeds.float(), position_ids)
+            half = cos.shape[-1] // 2
+            cos, sin = (t[..., :half].expand(B, -1, -1).reshape(B * T, 1, half) for t in (cos, sin))
             for layer in self.layers:
-                x = layer(x, cos, sin, mask, past_key_values, (B, T), dtype)
+                x = layer(x, cos, sin, mask, cache, (B, T), dtype)
         x = F.rms_norm(x, (D,), self.norm.weight, self.norm.eps)
-        return BaseModelOutputWithPast(last_hidden_state=x.view(B, T, D), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=x.view(B, T, D), past_key_values=cache)

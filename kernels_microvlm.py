@@ -24,6 +24,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ EPS = 1e-5  # floor of the activation scale, as in quantization_microvlm
 ROWS, COLUMNS = 4, 64  # of one block of a panel
 MAX_COLUMNS = 2**17 - 1  # 128 * 128 * columns must stay below 2**31
 ZERO = {2: 1, 4: 8, 8: 128}  # bits -> the code that means 0
-GRAIN = 2**17  # products in one unit of work of a thread; smaller calls stay on the caller
+GRAIN = 2**17  # least products in a piece of work; smaller calls stay on the caller
+PIECES = 8  # of a large product, for each thread
 ROUND = 1.5 * 2**23  # adding it to |v| < 2**22 rounds v half to even and leaves the integer in the low mantissa bits
 
 
@@ -338,11 +340,14 @@ def _sum_rows(b, accs):
     return accs[0]
 
 
-def linear_ir(name: str, bits: int, bf16: bool):
-    """The product with packed weights, for a range of panels: y = (sum w q) (scale / s) + bias + residual."""
+def linear_ir(name: str, bits: int, bf16: bool, placed: bool = False):
+    """The product with packed weights, for a range of panels: y = (sum w q) (scale / s) + bias + residual.
+
+    `placed`: a row's result goes where `places` (rows,) int64 says, in tokens of y that are `wide` apart.
+    """
     width, tile, _ = TARGETS[name][1:]
-    b, words, begin, end = _kernel(pointers=8, integers=3)
-    x_q, s, sums, panels, scale, bias, residual, y, tokens, rows, blocks = words
+    b, words, begin, end = _kernel(pointers=9, integers=4)
+    x_q, s, sums, panels, scale, bias, residual, y, places, tokens, rows, blocks, wide = words
     lanes = width if name == "generic" else width // 4
     in_place = bits == 2 and name != "neon-dotprod"  # field k is left times 4^k, which its sum is divided by
     signed = bits == 8 and name == "neon-dotprod"
@@ -375,6 +380,10 @@ def linear_ir(name: str, bits: int, bf16: bool):
         mask = b.icmp_signed("<", b.add(_splat(b, row, ROWS), iota), _splat(b, rows, ROWS))
         row_scale, row_bias = (rows_of(pointer, row, mask, False, scale) for pointer in (scale, bias))
         weights = _at(b, panels, b.mul(b.mul(p, stride), _int(bits // 2)))
+        if placed:
+            zeros, align = _const(I64, 0, ROWS), ir.Constant(I32, 8)
+            load = f"llvm.masked.load.v{ROWS}i64.p0"
+            targets = _call(b, load, zeros.type, _at(b, places, row, I64), align, mask, zeros)
 
         def tokens_of(size, m, _):
             inputs = [_at(b, x_q, b.mul(b.add(m, _int(t)), stride)) for t in range(size)]
@@ -406,8 +415,14 @@ def linear_ir(name: str, bits: int, bf16: bool):
                 out = b.fadd(b.fadd(out, row_bias), rows_of(residual, index, mask, bf16, y))
                 raw, kind = _from_float(b, out, bf16), _element(bf16)
                 align = ir.Constant(I32, kind.width // 8)
-                suffix = f"v{ROWS}i{kind.width}.p0"
-                _call(b, f"llvm.masked.store.{suffix}", VOID, raw, _at(b, y, index, kind), align, mask)
+                if not placed:
+                    suffix = f"v{ROWS}i{kind.width}.p0"
+                    _call(b, f"llvm.masked.store.{suffix}", VOID, raw, _at(b, y, index, kind), align, mask)
+                    continue
+                for lane in (ir.Constant(I32, k) for k in range(ROWS)):
+                    with b.if_then(b.extract_element(mask, lane)):
+                        where = b.add(b.mul(token, wide), b.extract_element(targets, lane))
+                        b.store(b.extract_element(raw, lane), _at(b, y, where, kind), align=kind.width // 8)
             return ()
 
         m = _int(0)
@@ -439,7 +454,8 @@ def _exp(b, x):
 
 
 def quantize_ir(kind: str, bf16: bool):
-    """Rounding of a range of tokens to 8 bits, of x itself ("plain"), of its RMS norm ("rms") or of silu(gate) up ("silu")."""
+    """Rounding of a range of tokens to 8 bits: of x itself ("plain"), of its RMS norm ("rms"), of silu(gate) up ("silu"), or of the RMS
+    norm of relu(gate)^2 up ("relu2")."""
     b, words, begin, end = _kernel(pointers=6, integers=3)
     x, weight, scratch, x_q, s, sums, columns, padded, eps = words
 
@@ -461,26 +477,31 @@ def quantize_ir(kind: str, bf16: bool):
     def token(m, _):
         start = b.mul(m, columns)
         temporary = _at(b, scratch, start, F32)
+        gated, normed = kind in ("silu", "relu2"), kind in ("rms", "relu2")
 
         def value(lanes, c):
+            v = read(lanes, c, False, temporary) if gated else read(lanes, b.add(start, c), bf16, x)
+            return b.fmul(b.fmul(v, _splat(b, rms, lanes)), read(lanes, c, False, weight)) if normed else v
+
+        def gate_up(lanes, c):
+            """act(gate) up, which stays in `temporary`."""
+            at = b.add(b.add(start, start), c)
+            gate, up = read(lanes, at, bf16, x), read(lanes, b.add(at, columns), bf16, x)
             if kind == "silu":
-                return read(lanes, c, False, temporary)
-            v = read(lanes, b.add(start, c), bf16, x)
-            return v if kind == "plain" else b.fmul(b.fmul(v, _splat(b, rms, lanes)), read(lanes, c, False, weight))
+                act = b.fdiv(gate, b.fadd(_const(F32, 1.0, lanes), _exp(b, b.fneg(gate))))
+            else:
+                act = b.select(b.fcmp_ordered("<", gate, _const(F32, 0.0, lanes)), _const(F32, 0.0, lanes), gate)
+                act = b.fmul(act, act)
+            v = b.fmul(act, up)
+            b.store(v, _at(b, temporary, c, F32), align=4)
+            return v
 
         def square(lanes, c, total):
-            v = read(lanes, b.add(start, c), bf16, x)
+            v = gate_up(lanes, c) if gated else read(lanes, b.add(start, c), bf16, x)
             return b.fadd(total, b.fmul(v, v))
 
         def largest(lanes, c, top):
-            if kind == "silu":
-                at = b.add(b.add(start, start), c)
-                gate, up = read(lanes, at, bf16, x), read(lanes, b.add(at, columns), bf16, x)
-                one = _const(F32, 1.0, lanes)
-                v = b.fmul(b.fdiv(gate, b.fadd(one, _exp(b, b.fneg(gate)))), up)
-                b.store(v, _at(b, temporary, c, F32), align=4)
-            else:
-                v = value(lanes, c)
+            v = gate_up(lanes, c) if kind == "silu" else value(lanes, c)
             raw = b.and_(b.bitcast(v, ir.VectorType(I32, lanes)), _const(I32, 0x7FFFFFFF, lanes))
             return b.select(b.icmp_signed(">", raw, top), raw, top)  # in this order infinity and NaN are the largest
 
@@ -494,7 +515,7 @@ def quantize_ir(kind: str, bf16: bool):
             b.store(short, _at(b, codes, c), align=1)
             return b.add(total, b.sext(short, total.type))
 
-        if kind == "rms":
+        if normed:
             mean = b.fdiv(sweep(square, (F32, 0.0), b.fadd), b.sitofp(columns, F32))
             floor = b.bitcast(b.trunc(eps, I32), F32)
             rms = b.fdiv(_const(F32, 1.0), _call(b, "llvm.sqrt.f32", F32, b.fadd(mean, floor)))
@@ -510,6 +531,116 @@ def quantize_ir(kind: str, bf16: bool):
         return ()
 
     _loop(b, begin, end, 1, token)
+    b.ret_void()
+    return b.module
+
+
+# ---------------------------------------------------------------------------------------------------------- attention kernel
+
+
+def _total(b, value):
+    """Sum of a vector's lanes, by halves while there are any."""
+    lanes = value.type.count
+    while lanes % 2 == 0:
+        lanes //= 2
+        value = b.fadd(*(_shuffle(b, value, value, range(start, start + lanes)) for start in (0, lanes)))
+    total = b.extract_element(value, ir.Constant(I32, 0))
+    for i in range(1, lanes):
+        total = b.fadd(total, b.extract_element(value, ir.Constant(I32, i)))
+    return total
+
+
+def attention_ir(head_dim: int, bf16: bool):
+    """Attention of one new token, for a range of key heads: turn its query and key, keep key and value, attend to all that is kept.
+
+    Beside the text there may be a second set of keys and values, the memory's, whose scores have `gate` added.
+    """
+    b, words, begin, end = _kernel(pointers=9, integers=5)
+    qkv, turn, length, keys, values, memory_keys, memory_values, scratch, out = words[:9]
+    capacity, groups, heads, items, floats = words[9:]
+    half, kind = head_dim // 2, _element(bf16)
+    align = kind.width // 8
+    element = ir.VectorType(kind, half)
+    scaling, gate = (b.bitcast(b.trunc(b.lshr(floats, _int(shift)), I32), F32) for shift in (0, 32))
+    now = b.load(length, typ=I64)
+    total = b.add(now, b.add(items, _int(1)))
+
+    def halves(pointer, at, stored=True):
+        type_ = element if stored else ir.VectorType(F32, half)
+        size = align if stored else 4
+        places = (_at(b, pointer, b.add(at, _int(i)), type_.element) for i in (0, half))
+        loaded = (b.load(place, align=size, typ=type_) for place in places)
+        return [_to_float(b, v) if stored else v for v in loaded]
+
+    def store(pair, pointer, at):
+        for i, value in zip((0, half), pair):
+            b.store(_from_float(b, value, bf16), _at(b, pointer, b.add(at, _int(i)), kind), align=align)
+
+    def turned(at):
+        (first, second), (cos, sin) = halves(qkv, at, stored=False), halves(turn, _int(0), stored=False)
+        return (
+            b.fsub(b.fmul(first, cos), b.fmul(second, sin)),
+            b.fadd(b.fmul(second, cos), b.fmul(first, sin)),
+        )
+
+    def times(p, q, plus):
+        return _call(b, f"llvm.fmuladd.v{half}f32", p.type, p, q, plus)
+
+    def key_head(g, _):
+        here = b.mul(g, b.mul(capacity, _int(head_dim)))
+        last = b.add(here, b.mul(now, _int(head_dim)))
+        query_heads = b.mul(heads, groups)
+        store(turned(b.mul(b.add(query_heads, g), _int(head_dim))), keys, last)
+        new = halves(qkv, b.mul(b.add(query_heads, b.add(heads, g)), _int(head_dim)), stored=False)
+        store(new, values, last)
+        mine = _at(b, scratch, b.mul(g, b.add(capacity, items)), F32)
+        # text and memory: keys, values, where this head's begin, how many, and where their scores do
+        text = keys, values, here, b.add(now, _int(1)), _int(0)
+        memory = memory_keys, memory_values, b.mul(g, b.mul(items, _int(head_dim))), items, text[3]
+
+        def query_head(j, _):
+            head = b.mul(b.add(b.mul(g, groups), j), _int(head_dim))
+            q = [_to_float(b, _from_float(b, v, bf16)) for v in turned(head)]
+            top = ir.Constant(F32, float("-inf"))
+            for kept, _, start, count, offset in (text, memory):
+
+                def score(t, state, kept=kept, start=start, offset=offset, more=None if kept is keys else gate):
+                    k = halves(kept, b.add(start, b.mul(t, _int(head_dim))))
+                    s = b.fmul(_total(b, times(q[1], k[1], b.fmul(q[0], k[0]))), scaling)
+                    s = s if more is None else b.fadd(s, more)
+                    b.store(s, _at(b, mine, b.add(offset, t), F32), align=4)
+                    return [b.select(b.fcmp_ordered(">", s, state[0]), s, state[0])]
+
+                _, (top,) = _loop(b, _int(0), count, 1, score, [top])
+            t, weight = _int(0), ir.Constant(F32, 0.0)
+            for lanes in (16, 1):
+
+                def exponent(t, state, n=lanes):
+                    place = _at(b, mine, t, F32)
+                    e = _exp(b, b.fsub(b.load(place, align=4, typ=ir.VectorType(F32, n)), _splat(b, top, n)))
+                    b.store(e, place, align=4)
+                    return [b.fadd(state[0], e)]
+
+                t, (sums,) = _loop(b, t, total, lanes, exponent, [_const(F32, 0.0, lanes)])
+                weight = b.fadd(weight, _total(b, sums))
+            sums = [_const(F32, 0.0, half)] * 2
+            for _, kept, start, count, offset in (text, memory):
+
+                def weigh(t, state, kept=kept, start=start, offset=offset):
+                    p = _splat(b, b.load(_at(b, mine, b.add(offset, t), F32), typ=F32), half)
+                    v = halves(kept, b.add(start, b.mul(t, _int(head_dim))))
+                    return [times(p, value, total) for value, total in zip(v, state)]
+
+                _, sums = _loop(b, _int(0), count, 1, weigh, sums)
+            share = _splat(b, b.fdiv(_const(F32, 1.0), weight), half)
+            for i, value in zip((0, half), sums):
+                b.store(b.fmul(value, share), _at(b, out, b.add(head, _int(i)), F32), align=4)
+            return ()
+
+        _loop(b, _int(0), groups, 1, query_head)
+        return ()
+
+    _loop(b, begin, end, 1, key_head)
     b.ret_void()
     return b.module
 
@@ -847,9 +978,14 @@ _ENGINES = []  # keeps compiled code alive
 
 
 @functools.cache
-def _compiled(name: str, kind: str, bits: int, bf16: bool) -> int:
-    """Address of a kernel, compiled at the first use."""
-    module = linear_ir(name, bits, bf16) if kind == "linear" else quantize_ir(kind, bf16)
+def _compiled(name: str, kind: str, size: int, bf16: bool) -> int:
+    """Address of a kernel, compiled at the first use. `size`: bits of a weight, or of an attention the width of a head."""
+    if kind == "attention":
+        module = attention_ir(size, bf16)
+    elif kind in ("linear", "placed"):
+        module = linear_ir(name, size, bf16, placed=kind == "placed")
+    else:
+        module = quantize_ir(kind, bf16)
     _ENGINES.append(_engine(name, str(module)))
     return _ENGINES[-1].get_function_address("kernel")
 
@@ -900,12 +1036,14 @@ def _quantize_job(kind: str, x, weight, scratch, quantized: Quantized, columns: 
     return _compiled(target(), kind, 8, x.dtype == torch.bfloat16), arguments, len(x), max(1, GRAIN // (8 * padded))
 
 
-def _linear_job(quantized: Quantized, panels, scale, bias, residual, y, bits: int) -> Job:
-    (M, padded), rows = quantized[0].shape, y.shape[1]
-    tensors = [0 if t is None else t.data_ptr() for t in (*quantized, panels, scale, bias, residual, y)]
-    arguments = struct.pack("11q", *tensors, M, rows, padded // COLUMNS)
-    kernel = _compiled(target(), "linear", bits, y.dtype == torch.bfloat16)
-    return kernel, arguments, _up(rows, ROWS) // ROWS, max(1, GRAIN // (ROWS * padded * max(M, 1)))
+def _linear_job(quantized: Quantized, panels, scale, bias, residual, y, bits: int, places=None) -> Job:
+    (M, padded), rows = quantized[0].shape, len(scale)
+    tensors = [0 if t is None else t.data_ptr() for t in (*quantized, panels, scale, bias, residual, y, places)]
+    arguments = struct.pack("13q", *tensors, M, rows, padded // COLUMNS, y.shape[1])
+    kernel = _compiled(target(), "linear" if places is None else "placed", bits, y.dtype == torch.bfloat16)
+    count = _up(rows, ROWS) // ROWS
+    # long pieces: memory is read in long runs
+    return kernel, arguments, count, max(1, GRAIN // (ROWS * padded * max(M, 1)), count // (PIECES * (_helpers(False)[1] + 1)))
 
 
 def _empty_quantized(M: int, columns: int) -> Quantized:
@@ -916,9 +1054,45 @@ def _quantize(
     kind: str, x: torch.Tensor, columns: int, weight: torch.Tensor | None = None, eps: float = 0.0
 ) -> Quantized:
     quantized, x = _empty_quantized(len(x), columns), x.contiguous()
-    scratch = torch.empty(len(x), columns) if kind == "silu" else None
+    scratch = torch.empty(len(x), columns) if kind in ("silu", "relu2") else None
     _run(*_quantize_job(kind, x, weight, scratch, quantized, columns, eps))
     return quantized
+
+
+class TokenAttention:
+    """A layer's attention of one new token in a `Program`: what it reads and where it keeps.
+
+    Args:
+        heads, kv_heads, head_dim: of queries, of keys and values; d, an even number.
+        scaling: of the scores.
+        dtype: of what is kept, float32 or bfloat16; queries are rounded to it too.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, scaling: float, dtype: torch.dtype):
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.scaling, self.dtype = scaling, dtype
+        self.bound = None
+
+    def bind(self, keys, values, memory: tuple[torch.Tensor, torch.Tensor] | None = None, gate: float = 0.0) -> None:
+        """Name the tensors of the next runs; the caller keeps them alive.
+
+        Args:
+            keys, values: contiguous (1, kv heads, capacity, d); the new token is written at `length`, which must be less than capacity.
+            memory: contiguous keys and values (1, kv heads, S, d) that are attended to beside them.
+            gate: added to the memory's scores.
+        """
+        parts = (keys, values, *(memory or ()))
+        capacity, items = keys.shape[2], memory[0].shape[2] if memory else 0
+        bound = (*(t.data_ptr() for t in parts), capacity, items, gate)
+        if bound == self.bound:
+            return
+        for t in parts:
+            _check("keys or values", t, (1, self.kv_heads, t.shape[2], self.head_dim), self.dtype, keys.device)
+        self.bound, self.scratch = bound, torch.empty(self.kv_heads * (capacity + items))
+        first, out = self.fixed
+        pointers = [t.data_ptr() for t in parts] + [0] * (4 - len(parts))
+        sizes = capacity, self.heads // self.kv_heads, self.kv_heads, items
+        self.buffer[:] = struct.pack("13q2f", *first, *pointers, self.scratch.data_ptr(), out, *sizes, self.scaling, gate)
 
 
 class Program:
@@ -938,12 +1112,13 @@ class Program:
         self.tensors += [x, weight, *quantized]
         return quantized
 
-    def silu_mul(self, gate_up: torch.Tensor) -> Quantized:
-        """`silu_mul_quantize`."""
+    def gate(self, gate_up: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0) -> Quantized:
+        """`silu_mul_quantize`, or with a weight `relu2_norm_quantize`."""
         columns = gate_up.shape[1] // 2
         quantized, scratch = _empty_quantized(len(gate_up), columns), torch.empty(len(gate_up), columns)
-        self._add(_quantize_job("silu", gate_up, None, scratch, quantized, columns, 0.0))
-        self.tensors += [gate_up, scratch, *quantized]
+        kind = "silu" if weight is None else "relu2"
+        self._add(_quantize_job(kind, gate_up, weight, scratch, quantized, columns, eps))
+        self.tensors += [gate_up, weight, scratch, *quantized]
         return quantized
 
     def linear(self, quantized: Quantized, panels, scale, bias, rows: int, bits: int, residual=None) -> torch.Tensor:
@@ -953,12 +1128,33 @@ class Program:
         self.tensors += [*quantized, panels, scale, bias, residual, y]
         return y
 
-    def _add(self, job: Job) -> None:
+    def attention(
+        self, qkv: torch.Tensor, turn: torch.Tensor, length: torch.Tensor, attention: "TokenAttention"
+    ) -> torch.Tensor:
+        """Attention of one token, see `TokenAttention`; what it keeps is set before each run by `attention.bind`.
+
+        Args:
+            qkv: (1, (heads + 2 kv heads) d): queries, keys, values.
+            turn: (d,): cosines, then sines, of the position, as rotary embeddings by halves take them.
+            length: () int64, tokens kept so far.
+
+        Returns:
+            (1, heads d).
+        """
+        out = torch.empty(1, attention.heads * attention.head_dim)
+        attention.fixed = tuple(t.data_ptr() for t in (qkv, turn, length)), out.data_ptr()
+        kernel = _compiled(target(), "attention", attention.head_dim, attention.dtype == torch.bfloat16)
+        attention.buffer = self._add((kernel, bytes(8 * 14), attention.kv_heads, 1))
+        self.tensors += [qkv, turn, length, out]
+        return out
+
+    def _add(self, job: Job) -> ctypes.Array:
         kernel, arguments, total, chunk = job
         buffer = ctypes.create_string_buffer(arguments, len(arguments))
         self.tensors.append(buffer)
         self.steps.append((kernel, ctypes.addressof(buffer), total, chunk))
         self.jobs = (ctypes.c_int64 * (4 * len(self.steps)))(*(value for step in self.steps for value in step))
+        return buffer
 
     def __call__(self) -> None:
         address, helpers = _helpers()
@@ -1024,6 +1220,13 @@ def rms_norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Quan
     return _quantize("rms", x, x.shape[1], weight, eps)
 
 
+def _gated_columns(gate_up: torch.Tensor) -> int:
+    _check_input("gate_up", gate_up)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up has {gate_up.shape[1]} columns; expected an even number.")
+    return gate_up.shape[1] // 2
+
+
 def silu_mul_quantize_reference(gate_up: torch.Tensor) -> Quantized:
     """`silu_mul_quantize` in torch."""
     _check_input("gate_up", gate_up)
@@ -1045,12 +1248,40 @@ def silu_mul_quantize(gate_up: torch.Tensor) -> Quantized:
     Raises:
         ValueError: a dtype or rank that does not fit, or an odd width.
     """
-    _check_input("gate_up", gate_up)
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up has {gate_up.shape[1]} columns; expected an even number.")
+    columns = _gated_columns(gate_up)
     if not _native(gate_up):
         return silu_mul_quantize_reference(gate_up)
-    return _quantize("silu", gate_up, gate_up.shape[1] // 2)
+    return _quantize("silu", gate_up, columns)
+
+
+def relu2_norm_quantize_reference(gate_up: torch.Tensor, weight: torch.Tensor, eps: float) -> Quantized:
+    """`relu2_norm_quantize` in torch."""
+    _check_input("gate_up", gate_up)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return rms_norm_quantize_reference(gate.relu().square() * up, weight, eps)
+
+
+def relu2_norm_quantize(gate_up: torch.Tensor, weight: torch.Tensor, eps: float) -> Quantized:
+    """`rms_norm_quantize` of relu(gate)^2 up, all in float32: what BitNet's MLP gives its last product.
+
+    Equal to torch up to the order of the sum: s within 1e-5 relative, codes within 1.
+
+    Args:
+        gate_up: (M, 2 I) float32 or bfloat16, the gate in the first half.
+        weight: (I,) float32.
+        eps: added to the mean square.
+
+    Returns:
+        x_q (M, I up to a multiple of 64), s and sums, as `quantize_rows`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an odd width.
+    """
+    columns = _gated_columns(gate_up)
+    if not _native(gate_up):
+        return relu2_norm_quantize_reference(gate_up, weight, eps)
+    _check("weight", weight, (columns,), torch.float32, gate_up.device)
+    return _quantize("relu2", gate_up, columns, weight, eps)
 
 
 def _check_linear(x_q, s, sums, panels, scale, bias, rows, columns, bits, dtype, residual) -> None:
@@ -1179,3 +1410,66 @@ def low_bit_linear(
     x_q, s, sums = quantize_rows(x.reshape(-1, x.shape[-1]))
     y = low_bit_linear_quantized(x_q, s, sums, panels, scale, bias, rows, columns, bits, x.dtype)
     return y.view(*x.shape[:-1], rows)
+
+
+@dataclass(frozen=True)
+class MixedRows:
+    """Some rows of a matrix whose rows have several widths.
+
+    Args:
+        panels, scale, bits: as in `low_bit_linear_quantized`.
+        places: (its rows,) int64, which rows of the whole matrix these are.
+        rows: of the whole matrix.
+
+    Raises:
+        ValueError: places that do not fit.
+    """
+
+    panels: torch.Tensor
+    scale: torch.Tensor
+    bits: int
+    places: torch.Tensor
+    rows: int
+
+    def __post_init__(self):
+        _check("places", self.places, (len(self.scale),), torch.int64, self.panels.device)
+        if len(self.places) and not 0 <= int(self.places.min()) <= int(self.places.max()) < self.rows:
+            raise ValueError(
+                f"places go from {int(self.places.min())} to {int(self.places.max())}; expected 0 to {self.rows - 1}."
+            )
+
+
+def low_bit_linear_mixed_reference(x: torch.Tensor, parts: Sequence[MixedRows], columns: int) -> torch.Tensor:
+    """`low_bit_linear_mixed` in torch, with the same bits, on any device."""
+    y = x.new_empty(*x.shape[:-1], parts[0].rows)
+    for part in parts:
+        arguments = part.panels, part.scale, None, len(part.places), columns, part.bits
+        y[..., part.places] = low_bit_linear_reference(x, *arguments)
+    return y
+
+
+def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[MixedRows], columns: int) -> torch.Tensor:
+    """`low_bit_linear` with a matrix in parts, whose rows lie among each other.
+
+    Args:
+        x: (..., columns) float32 or bfloat16.
+        parts: of one matrix; a row that is in none is not written.
+        columns: as packed.
+
+    Returns:
+        (..., rows) in the dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    if not _native(x):
+        return low_bit_linear_mixed_reference(x, parts, columns)
+    quantized = quantize_rows(x.reshape(-1, x.shape[-1]))
+    y = torch.empty(len(quantized[0]), parts[0].rows, dtype=x.dtype)
+    for part in parts:
+        if part.rows != y.shape[1]:
+            raise ValueError(f"parts are of matrices with {y.shape[1]} and {part.rows} rows.")
+        shape = len(part.places), columns, part.bits
+        _check_linear(*quantized, part.panels, part.scale, None, *shape, x.dtype, None)
+        _run(*_linear_job(quantized, part.panels, part.scale, None, None, y, part.bits, part.places))
+    return y.view(*x.shape[:-1], y.shape[1])

@@ -29,14 +29,14 @@ from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .cache_microvlm import MemoryCache
+from .cache_microvlm import MemoryCache, memory_mask
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig
 from .decoder_microvlm import PackedDecoder
 from .kernels_microvlm import kernel_threads
@@ -483,9 +483,6 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             past_key_values, kwargs["use_cache"] = self._attach(
                 memory_readout, past_key_values, kwargs.get("use_cache")
             )
-        if isinstance(past_key_values, MemoryCache) and past_key_values.num_memory_tokens:
-            attention_mask = self._memory_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
-
         replayed = []  # layers that may read the memory again, in the replay of a checkpoint
         if self._is_checkpointing and isinstance(past_key_values, MemoryCache) and past_key_values.is_read_only:
             replayed = list(self.language_model.layers)
@@ -501,6 +498,10 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                 decode, extra = decoder, {"use_cache": kwargs.get("use_cache")}
             else:
                 decode = self.language_model
+                if isinstance(past_key_values, MemoryCache) and past_key_values.num_memory_tokens:
+                    attention_mask = memory_mask(
+                        self.config.text_config, inputs_embeds, attention_mask, past_key_values, position_ids
+                    )
             outputs = decode(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -533,6 +534,10 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         self.__dict__.pop("_decoder", None)
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.__dict__.pop("_decoder", None)
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def _is_checkpointing(self) -> bool:
         return self.training and getattr(self.language_model, "gradient_checkpointing", False)
@@ -557,27 +562,6 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             return MemoryCache(cache, readout), use_cache
         cache.attach(readout)
         return cache, use_cache
-
-    def _memory_mask(
-        self,
-        inputs_embeds: torch.FloatTensor,
-        attention_mask: torch.Tensor | None,
-        cache: MemoryCache,
-        position_ids: torch.LongTensor | None,
-    ) -> torch.Tensor:
-        """The 4D mask (B, 1, T, text + S): the text's own, always spelled out, and the memory's columns."""
-        mask = create_causal_mask(
-            config=self.config.text_config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-            allow_is_causal_skip=False,
-        )
-        if mask.dtype == torch.bool and not cache.hard:
-            floor = torch.finfo(inputs_embeds.dtype).min
-            mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, floor)
-        return cache.extend_mask(mask)
 
     def get_text_mask(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
         """Positions (B, T) of words: neither padding nor placeholder nor one of the prompt's control tokens."""

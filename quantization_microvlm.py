@@ -8,6 +8,7 @@ with x_q the input rounded per token to `activation_bits` bits. Same arithmetic 
 its need for a C compiler at run time.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -20,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .kernels_microvlm import low_bit_linear, pack_panels, panels_from_trits
+from .kernels_microvlm import MixedRows, low_bit_linear, low_bit_linear_mixed, pack_panels, panels_from_trits
 
 QUANT_METHOD = "microvlm"
 EPS = 1e-5  # floor of every scale, as in BitNet's reference code
@@ -184,8 +185,13 @@ def unpack_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
         ValueError: another shape, or a byte above 242, which no five trits make.
     """
     check_trits(packed, columns)
-    table = torch.arange(243, device=packed.device).unsqueeze(1) // 3 ** torch.arange(5, device=packed.device) % 3 - 1
-    return table.to(torch.int8)[packed.int()].flatten(1)[:, :columns]
+    return trits_of_bytes(packed.device)[packed.int()].flatten(1)[:, :columns]
+
+
+@functools.cache
+def trits_of_bytes(device: torch.device) -> torch.Tensor:
+    """The five values of every byte, int8 (243, 5)."""
+    return (torch.arange(243).unsqueeze(1) // 3 ** torch.arange(5) % 3 - 1).to(device, torch.int8)
 
 
 def check_trits(packed: torch.Tensor, columns: int) -> None:
@@ -388,19 +394,33 @@ class PackedWeight(nn.Module):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., C) times the transposed matrix, plus bias, (..., R)."""
-        if x.device.type != "cpu" or self.scheme.activation_bits is None or isinstance(self.scheme.group_size, int):
+        if not self.whole_numbers:
             if self.scheme.activation_bits is not None:
                 x = fake_quantize_activation(x, self.scheme.activation_bits)
             return F.linear(x, self.dequantize(dtype=x.dtype), None if bias is None else bias.to(x.dtype))
+        self.lay_out()
+        row_bias = None if bias is None else bias.detach().float()
+        return low_bit_linear(x, self.panels, self.row_scales, row_bias, self.rows, self.columns, self.format.bits)
+
+    @property
+    def whole_numbers(self) -> bool:
+        """Whether products are of whole numbers, in the kernels: on a CPU, with rounded inputs and a scale for the tensor or a row."""
+        scheme = self.scheme
+        return (
+            self.weight.device.type == "cpu" and scheme.activation_bits == 8 and not isinstance(scheme.group_size, int)
+        )
+
+    def lay_out(self) -> None:
+        """`panels` and `row_scales` for the kernels, if they are not there yet."""
         if self.panels is None:
-            self.row_scales = self.row_scale()
-            self.row_bias = None if bias is None else bias.detach().float()
-            self.panels = panels_of([self])
-        shape = (self.rows, self.columns, self.format.bits)
-        return low_bit_linear(x, self.panels, self.row_scales, self.row_bias, *shape)
+            self.row_scales, self.panels = self.row_scale(), panels_of([self])
 
     def row_scale(self) -> torch.Tensor:
         return self.weight_scale.float().flatten().expand(self.rows).contiguous()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.panels = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         scale, self.panels = self.weight_scale, None
@@ -457,7 +477,7 @@ class PackedEmbedding(nn.Module):
             self.frequent = PackedWeight(scheme.frequent_rows, embedding_dim, own, device)
             bits = torch.zeros(-(-num_embeddings // 8), dtype=torch.uint8, device=device)
             self.register_buffer("is_frequent", bits)  # a bit per row, the first row's lowest
-        self._places = None
+        self._places = self._mixed = None
 
     @torch.no_grad()
     def store(self, weight: torch.Tensor, counts: torch.Tensor | None = None) -> None:
@@ -470,18 +490,23 @@ class PackedEmbedding(nn.Module):
         chosen[counts.argsort(descending=True, stable=True)[: self.frequent.rows]] = True
         self.frequent.store(weight[chosen])
         self.rest.store(weight[~chosen])
-        self.is_frequent, self._places = pack_signs(chosen.unsqueeze(0))[0], None
+        self.is_frequent = pack_signs(chosen.unsqueeze(0))[0]
+        self._places = self._mixed = None
 
-    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Which rows are frequent (V,), every row's place in its part (V,), and behind one another, the frequent first (V,)."""
-        if self._places is None or self._places[0].device != self.is_frequent.device:
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows are frequent (V,), and every row's place in its part (V,)."""
+        if self._places is None:
             chosen = unpack_signs(self.is_frequent.unsqueeze(0), self.num_embeddings)[0] > 0
-            place = torch.where(chosen, chosen.cumsum(0), (~chosen).cumsum(0)) - 1
-            self._places = chosen, place, torch.where(chosen, place, place + self.frequent.rows)
+            self._places = chosen, torch.where(chosen, chosen.cumsum(0), (~chosen).cumsum(0)) - 1
         return self._places
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._places = self._mixed = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._places = self._mixed = None
         return super()._apply(fn, recurse)
 
     def check(self, name: str) -> None:
@@ -505,15 +530,31 @@ class PackedEmbedding(nn.Module):
             chosen, place = (t[ids] for t in self.places()[:2])
             rows = torch.empty(len(ids), self.embedding_dim, dtype=self.dtype, device=ids.device)
             for part, mask in ((self.frequent, chosen), (self.rest, ~chosen)):
-                rows[mask] = part.dequantize(place[mask], self.dtype)
+                if len(where := mask.nonzero().squeeze(1)):
+                    rows[where] = part.dequantize(place[where], self.dtype)
         return rows.view(*input_ids.shape, -1)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., D)."""
         if self.frequent is None:
             return self.rest.product(x)
-        logits = torch.cat([self.frequent.product(x), self.rest.product(x)], -1)
-        return logits.index_select(-1, self.places()[2])
+        if not self.rest.whole_numbers:
+            logits = x.new_empty(*x.shape[:-1], self.num_embeddings)
+            for part, where in self.parts():
+                logits[..., where] = part.product(x)
+            return logits
+        if self._mixed is None:
+            self._mixed = []
+            for part, where in self.parts():
+                part.lay_out()
+                rows = MixedRows(part.panels, part.row_scales, part.format.bits, where, self.num_embeddings)
+                self._mixed.append(rows)
+        return low_bit_linear_mixed(x, self._mixed, self.embedding_dim)
+
+    def parts(self) -> list[tuple[PackedWeight, torch.Tensor]]:
+        """The two parts, and which rows each holds."""
+        chosen = self.places()[0]
+        return [(part, mask.nonzero().squeeze(1)) for part, mask in ((self.frequent, chosen), (self.rest, ~chosen))]
 
 
 class PackedHead(nn.Module):

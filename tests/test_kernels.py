@@ -216,6 +216,10 @@ def test_fused_helpers(native, dtype, M, columns):
     for got, expected in [
         (kernels.rms_norm_quantize(x, weight, 1e-6), kernels.rms_norm_quantize_reference(x, weight, 1e-6)),
         (kernels.silu_mul_quantize(gate_up), kernels.silu_mul_quantize_reference(gate_up)),
+        (
+            kernels.relu2_norm_quantize(gate_up, weight, 1e-6),
+            kernels.relu2_norm_quantize_reference(gate_up, weight, 1e-6),
+        ),
     ]:
         assert torch.allclose(got[1], expected[1], rtol=1e-5, atol=0)
         difference = (got[0].int() - expected[0].int()).abs()
@@ -403,8 +407,8 @@ def test_a_program_is_its_steps(native):
     weight, x = torch.rand(64) + 0.5, torch.zeros(1, 64)
     program = kernels.Program()
     gate_up = program.linear(program.quantize(x, weight, 1e-6), panels, scale, bias, 128, 2)
-    y = program.linear(program.silu_mul(gate_up), down, down_scale, None, 64, 4, residual=x)
-    plain = program.quantize(x)
+    y = program.linear(program.gate(gate_up), down, down_scale, None, 64, 4, residual=x)
+    plain, squared = program.quantize(x), program.gate(gate_up, weight, 1e-5)
     for seed in range(3):
         x.copy_(torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)))
         program()
@@ -415,6 +419,84 @@ def test_a_program_is_its_steps(native):
         expected = kernels.low_bit_linear_quantized(*quantized, down, down_scale, None, 64, 64, 4, torch.float32, x)
         assert torch.equal(y, expected)
         assert all(map(torch.equal, plain, kernels.quantize_rows(x)))
+        assert all(map(torch.equal, squared, kernels.relu2_norm_quantize(gate_up, weight, 1e-5)))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads,kv_heads,head_dim", [(14, 2, 64), (3, 3, 6), (20, 5, 128), (4, 1, 80)])
+@pytest.mark.parametrize("items", [0, 4])
+def test_attention_of_a_token(native, two_threads, dtype, heads, kv_heads, head_dim, items):
+    g = torch.Generator().manual_seed(items)
+    tokens, capacity, half = 37, 40, head_dim // 2
+    qkv = torch.zeros(1, (heads + 2 * kv_heads) * head_dim)
+    turn, length = torch.zeros(head_dim), torch.zeros((), dtype=torch.int64)
+    kept = [torch.full((1, kv_heads, capacity, head_dim), float("nan"), dtype=dtype) for _ in range(2)]
+    memory = [torch.randn(1, kv_heads, items, head_dim, generator=g).to(dtype) for _ in range(2)]
+    gate, scaling = -0.7, head_dim**-0.5
+    program = kernels.Program()
+    attention = kernels.TokenAttention(heads, kv_heads, head_dim, scaling, dtype)
+    out = program.attention(qkv, turn, length, attention)
+    attention.bind(*kept, tuple(memory) if items else None, gate)
+    keys, values = (torch.zeros(kv_heads, 0, head_dim, dtype=torch.float64) for _ in range(2))
+    for position in range(tokens):
+        qkv.normal_(generator=g)
+        angles = position * 0.3 ** torch.arange(half).double()
+        turn.copy_(torch.cat([angles.cos(), angles.sin()]))
+        length.fill_(position)
+        program()
+
+        states = qkv.double().view(-1, head_dim)
+        first, second = states[: heads + kv_heads].split(half, -1)
+        cos, sin = turn.double().split(half)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(dtype).double()
+        keys = torch.cat([keys, turned[heads:, None]], 1)
+        values = torch.cat([values, states[heads + kv_heads :, None].to(dtype).double()], 1)
+        every = [torch.cat([t, m[0].double()], 1) for t, m in zip((keys, values), memory)]
+        repeated = [t.repeat_interleave(heads // kv_heads, 0) for t in every]
+        scores = (turned[:heads, None] @ repeated[0].mT).squeeze(1) * scaling
+        scores[:, position + 1 :] += gate
+        expected = (scores.softmax(-1)[:, None] @ repeated[1]).view(1, -1)
+        # a key on the edge between two bfloat16 numbers may fall on the other side
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(kept[0][0, :, :tokens].double(), keys, rtol=1e-2, atol=1e-5)
+    assert torch.equal(kept[1][0, :, :tokens].double(), values)
+    assert kept[0][0, :, tokens:].isnan().all()  # nothing was written beyond
+
+
+@needs_native
+def test_attention_is_given_what_it_expects():
+    program = kernels.Program()
+    attention = kernels.TokenAttention(2, 1, 8, 1.0, torch.float32)
+    program.attention(torch.zeros(1, 32), torch.zeros(8), torch.zeros((), dtype=torch.int64), attention)
+    keys = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"keys or values is torch.bfloat16 \(1, 1, 4, 8\) on cpu; expected contiguous torch.float32"):
+        attention.bind(keys, keys.bfloat16())
+    with pytest.raises(ValueError, match=r"keys or values is torch.float32 \(1, 1, 4, 8\) on cpu; expected contiguous"):
+        attention.bind(keys, torch.zeros(1, 1, 8, 8)[:, :, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_rows_of_several_widths(native, dtype, tokens):
+    rows, columns = 203, 70
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    parts, whole = [], torch.zeros(rows, columns)
+    for places, bits in zip(order.split([50, 150, 3]), (4, 2, 8)):
+        codes, panels, scale, _ = random_layer(len(places), columns, bits, seed=bits)
+        parts.append(kernels.MixedRows(panels, scale, bits, places, rows))
+        whole[places] = codes.float() * scale[:, None]
+    x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y = kernels.low_bit_linear_mixed(x, parts, columns)
+    assert torch.equal(y, kernels.low_bit_linear_mixed_reference(x, parts, columns))
+    expected = F.linear(fake_quantize_activation(x.float(), 8), whole)
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-1)
+    with pytest.raises(ValueError, match="places go from 0 to 203; expected 0 to 202"):
+        kernels.MixedRows(parts[2].panels, parts[2].scale, 8, torch.tensor([0, 5, 203]), rows)
+    with pytest.raises(ValueError, match="parts are of matrices with 203 and 204 rows"):
+        bad = kernels.MixedRows(parts[2].panels, parts[2].scale, 8, parts[2].places, rows + 1)
+        kernels.low_bit_linear_mixed(x, [parts[0], bad], columns)
 
 
 @needs_native
