@@ -18,8 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache_microvlm import GrowingLayer, memory_mask
 from .kernels_microvlm import (
     DTYPES,
+    Attention,
     Program,
-    TokenAttention,
     kernel_threads,
     low_bit_linear_quantized,
     native_available,
@@ -31,6 +31,7 @@ from .kernels_microvlm import (
 from .quantization_microvlm import PackedLinear, panels_of
 
 MODEL_TYPES = ("qwen2", "llama", "bitnet")
+MOST_TOKENS = 256  # of a pass with the compiled attention: of longer ones torch's products of matrices are faster
 
 
 class Product:
@@ -135,11 +136,25 @@ class Layer:
             k, v = cache.update(k, v, self.index)
         return self.attend(q, k, v, mask)
 
+    def native_attention(self, dtype: torch.dtype) -> Attention:
+        return Attention(self.heads, self.kv_heads, self.head_dim, self.scaling, dtype)
+
+    def rest(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What follows the attention: (M, heads d) and (M, D) -> (M, D)."""
+        return self.mlp(self.out(self.attention_norm(attended), x))
+
     def __call__(self, x, *args) -> torch.Tensor:
         """x (B T, D) -> the same; the rest as `attention`."""
         out = self.attention(self.qkv(self.input_norm(x)), *args)
-        x = self.out(self.attention_norm(out.flatten(0, 1).float().contiguous()), x)
-        return self.mlp(x)
+        return self.rest(out.flatten(0, 1).float().contiguous(), x)
+
+    def native(self, x: torch.Tensor, turns: torch.Tensor, length: torch.Tensor, kept: "Kept") -> torch.Tensor:
+        """The same of one row's tokens, with the compiled attention: x (T, D), turns (T, d), length () of the tokens before."""
+        attention = self.native_attention(kept.dtype)
+        out = attention.tokens(self.qkv(self.input_norm(x)), turns, length)
+        attention.bind(*kept.layer(self.index, len(x), (self.kv_heads, self.head_dim)))
+        attention()
+        return self.rest(out, x)
 
 
 class TokenStep:
@@ -154,13 +169,14 @@ class TokenStep:
         first = decoder.layers[0]
         self.program, self.dtype = Program(), dtype
         self.x = x = torch.zeros(1, first.out.rows)
-        self.turn, self.length = torch.zeros(first.head_dim), torch.zeros((), dtype=torch.int64)
+        self.turn, self.length = torch.zeros(1, first.head_dim), torch.zeros((), dtype=torch.int64)
         self.attentions, self.source = [], None
         for layer in decoder.layers:
             qkv = layer.input_norm.record(self.program, x, layer.qkv)
-            attention = TokenAttention(layer.heads, layer.kv_heads, layer.head_dim, layer.scaling, dtype)
+            attention = layer.native_attention(dtype)
             self.attentions.append(attention)
-            attended = self.program.attention(qkv, self.turn, self.length, attention)
+            attended = attention.tokens(qkv, self.turn, self.length)
+            self.program.attention(attention)
             quantized = self.program.quantize(attended, layer.attention_weight, layer.attention_eps)
             x = layer.out.record(self.program, quantized, x)
             gate_up = layer.mlp_norm.record(self.program, x, layer.gate_up)
@@ -168,26 +184,55 @@ class TokenStep:
             x = layer.down.record(self.program, hidden, x)
         self.out = x
 
-    def __call__(self, x: torch.Tensor, turn: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """x (1, D), turn (d,) -> (1, D), before the last norm; the cache's layers take the token."""
+    def __call__(self, x: torch.Tensor, turns: torch.Tensor, kept: "Kept") -> torch.Tensor:
+        """x (1, D), turns (1, d) -> (1, D), before the last norm; the cache's layers take the token."""
         self.x.copy_(x)
-        self.turn.copy_(turn)
-        self.length.fill_(cache.layers[0].length)
-        source, gate = getattr(cache, "memory", None), 0.0
-        if not source:
-            memory = [None] * len(self.attentions)
-        else:
-            if source is not self.source:
-                self.source = source
-                self.memory = [tuple(t.to("cpu", self.dtype).contiguous() for t in pair) for pair in source]
-            memory, gate = self.memory, float(cache.log_gate)
-        for layer, attention, items in zip(cache.layers, self.attentions, memory):
-            layer.reserve(1)
-            attention.bind(layer.kept_keys, layer.kept_values, items, gate)
+        self.turn.copy_(turns)
+        self.length.fill_(kept.length)
+        for i, attention in enumerate(self.attentions):
+            attention.bind(*kept.layer(i, 1))
         self.program()
-        for layer in cache.layers:
-            layer.length += 1
+        kept.grow(1)
         return self.out
+
+
+class Kept:
+    """What the tokens of one row attend to: the growing layers of a cache, and the memory attached to it.
+
+    Args:
+        cache: see `fits`.
+        dtype: of keys and values.
+    """
+
+    @staticmethod
+    def fits(cache: Cache, layers: list[Layer]) -> bool:
+        """Whether a cache's layers all grow and hold the same tokens of one row, and its memory is of one row."""
+        return (
+            not getattr(cache, "offloading", False)
+            and len(cache.layers) == len(layers)
+            and all(type(layer) is GrowingLayer and layer.length == cache.layers[0].length for layer in cache.layers)
+            and all(len(keys) == 1 for keys, _ in getattr(cache, "memory", ())[:1])
+        )
+
+    def __init__(self, cache: Cache, dtype: torch.dtype):
+        self.cache, self.dtype, self.length = cache, dtype, cache.layers[0].length
+        self.memory, self.gate = [None] * len(cache.layers), 0.0
+        if source := getattr(cache, "memory", None):
+            self.memory = [tuple(t.to("cpu", dtype).contiguous() for t in pair) for pair in source]
+            self.gate = float(cache.log_gate)
+
+    def layer(self, i: int, count: int, shape: tuple[int, int] = (0, 0)):
+        """Arguments of `Attention.bind`, with room for so many tokens more; shape: heads and width of keys, where there are none yet."""
+        layer = self.cache.layers[i]
+        if layer.capacity == 0:
+            empty = torch.empty(1, shape[0], 0, shape[1], dtype=self.dtype)
+            layer.update(empty, empty)
+        layer.reserve(count)
+        return layer.kept_keys, layer.kept_values, self.memory[i], self.gate
+
+    def grow(self, count: int) -> None:
+        for layer in self.cache.layers:
+            layer.length += count
 
 
 class PackedDecoder:
@@ -202,7 +247,7 @@ class PackedDecoder:
         self.layers = [Layer(layer) for layer in model.layers]
         self.norm = Norm(model.norm)
         self.local = threading.local()  # a step writes to tensors of its own: one for each thread
-        self.turns = None
+        self.table = None
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -227,20 +272,18 @@ class PackedDecoder:
         parts = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, (Product, Norm))]
         return [t for part in (*parts, self.norm) for t in vars(part).values() if isinstance(t, torch.Tensor)]
 
-    def turn(self, position: int) -> torch.Tensor:
-        """Cosines, then sines, of a position, (d,), from a table where they do not depend on how long the text is."""
-        rotary = self.model.rotary_emb
+    def turns(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cosines, then sines, of positions (T,): (T, d), from a table where they do not depend on how long the text is."""
+        rotary, last = self.model.rotary_emb, int(positions.max())
         if rotary.rope_type in ("dynamic", "longrope"):
-            first, count = position, 1
-        elif self.turns is not None and position < len(self.turns):
-            return self.turns[position]
-        else:
-            first, count = 0, max(256, 2 * position)
-        cos, sin = (t[0, :, : t.shape[-1] // 2] for t in rotary(self.norm.weight, torch.arange(count)[None] + first))
-        turns = torch.cat([cos, sin], -1)
-        if first == 0:
-            self.turns = turns
-        return turns[position - first]
+            return self.make_turns(positions)
+        if self.table is None or last >= len(self.table):
+            self.table = self.make_turns(torch.arange(max(256, 2 * last)))
+        return self.table[positions]
+
+    def make_turns(self, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.model.rotary_emb(self.norm.weight, positions.unsqueeze(0))
+        return torch.cat([t[0, :, : t.shape[-1] // 2] for t in (cos, sin)], -1)
 
     @kernel_threads()
     @torch.no_grad()
@@ -259,30 +302,28 @@ class PackedDecoder:
         B, T, D = inputs_embeds.shape
         dtype, cache = inputs_embeds.dtype, past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = past_key_values = DynamicCache(config=self.config)
+        if isinstance(attention_mask, dict):  # of generate() with a static cache
+            attention_mask = attention_mask["full_attention"]
+        native = (
+            B == 1
+            and T <= MOST_TOKENS
+            and native_available()
+            and dtype in DTYPES
+            and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
+        )
+        if native and cache is None:
             cache = DynamicCache(config=self.config)
-        layers = [] if cache is None or getattr(cache, "offloading", False) else cache.layers
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[i] = GrowingLayer.of(layer)
+        if cache is not None and not getattr(cache, "offloading", False):
+            for i, layer in enumerate(cache.layers):
+                if type(layer) is DynamicLayer:
+                    cache.layers[i] = GrowingLayer.of(layer)
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + T).unsqueeze(0)
-        if isinstance(attention_mask, dict):  # of generate() with a static cache
-            attention_mask = attention_mask["full_attention"]
         x = inputs_embeds.reshape(B * T, D).float()
-        if (
-            B == T == 1
-            and native_available()
-            and dtype in DTYPES
-            and len(layers) == len(self.layers)
-            and all(type(layer) is GrowingLayer and layer.length for layer in layers)
-            and all(len(keys) == 1 for keys, _ in getattr(cache, "memory", ())[:1])
-            and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
-        ):
-            steps = vars(self.local)
-            if dtype not in steps:
-                steps[dtype] = TokenStep(self, dtype)
-            x = steps[dtype](x, self.turn(int(position_ids)), cache)
+        if native and Kept.fits(cache, self.layers):
+            x = self.native(x, self.turns(position_ids[0]), Kept(cache, dtype))
         else:
             mask = (memory_mask if getattr(cache, "memory", None) else create_causal_mask)(
                 self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids
@@ -293,4 +334,17 @@ class PackedDecoder:
             for layer in self.layers:
                 x = layer(x, cos, sin, mask, cache, (B, T), dtype)
         x = F.rms_norm(x, (D,), self.norm.weight, self.norm.eps)
-        return BaseModelOutputWithPast(last_hidden_state=x.view(B, T, D), past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=x.view(B, T, D), past_key_values=past_key_values)
+
+    def native(self, x: torch.Tensor, turns: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """All layers over the tokens of one row: x (T, D), turns (T, d) -> (T, D), before the last norm."""
+        if len(x) == 1 and kept.length:
+            steps = vars(self.local)
+            if kept.dtype not in steps:
+                steps[kept.dtype] = TokenStep(self, kept.dtype)
+            return steps[kept.dtype](x, turns, kept)
+        length = torch.tensor(kept.length)
+        for layer in self.layers:
+            x = layer.native(x, turns, length, kept)
+        kept.grow(len(x))
+        return x

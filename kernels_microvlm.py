@@ -6,8 +6,8 @@ LLVM IR is written with llvmlite, compiled in the process and called through cty
     s_m = 127 / max(max |x_m|, 1e-5),   q_m = round(x_m s_m),   y_mr = (sum_c w_rc q_mc) (scale_r / s_m) + bias_r
 
 Notable:
-- Weights are stored in panels of 4 rows x 64 columns (`pack_panels`): one load of the tokens serves 4 rows, a decode step reads
-  memory in order, and all widths and instruction sets share one loop.
+- Weights are stored in panels of 16 rows (`pack_panels`), a 32-bit lane of a vector for each: the dot product of four bytes adds up
+  within a row, so nothing is summed across lanes, a decode step reads memory in order, and all widths and instruction sets share one loop.
 - Stored weights are unsigned, u = w + zero, because the x86 dot product takes unsigned x signed: sum w q = sum u q - zero sum q.
 - Threads are workers that enter a compiled loop once and wait there on an atomic counter: a Python thread pool would cost more
   than most of the products.
@@ -39,7 +39,8 @@ else:
     F32, PTR = ir.FloatType(), ir.PointerType()
 
 EPS = 1e-5  # floor of the activation scale, as in quantization_microvlm
-ROWS, COLUMNS = 4, 64  # of one block of a panel
+ROWS, COLUMNS = 16, 64  # of a panel, and what columns are filled up to a multiple of
+GROUP = 4  # bytes that a dot product adds up
 MAX_COLUMNS = 2**17 - 1  # 128 * 128 * columns must stay below 2**31
 ZERO = {2: 1, 4: 8, 8: 128}  # bits -> the code that means 0
 GRAIN = 2**17  # least products in a piece of work; smaller calls stay on the caller
@@ -71,18 +72,19 @@ def _pack(stored: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes (R, C) uint8 -> panels."""
     R, C = stored.shape
     stored = F.pad(stored, (0, _up(C, COLUMNS) - C, 0, _up(R, ROWS) - R), value=ZERO[bits])
-    stored = stored.view(-1, bits // 2, 8 // bits, _up(C, COLUMNS) // COLUMNS, COLUMNS)  # (P, vector, field, block, 64)
-    packed = stored[:, :, 0].clone()
+    stored = stored.view(_up(R, ROWS) // ROWS, ROWS, -1, 8 // bits, GROUP)  # (panel, row, vector, field, byte)
+    packed = stored[:, :, :, 0].clone()
     for k in range(1, 8 // bits):
-        packed |= stored[:, :, k] << (k * bits)
+        packed |= stored[:, :, :, k] << (k * bits)
     return packed.transpose(1, 2).reshape(-1)
 
 
 def pack_panels(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack signed weight codes for the kernels.
 
-    A panel holds 4 rows; its blocks of 64 columns follow each other. A block is bits / 2 vectors of 64 bytes, one byte per column,
-    which holds 8 / bits neighbouring rows, the first in the lowest bits. Columns and rows are padded with zero weights.
+    A panel holds 16 rows as vectors of 64 bytes, four bytes of every row. A byte has 8 / bits fields, the first in the lowest bits; the first
+    fields of the four bytes are four neighbouring columns, the next fields the next four. Columns are filled up with zero weights to a
+    multiple of 64, rows to one of 16.
 
     Args:
         codes: (R, C) int8; -1..1 for 2 bits, -8..7 for 4, -128..127 for 8.
@@ -116,11 +118,11 @@ def _check_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> N
 def unpack_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> torch.Tensor:
     """Inverse of `pack_panels`: (rows, columns) int8. Raises ValueError if the length does not fit."""
     _check_panels(panels, rows, columns, bits)
-    blocks = _up(columns, COLUMNS) // COLUMNS
-    packed = panels.view(-1, blocks, bits // 2, 1, COLUMNS)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=panels.device).view(-1, 1)
-    stored = (packed >> shifts) & (2**bits - 1)  # (P, block, vector, field, 64)
-    stored = stored.permute(0, 2, 3, 1, 4).reshape(_up(rows, ROWS), blocks * COLUMNS)
+    count = _up(rows, ROWS) // ROWS
+    packed = panels.view(count, _up(columns, COLUMNS) * bits // (8 * GROUP), 1, ROWS, GROUP)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=panels.device).view(-1, 1, 1)
+    stored = (packed >> shifts) & (2**bits - 1)  # (panel, vector, field, row, byte)
+    stored = stored.permute(0, 3, 1, 2, 4).reshape(count * ROWS, _up(columns, COLUMNS))
     return (stored[:rows, :columns] - ZERO[bits]).view(torch.int8)
 
 
@@ -146,13 +148,13 @@ def panels_from_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
         raise ValueError(f"packed trits hold the byte {int(packed.max())}; expected at most 242 (five base-3 digits).")
     digits = torch.arange(243, device=packed.device)[:, None] // 3 ** torch.arange(5, device=packed.device) % 3
     digits = digits.to(torch.uint8)
-    row_bytes = _up(columns, COLUMNS)  # 4 rows of 2 bits: a byte per column
-    panels = packed.new_empty(_up(packed.shape[0], ROWS) // ROWS, row_bytes)
+    length = panel_bytes(ROWS, columns, 2)
+    panels = packed.new_empty(_up(packed.shape[0], ROWS) // ROWS, length)
     step = _up(2**20 // packed.shape[1], ROWS)
     for start in range(0, packed.shape[0], step):
         part = packed[start : start + step]
         stored = digits[part.flatten().int()].view(part.shape[0], -1)[:, :columns]
-        panels[start // ROWS : (start + step) // ROWS] = _pack(stored, 2).view(-1, row_bytes)
+        panels[start // ROWS : (start + step) // ROWS] = _pack(stored, 2).view(-1, length)
     return panels.view(-1)
 
 
@@ -164,18 +166,18 @@ class Target(NamedTuple):
 
     arch: str
     width: int  # bytes
-    tile: int  # tokens
+    tiles: tuple[int, ...]  # tokens: the first as often as it goes, then the next
     features: tuple[str, ...]
 
 
 TARGETS = {  # best first
     "avx512-vnni": Target(
-        "x86_64", 64, 4, ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+        "x86_64", 64, (12, 4, 1), ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
     ),
-    "avx-vnni": Target("x86_64", 32, 2, ("avx2", "fma", "avxvnni")),
-    "avx2": Target("x86_64", 32, 2, ("avx2", "fma")),
-    "neon-dotprod": Target("aarch64", 16, 4, ("dotprod",)),
-    "generic": Target("", 16, 1, ()),
+    "avx-vnni": Target("x86_64", 32, (6, 1), ("avx2", "fma", "avxvnni")),
+    "avx2": Target("x86_64", 32, (4, 1), ("avx2", "fma")),
+    "neon-dotprod": Target("aarch64", 16, (8, 1), ("dotprod",)),
+    "generic": Target("", 16, (1,), ()),
 }
 
 
@@ -307,37 +309,35 @@ def _from_float(b, value, bf16: bool):
 # ------------------------------------------------------------------------------------------------------------ linear kernels
 
 
+def _pairs(b, p, q):
+    """Sums of neighbouring lanes, of p and behind them of q."""
+    lanes = range(0, 2 * p.type.count, 2)
+    return b.add(_shuffle(b, p, q, lanes), _shuffle(b, p, q, [i + 1 for i in lanes]))
+
+
 def _dot(b, name: str, bits: int, acc, u, x):
-    """acc + the products of the bytes u (unsigned; signed for neon) and x (signed), summed within the lanes of acc."""
+    """acc + the products of the bytes u (unsigned; signed for neon) and x (signed), every four of them summed into a lane."""
     width = TARGETS[name].width
     if name.endswith("vnni"):
-        words = ir.VectorType(I32, width // 4)
-        return _call(b, f"llvm.x86.avx512.vpdpbusd.{8 * width}", words, acc, *(b.bitcast(v, words) for v in (u, x)))
+        return _call(b, f"llvm.x86.avx512.vpdpbusd.{8 * width}", acc.type, acc, *(b.bitcast(v, acc.type) for v in (u, x)))
     if name == "neon-dotprod":
         return _call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, u, x)
     if name == "generic":
         shorts = ir.VectorType(I16, width)  # 255 * -128 fits
-        return b.add(acc, b.sext(b.mul(b.zext(u, shorts), b.sext(x, shorts)), acc.type))
+        products = b.sext(b.mul(b.zext(u, shorts), b.sext(x, shorts)), ir.VectorType(I32, width))
+        halves = [_shuffle(b, products, products, range(i, i + width // 2)) for i in (0, width // 2)]
+        sums = _pairs(b, *halves)
+        halves = [_shuffle(b, sums, sums, range(i, i + width // 4)) for i in (0, width // 4)]
+        return b.add(acc, _pairs(b, *halves))
     shorts = ir.VectorType(I16, 16)
     if bits < 8:  # pairs reach 128 * -128 * 2, the last value before saturation
         pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", shorts, u, x)
         return b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, _const(I16, 1, 16)))
+    sums = []
     for half in (range(16), range(16, 32)):
         wide = b.zext(_shuffle(b, u, u, half), shorts), b.sext(_shuffle(b, x, x, half), shorts)
-        acc = b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", acc.type, *wide))
-    return acc
-
-
-def _sum_rows(b, accs):
-    """Lane sums of 4 vectors as one <4 x i32>: halves are added while vectors are joined, so no step works on a lone lane."""
-    size = accs[0].type.count  # lanes that belong to one row
-    while size > 1:
-        pairs = list(zip(accs[::2], accs[1::2])) or [(accs[0], accs[0])]
-        lanes = accs[0].type.count * (2 if len(accs) > 1 else 1)
-        low = [i for i in range(lanes) if i % size < size // 2]
-        accs = [b.add(_shuffle(b, p, q, low), _shuffle(b, p, q, [i + size // 2 for i in low])) for p, q in pairs]
-        size //= 2
-    return accs[0]
+        sums.append(_call(b, "llvm.x86.avx2.pmadd.wd", acc.type, *wide))
+    return b.add(acc, _pairs(b, *sums))
 
 
 def linear_ir(name: str, bits: int, bf16: bool, placed: bool = False):
@@ -345,89 +345,95 @@ def linear_ir(name: str, bits: int, bf16: bool, placed: bool = False):
 
     `placed`: a row's result goes where `places` (rows,) int64 says, in tokens of y that are `wide` apart.
     """
-    width, tile, _ = TARGETS[name][1:]
+    _, width, tiles, _ = TARGETS[name]
     b, words, begin, end = _kernel(pointers=9, integers=4)
-    x_q, s, sums, panels, scale, bias, residual, y, places, tokens, rows, blocks, wide = words
-    lanes = width if name == "generic" else width // 4
-    in_place = bits == 2 and name != "neon-dotprod"  # field k is left times 4^k, which its sum is divided by
+    x_q, s, sums, panels, scale, bias, residual, y, places, tokens, rows, stride, wide = words
+    lanes, fields = width // GROUP, 8 // bits
     signed = bits == 8 and name == "neon-dotprod"
-    shifts = ir.Constant(ir.VectorType(I32, ROWS), [2 * k if in_place else 0 for k in range(ROWS)])
-    stride = b.mul(blocks, _int(COLUMNS))
+    bytes_, ints = ir.VectorType(I8, width), ir.VectorType(I32, lanes)
 
-    def fields(vector):
-        for k in range(0, 8, bits):
-            if bits == 8:
-                yield b.xor(vector, _const(I8, 128, width)) if signed else vector
-            elif in_place:
-                yield b.and_(vector, _const(I8, 3 << k, width))
-            else:
-                yield b.and_(b.lshr(vector, _const(I8, k, width)), _const(I8, 2**bits - 1, width))
+    def field(vector, k, in_place):
+        if bits == 8:
+            return b.xor(vector, _const(I8, 128, width)) if signed else vector
+        if in_place:
+            return b.and_(vector, _const(I8, 3 << (k * bits), width))
+        return b.and_(b.lshr(vector, _const(I8, k * bits, width)), _const(I8, 2**bits - 1, width))
 
     def rows_of(pointer, index, mask, bf16, instead):
-        """4 floats at an index; -0, which adds nothing, where masked or all of them if the pointer is null.
+        """The lanes' floats at an index; -0, which adds nothing, where masked or all of them if the pointer is null.
 
         Then the load is at a readable address `instead`: with every lane masked, null would not fault, but take 200 cycles.
         """
         given = b.icmp_unsigned("!=", b.ptrtoint(pointer, I64), _int(0))
-        kind, minus_zero = _element(bf16), _const(_element(bf16), 1 << (15 if bf16 else 31), ROWS)
+        kind, minus_zero = _element(bf16), _const(_element(bf16), 1 << (15 if bf16 else 31), lanes)
         where, align = _at(b, b.select(given, pointer, instead), index, kind), ir.Constant(I32, kind.width // 8)
-        name, mask = f"llvm.masked.load.v{ROWS}i{kind.width}.p0", b.and_(mask, _splat(b, given, ROWS))
+        name, mask = f"llvm.masked.load.v{lanes}i{kind.width}.p0", b.and_(mask, _splat(b, given, lanes))
         return _to_float(b, _call(b, name, minus_zero.type, where, align, mask, minus_zero))
 
-    def panel(p, _):
-        row = b.mul(p, _int(ROWS))
-        iota = ir.Constant(ir.VectorType(I64, ROWS), list(range(ROWS)))
-        mask = b.icmp_signed("<", b.add(_splat(b, row, ROWS), iota), _splat(b, rows, ROWS))
+    def part_of_panel(p, part):
+        row = b.add(b.mul(p, _int(ROWS)), _int(part // GROUP))
+        iota = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
+        mask = b.icmp_signed("<", b.add(_splat(b, row, lanes), iota), _splat(b, rows, lanes))
         row_scale, row_bias = (rows_of(pointer, row, mask, False, scale) for pointer in (scale, bias))
-        weights = _at(b, panels, b.mul(b.mul(p, stride), _int(bits // 2)))
+        start = b.mul(b.mul(p, stride), _int(ROWS * bits // 8))
+        weights = _at(b, panels, b.add(start, _int(part)))
         if placed:
-            zeros, align = _const(I64, 0, ROWS), ir.Constant(I32, 8)
-            load = f"llvm.masked.load.v{ROWS}i64.p0"
+            zeros, align = _const(I64, 0, lanes), ir.Constant(I32, 8)
+            load = f"llvm.masked.load.v{lanes}i64.p0"
             targets = _call(b, load, zeros.type, _at(b, places, row, I64), align, mask, zeros)
 
         def tokens_of(size, m, _):
             inputs = [_at(b, x_q, b.mul(b.add(m, _int(t)), stride)) for t in range(size)]
+            # few tokens: a sum for every field, or each product would wait for the one before
+            sets = fields if size == 1 else 1
+            # a field k of two bits may stay where it is, times 4^k, which its own sum is divided by
+            in_place = bits == 2 and sets == fields and name != "neon-dotprod"
 
-            def block(c, accs):
-                accs, at = list(accs), b.mul(c, _int(COLUMNS))
-                for part in range(0, COLUMNS, width):
-                    bytes_ = ir.VectorType(I8, width)
-                    where = b.add(at, _int(part))
-                    q = [b.load(_at(b, pointer, where), align=1, typ=bytes_) for pointer in inputs]
-                    for j in range(bits // 2):
-                        where = b.add(b.mul(at, _int(bits // 2)), _int(j * COLUMNS + part))
-                        vector = b.load(_at(b, weights, where), align=1, typ=bytes_)
-                        for k, u in enumerate(fields(vector), start=j * (8 // bits)):
-                            for t in range(size):
-                                accs[t * ROWS + k] = _dot(b, name, bits, accs[t * ROWS + k], u, q[t])
+            def vector_of(c, accs):
+                accs = list(accs)
+                where = b.mul(c, _int(ROWS * bits // 8))  # c: the first column
+                vector = b.load(_at(b, weights, where), align=1, typ=bytes_)
+                for k in range(fields):
+                    u, at = field(vector, k, in_place), b.add(c, _int(k * GROUP))
+                    for t, pointer in enumerate(inputs):
+                        four = _splat(b, b.load(_at(b, pointer, at), align=1, typ=I32), lanes)
+                        i = t * sets + k % sets
+                        accs[i] = _dot(b, name, bits, accs[i], u, b.bitcast(four, bytes_))
                 return accs
 
-            _, accs = _loop(b, _int(0), blocks, 1, block, [_const(I32, 0, lanes)] * (ROWS * size))
+            zeros = [_const(I32, 0, lanes)] * (size * sets)
+            _, accs = _loop(b, _int(0), stride, GROUP * fields, vector_of, zeros)
             for t in range(size):
-                token = b.add(m, _int(t))
-                total = b.ashr(_sum_rows(b, accs[t * ROWS : (t + 1) * ROWS]), shifts)
+                token, total = b.add(m, _int(t)), None
+                for k, acc in enumerate(accs[t * sets : (t + 1) * sets]):
+                    acc = b.ashr(acc, _const(I32, k * bits, lanes)) if in_place else acc
+                    total = acc if total is None else b.add(total, acc)
                 if not signed:
                     zero = b.mul(b.load(_at(b, sums, token, I32), typ=I32), ir.Constant(I32, ZERO[bits]))
-                    total = b.sub(total, _splat(b, zero, ROWS))
-                token_scale = _splat(b, b.load(_at(b, s, token, F32), typ=F32), ROWS)
-                out = b.fmul(b.sitofp(total, ir.VectorType(F32, ROWS)), b.fdiv(row_scale, token_scale))
+                    total = b.sub(total, _splat(b, zero, lanes))
+                token_scale = _splat(b, b.load(_at(b, s, token, F32), typ=F32), lanes)
+                out = b.fmul(b.sitofp(total, ir.VectorType(F32, lanes)), b.fdiv(row_scale, token_scale))
                 index = b.add(b.mul(token, rows), row)
                 out = b.fadd(b.fadd(out, row_bias), rows_of(residual, index, mask, bf16, y))
                 raw, kind = _from_float(b, out, bf16), _element(bf16)
                 align = ir.Constant(I32, kind.width // 8)
                 if not placed:
-                    suffix = f"v{ROWS}i{kind.width}.p0"
+                    suffix = f"v{lanes}i{kind.width}.p0"
                     _call(b, f"llvm.masked.store.{suffix}", VOID, raw, _at(b, y, index, kind), align, mask)
                     continue
-                for lane in (ir.Constant(I32, k) for k in range(ROWS)):
+                for lane in (ir.Constant(I32, k) for k in range(lanes)):
                     with b.if_then(b.extract_element(mask, lane)):
                         where = b.add(b.mul(token, wide), b.extract_element(targets, lane))
                         b.store(b.extract_element(raw, lane), _at(b, y, where, kind), align=kind.width // 8)
             return ()
 
         m = _int(0)
-        for size in sorted({tile, 1}, reverse=True):
+        for size in tiles:
             m, _ = _loop(b, m, tokens, size, functools.partial(tokens_of, size))
+
+    def panel(p, _):
+        for part in range(0, ROWS * GROUP, width):
+            part_of_panel(p, part)
         return ()
 
     _loop(b, begin, end, 1, panel)
@@ -550,73 +556,89 @@ def _total(b, value):
     return total
 
 
-def attention_ir(head_dim: int, bf16: bool):
-    """Attention of one new token, for a range of key heads: turn its query and key, keep key and value, attend to all that is kept.
+def attention_ir(kind: str, head_dim: int, bf16: bool):
+    """Attention of new tokens, in two steps over the same arguments.
 
-    Beside the text there may be a second set of keys and values, the memory's, whose scores have `gate` added.
+    "turn", for a range of tokens: turn queries, in place, and keys to their positions, and keep keys and values.
+    "attention", for a range of query heads: every token attends to all that is kept up to itself, and to the memory's keys and values,
+    whose scores have `gate` added.
     """
-    b, words, begin, end = _kernel(pointers=9, integers=5)
-    qkv, turn, length, keys, values, memory_keys, memory_values, scratch, out = words[:9]
-    capacity, groups, heads, items, floats = words[9:]
-    half, kind = head_dim // 2, _element(bf16)
-    align = kind.width // 8
-    element = ir.VectorType(kind, half)
+    b, words, begin, end = _kernel(pointers=9, integers=6)
+    qkv, turns, length, keys, values, memory_keys, memory_values, scratch, out = words[:9]
+    tokens, capacity, groups, heads, items, floats = words[9:]
+    half, stored = head_dim // 2, _element(bf16)
+    align, d = stored.width // 8, _int(head_dim)
     scaling, gate = (b.bitcast(b.trunc(b.lshr(floats, _int(shift)), I32), F32) for shift in (0, 32))
-    now = b.load(length, typ=I64)
-    total = b.add(now, b.add(items, _int(1)))
+    past, query_heads = b.load(length, typ=I64), b.mul(heads, groups)
+    qkv_width = b.mul(b.add(query_heads, b.add(heads, heads)), d)
 
-    def halves(pointer, at, stored=True):
-        type_ = element if stored else ir.VectorType(F32, half)
-        size = align if stored else 4
-        places = (_at(b, pointer, b.add(at, _int(i)), type_.element) for i in (0, half))
-        loaded = (b.load(place, align=size, typ=type_) for place in places)
-        return [_to_float(b, v) if stored else v for v in loaded]
+    def halves(pointer, at, element=I32):
+        places = (_at(b, pointer, b.add(at, _int(i)), element) for i in (0, half))
+        type_ = ir.VectorType(element, half)
+        return [_to_float(b, b.load(place, align=element.width // 8, typ=type_)) for place in places]
 
-    def store(pair, pointer, at):
+    def store(pair, pointer, at, short=bf16):
         for i, value in zip((0, half), pair):
-            b.store(_from_float(b, value, bf16), _at(b, pointer, b.add(at, _int(i)), kind), align=align)
+            element = _element(short)
+            place = _at(b, pointer, b.add(at, _int(i)), element)
+            b.store(_from_float(b, value, short), place, align=element.width // 8)
 
-    def turned(at):
-        (first, second), (cos, sin) = halves(qkv, at, stored=False), halves(turn, _int(0), stored=False)
-        return (
-            b.fsub(b.fmul(first, cos), b.fmul(second, sin)),
-            b.fadd(b.fmul(second, cos), b.fmul(first, sin)),
-        )
+    def token(m, _):
+        row, cos_sin = b.mul(m, qkv_width), halves(turns, b.mul(m, d))
+
+        def turned(head):
+            (first, second), (cos, sin) = halves(qkv, b.add(row, b.mul(head, d))), cos_sin
+            return (
+                b.fsub(b.fmul(first, cos), b.fmul(second, sin)),
+                b.fadd(b.fmul(second, cos), b.fmul(first, sin)),
+            )
+
+        def query(h, _):
+            rounded = [_to_float(b, _from_float(b, v, bf16)) for v in turned(h)]
+            store(rounded, qkv, b.add(row, b.mul(h, d)), short=False)
+            return ()
+
+        def key(g, _):
+            place = b.mul(b.add(b.mul(g, capacity), b.add(past, m)), d)
+            store(turned(b.add(query_heads, g)), keys, place)
+            value = b.add(row, b.mul(b.add(b.add(query_heads, heads), g), d))
+            store(halves(qkv, value), values, place)
+            return ()
+
+        _loop(b, _int(0), query_heads, 1, query)
+        _loop(b, _int(0), heads, 1, key)
+        return ()
 
     def times(p, q, plus):
         return _call(b, f"llvm.fmuladd.v{half}f32", p.type, p, q, plus)
 
-    def key_head(g, _):
-        here = b.mul(g, b.mul(capacity, _int(head_dim)))
-        last = b.add(here, b.mul(now, _int(head_dim)))
-        query_heads = b.mul(heads, groups)
-        store(turned(b.mul(b.add(query_heads, g), _int(head_dim))), keys, last)
-        new = halves(qkv, b.mul(b.add(query_heads, b.add(heads, g)), _int(head_dim)), stored=False)
-        store(new, values, last)
-        mine = _at(b, scratch, b.mul(g, b.add(capacity, items)), F32)
-        # text and memory: keys, values, where this head's begin, how many, and where their scores do
-        text = keys, values, here, b.add(now, _int(1)), _int(0)
-        memory = memory_keys, memory_values, b.mul(g, b.mul(items, _int(head_dim))), items, text[3]
+    def query_head(h, _):
+        g = b.sdiv(h, groups)
+        here, there = b.mul(b.mul(g, capacity), d), b.mul(b.mul(g, items), d)
+        scores = _at(b, scratch, b.mul(h, b.add(capacity, items)), F32)
 
-        def query_head(j, _):
-            head = b.mul(b.add(b.mul(g, groups), j), _int(head_dim))
-            q = [_to_float(b, _from_float(b, v, bf16)) for v in turned(head)]
+        def attend(m, _):
+            q = halves(qkv, b.add(b.mul(m, qkv_width), b.mul(h, d)))
+            count = b.add(past, b.add(m, _int(1)))
+            # keys, values, where this head's begin, how many, and where their scores do
+            text = keys, values, here, count, _int(0)
+            memory = memory_keys, memory_values, there, items, count
             top = ir.Constant(F32, float("-inf"))
-            for kept, _, start, count, offset in (text, memory):
+            for kept, _, start, number, offset in (text, memory):
 
                 def score(t, state, kept=kept, start=start, offset=offset, more=None if kept is keys else gate):
-                    k = halves(kept, b.add(start, b.mul(t, _int(head_dim))))
+                    k = halves(kept, b.add(start, b.mul(t, d)), stored)
                     s = b.fmul(_total(b, times(q[1], k[1], b.fmul(q[0], k[0]))), scaling)
                     s = s if more is None else b.fadd(s, more)
-                    b.store(s, _at(b, mine, b.add(offset, t), F32), align=4)
+                    b.store(s, _at(b, scores, b.add(offset, t), F32), align=4)
                     return [b.select(b.fcmp_ordered(">", s, state[0]), s, state[0])]
 
-                _, (top,) = _loop(b, _int(0), count, 1, score, [top])
-            t, weight = _int(0), ir.Constant(F32, 0.0)
+                _, (top,) = _loop(b, _int(0), number, 1, score, [top])
+            t, weight, total = _int(0), ir.Constant(F32, 0.0), b.add(count, items)
             for lanes in (16, 1):
 
-                def exponent(t, state, n=lanes):
-                    place = _at(b, mine, t, F32)
+                def exponent(t, state, n=lanes, top=top):
+                    place = _at(b, scores, t, F32)
                     e = _exp(b, b.fsub(b.load(place, align=4, typ=ir.VectorType(F32, n)), _splat(b, top, n)))
                     b.store(e, place, align=4)
                     return [b.fadd(state[0], e)]
@@ -624,23 +646,23 @@ def attention_ir(head_dim: int, bf16: bool):
                 t, (sums,) = _loop(b, t, total, lanes, exponent, [_const(F32, 0.0, lanes)])
                 weight = b.fadd(weight, _total(b, sums))
             sums = [_const(F32, 0.0, half)] * 2
-            for _, kept, start, count, offset in (text, memory):
+            for _, kept, start, number, offset in (text, memory):
 
                 def weigh(t, state, kept=kept, start=start, offset=offset):
-                    p = _splat(b, b.load(_at(b, mine, b.add(offset, t), F32), typ=F32), half)
-                    v = halves(kept, b.add(start, b.mul(t, _int(head_dim))))
-                    return [times(p, value, total) for value, total in zip(v, state)]
+                    p = _splat(b, b.load(_at(b, scores, b.add(offset, t), F32), typ=F32), half)
+                    v = halves(kept, b.add(start, b.mul(t, d)), stored)
+                    return [times(p, value, sum_) for value, sum_ in zip(v, state)]
 
-                _, sums = _loop(b, _int(0), count, 1, weigh, sums)
-            share = _splat(b, b.fdiv(_const(F32, 1.0), weight), half)
-            for i, value in zip((0, half), sums):
-                b.store(b.fmul(value, share), _at(b, out, b.add(head, _int(i)), F32), align=4)
+                _, sums = _loop(b, _int(0), number, 1, weigh, sums)
+            share = _splat(b, b.fdiv(ir.Constant(F32, 1.0), weight), half)
+            place = b.mul(b.add(b.mul(m, query_heads), h), d)
+            store([b.fmul(value, share) for value in sums], out, place, short=False)
             return ()
 
-        _loop(b, _int(0), groups, 1, query_head)
+        _loop(b, _int(0), tokens, 1, attend)
         return ()
 
-    _loop(b, begin, end, 1, key_head)
+    _loop(b, begin, end, 1, token if kind == "turn" else query_head)
     b.ret_void()
     return b.module
 
@@ -980,8 +1002,8 @@ _ENGINES = []  # keeps compiled code alive
 @functools.cache
 def _compiled(name: str, kind: str, size: int, bf16: bool) -> int:
     """Address of a kernel, compiled at the first use. `size`: bits of a weight, or of an attention the width of a head."""
-    if kind == "attention":
-        module = attention_ir(size, bf16)
+    if kind in ("turn", "attention"):
+        module = attention_ir(kind, size, bf16)
     elif kind in ("linear", "placed"):
         module = linear_ir(name, size, bf16, placed=kind == "placed")
     else:
@@ -1039,7 +1061,7 @@ def _quantize_job(kind: str, x, weight, scratch, quantized: Quantized, columns: 
 def _linear_job(quantized: Quantized, panels, scale, bias, residual, y, bits: int, places=None) -> Job:
     (M, padded), rows = quantized[0].shape, len(scale)
     tensors = [0 if t is None else t.data_ptr() for t in (*quantized, panels, scale, bias, residual, y, places)]
-    arguments = struct.pack("13q", *tensors, M, rows, padded // COLUMNS, y.shape[1])
+    arguments = struct.pack("13q", *tensors, M, rows, padded, y.shape[1])
     kernel = _compiled(target(), "linear" if places is None else "placed", bits, y.dtype == torch.bfloat16)
     count = _up(rows, ROWS) // ROWS
     # long pieces: memory is read in long runs
@@ -1059,8 +1081,8 @@ def _quantize(
     return quantized
 
 
-class TokenAttention:
-    """A layer's attention of one new token in a `Program`: what it reads and where it keeps.
+class Attention:
+    """Attention of the new tokens of one row to what is kept, beside them a memory's keys and values. CPU, with `native_available()`.
 
     Args:
         heads, kv_heads, head_dim: of queries, of keys and values; d, an even number.
@@ -1071,28 +1093,60 @@ class TokenAttention:
     def __init__(self, heads: int, kv_heads: int, head_dim: int, scaling: float, dtype: torch.dtype):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scaling, self.dtype = scaling, dtype
-        self.bound = None
+        self.buffer, self.bound = ctypes.create_string_buffer(8 * 15), None
 
-    def bind(self, keys, values, memory: tuple[torch.Tensor, torch.Tensor] | None = None, gate: float = 0.0) -> None:
-        """Name the tensors of the next runs; the caller keeps them alive.
+    def tokens(self, qkv: torch.Tensor, turns: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """Name the new tokens.
 
         Args:
-            keys, values: contiguous (1, kv heads, capacity, d); the new token is written at `length`, which must be less than capacity.
+            qkv: (T, (heads + 2 kv heads) d) float32: queries, keys, values. The queries are turned in place.
+            turns: (T, d) float32: cosines, then sines, of the positions, as rotary embeddings by halves take them.
+            length: () int64, tokens kept before them.
+
+        Returns:
+            (T, heads d) float32, which a run writes.
+        """
+        T, device = len(qkv), length.device
+        _check("qkv", qkv, (T, (self.heads + 2 * self.kv_heads) * self.head_dim), torch.float32, device)
+        _check("turns", turns, (T, self.head_dim), torch.float32, device)
+        _check("length", length, (), torch.int64, device)
+        out = torch.empty(T, self.heads * self.head_dim)
+        self.given, self.bound = (qkv, turns, length, out), None
+        return out
+
+    def bind(self, keys, values, memory: tuple[torch.Tensor, torch.Tensor] | None = None, gate: float = 0.0) -> None:
+        """Name what is kept; the caller keeps it alive.
+
+        Args:
+            keys, values: contiguous (1, kv heads, capacity, d); new tokens are written from `length` on, for which there must be room.
             memory: contiguous keys and values (1, kv heads, S, d) that are attended to beside them.
             gate: added to the memory's scores.
+
+        Raises:
+            ValueError: a shape, dtype or layout that does not fit.
         """
         parts = (keys, values, *(memory or ()))
         capacity, items = keys.shape[2], memory[0].shape[2] if memory else 0
         bound = (*(t.data_ptr() for t in parts), capacity, items, gate)
         if bound == self.bound:
             return
-        for t in parts:
-            _check("keys or values", t, (1, self.kv_heads, t.shape[2], self.head_dim), self.dtype, keys.device)
-        self.bound, self.scratch = bound, torch.empty(self.kv_heads * (capacity + items))
-        first, out = self.fixed
-        pointers = [t.data_ptr() for t in parts] + [0] * (4 - len(parts))
-        sizes = capacity, self.heads // self.kv_heads, self.kv_heads, items
-        self.buffer[:] = struct.pack("13q2f", *first, *pointers, self.scratch.data_ptr(), out, *sizes, self.scaling, gate)
+        for t, length in zip(parts, (capacity, capacity, items, items)):
+            _check("keys or values", t, (1, self.kv_heads, length, self.head_dim), self.dtype, keys.device)
+        self.bound, self.scratch = bound, torch.empty(self.heads * (capacity + items))
+        qkv, turns, length, out = self.given
+        pointers = [t.data_ptr() for t in (qkv, turns, length, *parts)] + [0] * (4 - len(parts))
+        pointers += [self.scratch.data_ptr(), out.data_ptr()]
+        sizes = len(qkv), capacity, self.heads // self.kv_heads, self.kv_heads, items
+        self.buffer[:] = struct.pack("14q2f", *pointers, *sizes, self.scaling, gate)
+
+    def jobs(self) -> list[tuple[int, ctypes.Array, int, int]]:
+        bf16, T = self.dtype == torch.bfloat16, len(self.given[0])
+        turn, attend = (_compiled(target(), kind, self.head_dim, bf16) for kind in ("turn", "attention"))
+        return [(turn, self.buffer, T, max(1, T // 8)), (attend, self.buffer, self.heads, max(1, self.heads // 8))]
+
+    def __call__(self) -> None:
+        for job in self.jobs():
+            _run(*job)
 
 
 class Program:
@@ -1128,33 +1182,20 @@ class Program:
         self.tensors += [*quantized, panels, scale, bias, residual, y]
         return y
 
-    def attention(
-        self, qkv: torch.Tensor, turn: torch.Tensor, length: torch.Tensor, attention: "TokenAttention"
-    ) -> torch.Tensor:
-        """Attention of one token, see `TokenAttention`; what it keeps is set before each run by `attention.bind`.
+    def attention(self, attention: Attention) -> None:
+        """A run of `attention`, whose tokens are named before; `bind` is called before a run of the program."""
+        for kernel, buffer, total, chunk in attention.jobs():
+            self._step(kernel, buffer, total, chunk)
+        self.tensors.append(attention)
 
-        Args:
-            qkv: (1, (heads + 2 kv heads) d): queries, keys, values.
-            turn: (d,): cosines, then sines, of the position, as rotary embeddings by halves take them.
-            length: () int64, tokens kept so far.
-
-        Returns:
-            (1, heads d).
-        """
-        out = torch.empty(1, attention.heads * attention.head_dim)
-        attention.fixed = tuple(t.data_ptr() for t in (qkv, turn, length)), out.data_ptr()
-        kernel = _compiled(target(), "attention", attention.head_dim, attention.dtype == torch.bfloat16)
-        attention.buffer = self._add((kernel, bytes(8 * 14), attention.kv_heads, 1))
-        self.tensors += [qkv, turn, length, out]
-        return out
-
-    def _add(self, job: Job) -> ctypes.Array:
+    def _add(self, job: Job) -> None:
         kernel, arguments, total, chunk = job
-        buffer = ctypes.create_string_buffer(arguments, len(arguments))
+        self._step(kernel, ctypes.create_string_buffer(arguments, len(arguments)), total, chunk)
+
+    def _step(self, kernel: int, buffer: ctypes.Array, total: int, chunk: int) -> None:
         self.tensors.append(buffer)
         self.steps.append((kernel, ctypes.addressof(buffer), total, chunk))
         self.jobs = (ctypes.c_int64 * (4 * len(self.steps)))(*(value for step in self.steps for value in step))
-        return buffer
 
     def __call__(self) -> None:
         address, helpers = _helpers()

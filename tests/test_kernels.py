@@ -67,14 +67,16 @@ def test_panels_round_trip(bits):
 
 def test_panel_layout():
     codes = torch.zeros(5, 65, dtype=torch.int8)
-    codes[0, 0], codes[3, 1], codes[1, 64], codes[4, 2] = 1, -1, 1, 1
-    panels = kernels.pack_panels(codes, 2)  # 2 panels of 2 blocks of 64 bytes
-    expected = torch.full((256,), 0b01010101, dtype=torch.uint8)
-    expected[0], expected[1], expected[64], expected[128 + 2] = 0b01010110, 0b00010101, 0b01011001, 0b01010110
+    codes[0, 0], codes[3, 1], codes[1, 64], codes[4, 6] = 1, -1, 1, 1
+    panels = kernels.pack_panels(codes, 2)  # 8 vectors of 16 rows x 4 bytes
+    expected = torch.full((512,), 0b01010101, dtype=torch.uint8)
+    expected[0], expected[4 * 3 + 1], expected[4 * 64 + 4] = 0b01010110, 0b01010100, 0b01010110
+    expected[4 * 4 + 2] = 0b01011001  # column 6: the second field of the third byte
     assert torch.equal(panels, expected)
-    four = kernels.pack_panels(codes, 4)
-    assert four[0] == 0x89 and four[64 + 1] == 0x78 and four[128] == 0x98  # rows 0-1, rows 2-3, then the next block
-    assert kernels.pack_panels(codes, 8)[3 * 64 + 1] == 127
+    four = kernels.pack_panels(codes, 4)  # 16 vectors, 8 columns each
+    assert four[0] == 0x89 and four[4 * 3 + 1] == 0x87 and four[8 * 64 + 4] == 0x89 and four[4 * 4 + 2] == 0x98
+    eight = kernels.pack_panels(codes, 8)
+    assert eight[4 * 3 + 1] == 127 and eight[64 + 4 * 4 + 2] == 129 and eight[16 * 64 + 4] == 129
 
 
 @pytest.mark.parametrize("rows,columns", [(1, 1), (3, 64), (6, 70), (9, 203), (4100, 1300)])
@@ -94,7 +96,7 @@ def test_packing_errors():
         kernels.pack_panels(torch.zeros(1, 1), 2)
     with pytest.raises(ValueError, match="columns is 131072; expected 1 to 131071"):
         kernels.panel_bytes(1, 2**17, 2)
-    with pytest.raises(ValueError, match=r"\(64,\); expected contiguous uint8 \(128,\) for 4 x 65 weights of 2 bits"):
+    with pytest.raises(ValueError, match=r"\(64,\); expected contiguous uint8 \(512,\) for 4 x 65 weights of 2 bits"):
         kernels.unpack_panels(torch.zeros(64, dtype=torch.uint8), 4, 65, 2)
     with pytest.raises(ValueError, match="hold the byte 243; expected at most 242"):
         kernels.panels_from_trits(torch.tensor([[243]], dtype=torch.uint8), 5)
@@ -426,40 +428,52 @@ def test_a_program_is_its_steps(native):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads,kv_heads,head_dim", [(14, 2, 64), (3, 3, 6), (20, 5, 128), (4, 1, 80)])
 @pytest.mark.parametrize("items", [0, 4])
-def test_attention_of_a_token(native, two_threads, dtype, heads, kv_heads, head_dim, items):
+def test_attention_of_new_tokens(native, two_threads, dtype, heads, kv_heads, head_dim, items):
     g = torch.Generator().manual_seed(items)
-    tokens, capacity, half = 37, 40, head_dim // 2
-    qkv = torch.zeros(1, (heads + 2 * kv_heads) * head_dim)
-    turn, length = torch.zeros(head_dim), torch.zeros((), dtype=torch.int64)
+    capacity, half = 40, head_dim // 2
+    turn = torch.zeros(1, head_dim)
+    length = torch.zeros((), dtype=torch.int64)
     kept = [torch.full((1, kv_heads, capacity, head_dim), float("nan"), dtype=dtype) for _ in range(2)]
     memory = [torch.randn(1, kv_heads, items, head_dim, generator=g).to(dtype) for _ in range(2)]
     gate, scaling = -0.7, head_dim**-0.5
-    program = kernels.Program()
-    attention = kernels.TokenAttention(heads, kv_heads, head_dim, scaling, dtype)
-    out = program.attention(qkv, turn, length, attention)
-    attention.bind(*kept, tuple(memory) if items else None, gate)
+    arguments = heads, kv_heads, head_dim, scaling, dtype
+    program, attention = kernels.Program(), kernels.Attention(*arguments)
+    qkv = torch.zeros(1, (heads + 2 * kv_heads) * head_dim)
+    step = attention.tokens(qkv, turn, length)
+    program.attention(attention)
     keys, values = (torch.zeros(kv_heads, 0, head_dim, dtype=torch.float64) for _ in range(2))
-    for position in range(tokens):
-        qkv.normal_(generator=g)
-        angles = position * 0.3 ** torch.arange(half).double()
-        turn.copy_(torch.cat([angles.cos(), angles.sin()]))
-        length.fill_(position)
-        program()
+    for T in (7, 1, 1, 20, 1):  # several tokens directly, one by the program
+        past = keys.shape[1]
+        states = torch.randn(T, heads + 2 * kv_heads, head_dim, generator=g)
+        angles = torch.arange(past, past + T)[:, None] * 0.3 ** torch.arange(half).double()
+        turns = torch.cat([angles.cos(), angles.sin()], -1).float()
+        length.fill_(past)
+        if T == 1:
+            qkv.copy_(states.view(1, -1)), turn.copy_(turns)
+            attention.bind(*kept, tuple(memory) if items else None, gate)
+            program()
+            out = step
+        else:
+            several = kernels.Attention(*arguments)
+            out = several.tokens(states.flatten(1).clone(), turns, length)
+            several.bind(*kept, tuple(memory) if items else None, gate)
+            several()
 
-        states = qkv.double().view(-1, head_dim)
+        states, (cos, sin) = states.double().transpose(0, 1), turns.double().split(half, -1)
         first, second = states[: heads + kv_heads].split(half, -1)
-        cos, sin = turn.double().split(half)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(dtype).double()
-        keys = torch.cat([keys, turned[heads:, None]], 1)
-        values = torch.cat([values, states[heads + kv_heads :, None].to(dtype).double()], 1)
+        keys = torch.cat([keys, turned[heads:]], 1)
+        values = torch.cat([values, states[heads + kv_heads :].to(dtype).double()], 1)
         every = [torch.cat([t, m[0].double()], 1) for t, m in zip((keys, values), memory)]
         repeated = [t.repeat_interleave(heads // kv_heads, 0) for t in every]
-        scores = (turned[:heads, None] @ repeated[0].mT).squeeze(1) * scaling
-        scores[:, position + 1 :] += gate
-        expected = (scores.softmax(-1)[:, None] @ repeated[1]).view(1, -1)
+        scores = turned[:heads] @ repeated[0].mT * scaling
+        scores[:, :, past + T :] += gate
+        scores[:, :, : past + T] += torch.full((T, past + T), -torch.inf).triu(past + 1)
+        expected = (scores.softmax(-1) @ repeated[1]).transpose(0, 1).flatten(1)
         # a key on the edge between two bfloat16 numbers may fall on the other side
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    tokens = keys.shape[1]
     torch.testing.assert_close(kept[0][0, :, :tokens].double(), keys, rtol=1e-2, atol=1e-5)
     assert torch.equal(kept[1][0, :, :tokens].double(), values)
     assert kept[0][0, :, tokens:].isnan().all()  # nothing was written beyond
@@ -467,14 +481,19 @@ def test_attention_of_a_token(native, two_threads, dtype, heads, kv_heads, head_
 
 @needs_native
 def test_attention_is_given_what_it_expects():
-    program = kernels.Program()
-    attention = kernels.TokenAttention(2, 1, 8, 1.0, torch.float32)
-    program.attention(torch.zeros(1, 32), torch.zeros(8), torch.zeros((), dtype=torch.int64), attention)
-    keys = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(ValueError, match=r"keys or values is torch.bfloat16 \(1, 1, 4, 8\) on cpu; expected contiguous torch.float32"):
+    attention = kernels.Attention(2, 1, 8, 1.0, torch.float32)
+    length, keys = torch.zeros((), dtype=torch.int64), torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"qkv is torch.float32 \(3, 24\) on cpu; expected contiguous torch.float32 \(3, 32\)"):
+        attention.tokens(torch.zeros(3, 24), torch.zeros(3, 8), length)
+    with pytest.raises(ValueError, match=r"turns is torch.float32 \(1, 8\) on cpu; expected contiguous torch.float32 \(3, 8\)"):
+        attention.tokens(torch.zeros(3, 32), torch.zeros(1, 8), length)
+    attention.tokens(torch.zeros(3, 32), torch.zeros(3, 8), length)
+    with pytest.raises(ValueError, match=r"keys or values is torch.bfloat16 \(1, 1, 4, 8\) on cpu; expected contiguous"):
         attention.bind(keys, keys.bfloat16())
     with pytest.raises(ValueError, match=r"keys or values is torch.float32 \(1, 1, 4, 8\) on cpu; expected contiguous"):
         attention.bind(keys, torch.zeros(1, 1, 8, 8)[:, :, ::2])
+    with pytest.raises(ValueError, match=r"keys or values is torch.float32 \(1, 1, 5, 8\) on cpu; expected contiguous"):
+        attention.bind(keys, torch.zeros(1, 1, 5, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
