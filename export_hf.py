@@ -184,6 +184,11 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
         writer.add_chat_template(tokenizer.chat_template)
 
 
+# Microsoft's name for BitNet 2B-4T's graph, with squared ReLU. llama.cpp has none of that name and refuses the file, where its "bitnet" would
+# open it, apply SiLU and write other words
+RELU2_ARCHITECTURE = "bitnet-b1.58"
+
+
 def check_architecture(model, text_config) -> None:
     """Raise ValueError where llama.cpp's graph of this architecture would compute something else, save for BitNet's activation."""
     kind = text_config.model_type
@@ -300,7 +305,12 @@ def choose_type(tensor: GGUFTensor, wanted: str) -> tuple[str, str | None]:
 
 
 def export_gguf(
-    source: str, out: str | Path, dtype: str = "f16", revision: str | None = None, force: bool = False
+    source: str,
+    out: str | Path,
+    dtype: str = "f16",
+    revision: str | None = None,
+    force: bool = False,
+    architecture: str | None = None,
 ) -> Path:
     """Write the language model of a checkpoint as one GGUF file.
 
@@ -309,6 +319,7 @@ def export_gguf(
         out: file to write.
         dtype: of the matrices, one of `GGUF_TYPES`.
         force: replace `out`.
+        architecture: the file's `general.architecture`; default: the model type, for a BitNet with squared ReLU `RELU2_ARCHITECTURE`.
 
     Raises:
         ValueError: something given is not what is expected; nothing is written then.
@@ -334,13 +345,15 @@ def export_gguf(
         )
 
     kind = text.model_type
+    squared = kind == "bitnet" and text.hidden_act == "relu2"
+    architecture = architecture or (RELU2_ARCHITECTURE if squared else kind)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
     os.close(handle)
     temporary = Path(temporary)
     try:
-        writer = gguf.GGUFWriter(temporary, kind)
+        writer = gguf.GGUFWriter(temporary, architecture)
         name = source.rstrip("/").split("/")[-1].strip(".")
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(f"{name or 'MicroVLM'} language model")
@@ -359,14 +372,13 @@ def export_gguf(
         writer.add_rope_dimension_count(head_dim)
         writer.add_rope_freq_base(text.rope_parameters["rope_theta"])
         if kind == "bitnet":
-            writer.add_string(f"{kind}.hidden_activation", text.hidden_act)
-            if text.hidden_act != "silu":
+            writer.add_string(f"{architecture}.hidden_activation", text.hidden_act)
+            if squared:
                 note = (
-                    f"{text.hidden_act} in the feed-forward: needs a llama.cpp whose bitnet graph applies it, others apply silu "
-                    "and give other tokens (docs/export.md)"
+                    f"relu2 in the feed-forward, architecture {architecture}: llama.cpp's bitnet graph applies silu and gives other tokens"
                 )
                 writer.add_description(note)
-                print(f"note: {note}")
+                print(f"note: {note} (docs/export.md)")
         write_tokenizer(writer, tokenizer, text.vocab_size, model.generation_config.suppress_tokens or [])
 
         stored: Counter[str] = Counter()
@@ -706,6 +718,7 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id")
     parser.add_argument("out", metavar="OUT", help="file ending in .gguf; with --onnx a folder")
     parser.add_argument("--type", help=f"of the matrices in GGUF: {', '.join(GGUF_TYPES)}; default: f16")
+    parser.add_argument("--architecture", help="in GGUF: what the file says it is, for a llama.cpp of your own")
     parser.add_argument("--onnx", action="store_true", help="write ONNX graphs instead of GGUF")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub CHECKPOINT")
     parser.add_argument("--force", action="store_true", help="replace OUT")
@@ -718,7 +731,7 @@ def main() -> None:
                 raise ValueError("--type is of GGUF; ONNX graphs are float32.")
             export_onnx(args.checkpoint, args.out, args.revision, args.force)
         else:
-            export_gguf(args.checkpoint, args.out, args.type or "f16", args.revision, args.force)
+            export_gguf(args.checkpoint, args.out, args.type or "f16", args.revision, args.force, args.architecture)
     except ValueError as error:
         raise SystemExit(f"export_hf.py: {error}") from error
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""CPU products with 2, 4 and 8-bit weights that stay packed in memory, without a C compiler.
+"""Products with 2, 4 and 8-bit weights that stay packed in memory, without a C compiler: on a CPU, and through `triton_microvlm.py` on a GPU.
 
 LLVM IR is written with llvmlite, compiled in the process and called through ctypes. The arithmetic is that of BitNet b1.58 (arXiv
 2402.17764) with one scale per token and one per output row, and every sum is an integer, so torch gives the same bits:
@@ -29,6 +29,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .triton_microvlm import available as triton_available
+from .triton_microvlm import low_bit_linear_quantized as low_bit_linear_triton
 
 try:
     from llvmlite import binding, ir
@@ -1048,6 +1051,10 @@ def _native(x: torch.Tensor) -> bool:
     return native_available() and x.is_cpu
 
 
+def _gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda and triton_available()
+
+
 Job = tuple[int, bytes, int, int]  # a kernel, its arguments, how much there is to do, and how much of it at a time
 
 
@@ -1402,11 +1409,13 @@ def low_bit_linear_quantized(
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    if not _native(x_q):
+    if not _native(x_q) and not _gpu(x_q):
         return low_bit_linear_quantized_reference(
             x_q, s, sums, panels, scale, bias, rows, columns, bits, dtype, residual
         )
     _check_linear(x_q, s, sums, panels, scale, bias, rows, columns, bits, dtype, residual)
+    if _gpu(x_q):
+        return low_bit_linear_triton(x_q, s, panels, scale, bias, bits, dtype, residual)
     y = torch.empty(len(x_q), rows, dtype=dtype)
     _run(*_linear_job((x_q, s, sums), panels, scale, bias, residual, y, bits))
     return y
@@ -1504,7 +1513,10 @@ def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[MixedRows], columns: i
         ValueError: a shape, dtype or device that does not fit.
     """
     if not _native(x):
-        return low_bit_linear_mixed_reference(x, parts, columns)
+        y = x.new_empty(*x.shape[:-1], parts[0].rows)
+        for part in parts:
+            y[..., part.places] = low_bit_linear(x, part.panels, part.scale, None, len(part.places), columns, part.bits)
+        return y
     quantized = quantize_rows(x.reshape(-1, x.shape[-1]))
     y = torch.empty(len(quantized[0]), parts[0].rows, dtype=x.dtype)
     for part in parts:

@@ -347,7 +347,7 @@ class Scheme:
 class PackedWeight(nn.Module):
     """A matrix (R, C) of whole numbers, stored packed, and its scales.
 
-    On a CPU the first product lays the numbers out for the kernels, in 2, 4 or 8 bits each; the packed bytes stay what `state_dict` has.
+    The first product lays the numbers out for the kernels, in 2, 4 or 8 bits each; the packed bytes stay what `state_dict` has.
 
     Args:
         rows, columns: R and C.
@@ -404,11 +404,8 @@ class PackedWeight(nn.Module):
 
     @property
     def whole_numbers(self) -> bool:
-        """Whether products are of whole numbers, in the kernels: on a CPU, with rounded inputs and a scale for the tensor or a row."""
-        scheme = self.scheme
-        return (
-            self.weight.device.type == "cpu" and scheme.activation_bits == 8 and not isinstance(scheme.group_size, int)
-        )
+        """Whether products are of whole numbers, in the kernels: with rounded inputs and a scale for the tensor or a row."""
+        return self.scheme.activation_bits == 8 and not isinstance(self.scheme.group_size, int)
 
     def lay_out(self) -> None:
         """`panels` and `row_scales` for the kernels, if they are not there yet."""

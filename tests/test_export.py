@@ -138,22 +138,24 @@ def test_transformers_reads_the_gguf_and_computes_the_same(tmp_path, text, kwarg
     assert theirs.get_vocab().items() >= tokenizer.get_vocab().items()
 
 
-def test_key_values_say_what_the_config_says(tmp_path):
+@pytest.mark.parametrize("act,architecture", [("silu", None), ("relu2", None), ("relu2", "bitnet")])
+def test_key_values_say_what_the_config_says(tmp_path, act, architecture):
     pytest.importorskip("gguf")
-    source = checkpoint(tmp_path / "source", "bitnet", TERNARY, hidden_act="relu2", rms_norm_eps=3e-5)
-    _, fields = read(export_hf.export_gguf(str(source), tmp_path / "out.gguf"))
+    source = checkpoint(tmp_path / "source", "bitnet", TERNARY, hidden_act=act, rms_norm_eps=3e-5)
+    name = architecture or ("bitnet" if act == "silu" else "bitnet-b1.58")
+    _, fields = read(export_hf.export_gguf(str(source), tmp_path / "out.gguf", architecture=architecture))
     expected = {
-        "general.architecture": "bitnet",
-        "bitnet.hidden_activation": "relu2",
-        "bitnet.context_length": 256,
-        "bitnet.embedding_length": 32,
-        "bitnet.feed_forward_length": 64,
-        "bitnet.block_count": 2,
-        "bitnet.attention.head_count": 4,
-        "bitnet.attention.head_count_kv": 2,
-        "bitnet.attention.layer_norm_rms_epsilon": pytest.approx(3e-5),
-        "bitnet.rope.dimension_count": 8,
-        "bitnet.rope.freq_base": load(source).config.text_config.rope_parameters["rope_theta"],
+        "general.architecture": name,
+        f"{name}.hidden_activation": act,
+        f"{name}.context_length": 256,
+        f"{name}.embedding_length": 32,
+        f"{name}.feed_forward_length": 64,
+        f"{name}.block_count": 2,
+        f"{name}.attention.head_count": 4,
+        f"{name}.attention.head_count_kv": 2,
+        f"{name}.attention.layer_norm_rms_epsilon": pytest.approx(3e-5),
+        f"{name}.rope.dimension_count": 8,
+        f"{name}.rope.freq_base": load(source).config.text_config.rope_parameters["rope_theta"],
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.eos_token_id": 0,
@@ -162,7 +164,7 @@ def test_key_values_say_what_the_config_says(tmp_path):
         "tokenizer.ggml.suppress_tokens": [IMAGE_ID],
         "tokenizer.chat_template": "{{ messages[0].content }}",
     }
-    assert {name: fields[name] for name in expected} == expected
+    assert {key: fields[key] for key in expected} == expected
     assert fields["tokenizer.ggml.tokens"][:5] == SPECIAL_TOKENS
     assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCAB - 1}]" and len(fields["tokenizer.ggml.tokens"]) == VOCAB
     assert fields["tokenizer.ggml.token_type"][:6] == [3] * 5 + [1] and fields["tokenizer.ggml.token_type"][-1] == 5
@@ -463,7 +465,9 @@ def test_nano_in_llama_cpp(tmp_path, dtype):
     """llama.cpp as released applies SiLU in BitNet's feed-forward; LLAMA_CPP_RELU2=1 tells that this one is changed (docs/export.md)."""
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
-    out = export_hf.export_gguf(str(ROOT), tmp_path / "nano.gguf", dtype)
+    with pytest.raises(ValueError, match="Failed to load model"):  # released ones have no graph with squared ReLU, and say so
+        compare(export_hf.export_gguf(str(ROOT), tmp_path / "refused.gguf", dtype), None, None, [""], 0, 0)
+    out = export_hf.export_gguf(str(ROOT), tmp_path / "nano.gguf", dtype, architecture="bitnet")
     model = load(ROOT)
     changed = os.environ.get("LLAMA_CPP_RELU2") == "1"
     for layer in model.model.language_model.layers:
