@@ -53,7 +53,7 @@ MAX_EMBEDDED_BYTES = 1_500_000_000  # a protobuf ends at 2 GB: weights of larger
 
 
 def load_checkpoint(source: str, revision: str | None = None):
-    """The model in float32 and its tokenizer.
+    """The model in float32, unpacked, and its tokenizer.
 
     Raises:
         ValueError: no MicroVLM checkpoint, or one that is stored quantised.
@@ -70,10 +70,10 @@ def load_checkpoint(source: str, revision: str | None = None):
         )
     if "text_config" not in values:
         raise ValueError(f"CHECKPOINT {source!r} has no text_config, so no language model to export.")
-    if values.get("quantization_config"):
+    method = (values.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, quantization.QUANT_METHOD):
         raise ValueError(
-            f"CHECKPOINT {source!r} is stored with quant_method "
-            f"{values['quantization_config'].get('quant_method')!r}: export the checkpoint it was made from."
+            f"CHECKPOINT {source!r} is stored with quant_method {method!r}: export the checkpoint it was made from."
         )
     model, info = modeling.MicroVLMForConditionalGeneration.from_pretrained(
         source, revision=revision, dtype=torch.float32, output_loading_info=True
@@ -81,6 +81,8 @@ def load_checkpoint(source: str, revision: str | None = None):
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         raise ValueError(f"CHECKPOINT {source!r} lacks {len(names)} of its tensors, such as {names[0]}.")
+    if method is not None:
+        model = model.dequantize(torch.float32)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(source, revision=revision)
 
 
@@ -218,18 +220,18 @@ def check_architecture(model, text_config) -> None:
         raise ValueError(f"llama.cpp's {kind} has no {min(biased - allowed)}.")
 
 
-def ternary_parts(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Values in {-1, 0, 1} (out, in) and scale () of a `TernaryLinear`; None for another layer.
+def ternary_parts(layer: nn.Linear, groups: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Values in {-1, 0, 1} (out, in) and scale () or (out, 1) of a `TernaryLinear`; None for another layer.
 
     Raises:
-        ValueError: the layer says that its weights are ternary as stored, and they are not; scales of rows or groups.
+        ValueError: the layer says that its weights are ternary as stored, and they are not; other scales than `groups`.
     """
     if not isinstance(layer, quantization.TernaryLinear):
         return None
-    if layer.group_size != "tensor":
-        raise ValueError(f"GGUF has one scale for a ternary matrix, qat_config.group_size is {layer.group_size!r}.")
+    if layer.group_size not in groups:
+        raise ValueError(f"this GGUF has scales of a {' or '.join(groups)}, qat_config.group_size is {layer.group_size!r}.")
     if layer.ternary_weights:
-        return quantization.ternary_quantize(layer.weight)
+        return quantization.ternary_quantize(layer.weight, layer.group_size)
     scale = layer.weight.abs().max()
     values = (layer.weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
     if not torch.allclose(values * scale, layer.weight, rtol=1e-2, atol=0):  # bfloat16 keeps three digits
@@ -260,7 +262,8 @@ def gguf_tensors(model) -> list[GGUFTensor]:
         data, scale, role = parameter.float(), None, "plain" if parameter.ndim == 1 else "weight"
         if name == "embed_tokens.weight":
             role = "embedding"
-        parts = ternary_parts(modules[module]) if suffix == "weight" else None
+        groups = ("tensor",) if kind == "bitnet" else ("tensor", "row")
+        parts = ternary_parts(modules[module], groups) if suffix == "weight" else None
         if parts is not None:
             values, scale = parts
             role = "ternary"

@@ -830,6 +830,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         )
         # contiguous: a sliced (B, T, D) goes through a batched product, five times slower into a large vocabulary on a CPU
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous()
+        if isinstance(self.lm_head, nn.Linear):
+            hidden_states = hidden_states.to(self.lm_head.weight.dtype)  # a packed decoder gives float32
         logits = self.lm_head(hidden_states)
 
         loss = None

@@ -10,6 +10,7 @@ its need for a C compiler at run time.
 
 import functools
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -448,10 +449,28 @@ class PackedLinear(PackedWeight):
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme, device=None, dtype=None):
         super().__init__(out_features, in_features, scheme, device)
         self.in_features, self.out_features = in_features, out_features
+        self.trained: dict | None = None  # what the `TernaryLinear` in this place was made with, if one was
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x, self.bias)
+
+    @torch.no_grad()
+    def unpacked(self, dtype: torch.dtype) -> nn.Linear:
+        """A layer in floating point that computes with the same weights: a `TernaryLinear` where there was one."""
+        weight = self.dequantize()
+        kwargs = {"bias": self.bias is not None, "device": weight.device, "dtype": dtype}
+        if self.trained is None:
+            new = nn.Linear(self.columns, self.rows, **kwargs)
+        else:
+            new = TernaryLinear(self.columns, self.rows, **kwargs, **self.trained)
+            if new.ternary_weights:  # values times scale / mean |values|, whose absmean is the scale
+                _, share = ternary_quantize(self.values().float(), new.group_size)
+                weight = weight / spread(share, new.group_size, self.columns)
+        new.weight.data = weight.to(dtype)
+        if self.bias is not None:
+            new.bias.data = self.bias.detach().to(dtype)
+        return new
 
 
 class PackedEmbedding(nn.Module):
@@ -623,6 +642,9 @@ def replace_with_packed(
             raise ValueError(f"{name} is a linear layer: frequent_rows is for embeddings.")
         else:
             new[name] = PackedLinear(module.in_features, module.out_features, module.bias is not None, scheme, **kwargs)
+            if isinstance(module, TernaryLinear):
+                options = ("ternary_weights", "activation_bits", "group_size")
+                new[name].trained = {option: getattr(module, option) for option in options}
     if missing := [p for p in schemes if p not in used]:
         raise ValueError(
             f"quantization_config.modules: {missing[0]!r} matches no linear layer or embedding of the model."
@@ -638,13 +660,20 @@ def replace_with_packed(
     return new
 
 
+def code_of(model: nn.Module):
+    """The copy of this file beside the model's code: every checkpoint brings one, and the registered quantizer is of the last that came."""
+    package, name = type(model).__module__.rpartition(".")[0], __name__.rpartition(".")[2]
+    return sys.modules.get(f"{package}.{name}", sys.modules[__name__])
+
+
 class PackedQuantizer(HfQuantizer):
     """Opens packed checkpoints in `from_pretrained` and saves them as they are."""
 
     requires_calibration = True  # there is nothing to quantise on the way: quantize_hf.py writes the checkpoint
 
     def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs):
-        new = replace_with_packed(model, self.quantization_config, dtype)
+        code = code_of(model)
+        new = code.replace_with_packed(model, code.PackedConfig(self.quantization_config.modules), dtype)
         expected = {f"{name}.{key}": t for name, module in new.items() for key, t in module.state_dict().items()}
         for file in checkpoint_files or []:
             with safe_open(file, framework="pt") as tensors:
@@ -654,9 +683,31 @@ class PackedQuantizer(HfQuantizer):
                         raise ValueError(f"{name} has the shape {shape}, expected {tuple(expected[name].shape)}.")
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        code = code_of(model)
         for name, module in model.named_modules():
-            if isinstance(module, PackedEmbedding) or type(module) is PackedLinear:
+            if isinstance(module, (code.PackedEmbedding, code.PackedLinear)):
                 module.check(name)
+
+    def _dequantize(self, model, dtype=None):
+        """Plain layers in the place of packed ones. What was trained ternary gets weights that round to the same numbers and scales."""
+        dtype, code = dtype or model.dtype, code_of(model)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, code.PackedEmbedding):
+                new = nn.Embedding(module.num_embeddings, module.embedding_dim, dtype=dtype)
+                new.weight.data = module.dequantize().to(dtype)
+            elif isinstance(module, code.PackedLinear):
+                new = module.unpacked(dtype)
+            elif isinstance(module, code.PackedHead):
+                V, D = module.shared[0].num_embeddings, module.shared[0].embedding_dim
+                new = nn.Linear(D, V, bias=False, device="meta")  # tied below
+            else:
+                module.__dict__.pop("_decoder", None)  # of a MicroVLMModel
+                continue
+            model.set_submodule(name, new.requires_grad_().train(module.training))
+        model.__dict__.pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+        return model.to(dtype)
 
     def is_serializable(self) -> bool:
         return True

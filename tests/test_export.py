@@ -1,6 +1,7 @@
 """Exported files compute what the model does: GGUF in transformers' reader and in llama.cpp, ONNX in onnxruntime."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_ID, ROOT, text_section, tiny_model
+from microvlm import quantization_microvlm as quantization
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from microvlm.processing_microvlm import MicroVLMImageProcessor, MicroVLMProcessor
 from microvlm.quantization_microvlm import TernaryLinear, fake_ternary
@@ -17,6 +19,7 @@ from toy_data import CAPTIONS, SPECIAL_TOKENS, toy_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import export_hf
+from quantize_hf import pack
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -196,12 +199,12 @@ def test_weights_ternary_as_stored_are_split_too(tmp_path):
     layer = TernaryLinear(64, 8, bias=False, ternary_weights=False)
     with torch.no_grad():
         layer.weight.copy_(fake_ternary(torch.randn(8, 64)))
-    values, scale = export_hf.ternary_parts(layer)
+    values, scale = export_hf.ternary_parts(layer, ("tensor",))
     torch.testing.assert_close(values * scale, layer.weight.detach(), rtol=1e-6, atol=0)
     with torch.no_grad():
         layer.weight[0, 0] = 0.3 * scale
     with pytest.raises(ValueError, match="more than three values"):
-        export_hf.ternary_parts(layer)
+        export_hf.ternary_parts(layer, ("tensor",))
 
 
 def test_q8_0_is_within_its_rounding_and_says_where_it_is_not(tmp_path, capsys):
@@ -266,6 +269,37 @@ def test_refusals(tmp_path):
         export_hf.export_onnx(str(source), out)
     with pytest.raises(ValueError, match="has no folder onnx, so it is no export"):
         export_hf.export_onnx(str(source), source, force=True)
+
+
+def test_a_packed_checkpoint_is_unpacked_first(tmp_path):
+    pytest.importorskip("gguf")
+    source = checkpoint(tmp_path / "source", "bitnet", TERNARY)
+    model = load(source)
+    modules = {r"model\.language_model\.layers\..*_proj": {"format": "ternary"}}
+    modules[r"model\.language_model\.embed_tokens"] = {"format": "int8", "group_size": "row"}
+    pack(model, quantization.PackedConfig(modules))
+    shutil.copytree(source, tmp_path / "packed")
+    model.save_pretrained(tmp_path / "packed")
+    plain, _ = read(export_hf.export_gguf(str(source), tmp_path / "plain.gguf", "f32"))
+    tensors, _ = read(export_hf.export_gguf(str(tmp_path / "packed"), tmp_path / "packed.gguf", "f32"))
+    assert tensors.keys() == plain.keys()
+    for name, tensor in tensors.items():
+        coarse = name == "token_embd.weight"
+        np.testing.assert_allclose(tensor, plain[name], rtol=1e-6, atol=np.abs(plain[name]).max() / 100 if coarse else 0)
+
+
+def test_scales_that_a_graph_does_not_have_are_refused():
+    rows = TERNARY | {"group_size": "row"}
+    model = tiny_model("bitnet", qat_config=rows)
+    with pytest.raises(ValueError, match="this GGUF has scales of a tensor, qat_config.group_size is 'row'"):
+        export_hf.gguf_tensors(model)
+    model = tiny_model("qwen2", qat_config=rows)
+    tensors = {tensor.name: tensor.data for tensor in export_hf.gguf_tensors(model)}
+    layer = model.model.language_model.layers[0].mlp.down_proj
+    np.testing.assert_array_equal(tensors["blk.0.ffn_down.weight"], layer.rounded_weight().detach())
+    model = tiny_model("qwen2", qat_config=TERNARY | {"group_size": 8})
+    with pytest.raises(ValueError, match="scales of a tensor or row, qat_config.group_size is 8"):
+        export_hf.gguf_tensors(model)
 
 
 def test_graphs_that_llama_cpp_does_not_have_are_refused():

@@ -10,6 +10,7 @@ import torch
 from conftest import outspoken_model, tiny_inputs, tiny_model
 from microvlm import quantization_microvlm as quantization
 from microvlm.decoder_microvlm import PackedDecoder
+from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from safetensors.torch import load_file, save_file
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText
@@ -232,6 +233,18 @@ def test_the_packed_decoder_is_the_language_model(text_type):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_decoder_with_a_plain_vocabulary(dtype):
+    model = packed(outspoken_model("qwen2"), {LINEARS: {"format": "ternary"}}).to(dtype)
+    inputs = {k: v.to(dtype) if k == "pixel_values" else v for k, v in tiny_inputs().items()}
+    logits = model(**inputs).logits
+    expected = generic(model, **inputs)
+    assert logits.dtype == expected.dtype == dtype
+    assert (logits - expected).abs().median() < 0.05 * expected.std()
+    assert model.generate(**inputs, max_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+@torch.no_grad()
 def test_a_memory_is_read_by_the_packed_decoder():
     memory_config = {"num_slots": 16, "code_size": 32, "num_content_slots": 4, "num_memory_tokens": 4}
     memory_config |= {"max_content_tokens": 16, "key_hidden_size": 32, "scope_hidden_size": 16}
@@ -290,6 +303,57 @@ def test_opens_directly_and_saves_bit_for_bit(checkpoint, tmp_path):
     assert again == (checkpoint / "model.safetensors").read_bytes()
     with torch.no_grad():
         torch.testing.assert_close(reopen(tmp_path / "again")(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("group_size", ["tensor", "row"])
+def test_dequantizes_into_a_model_that_trains(tmp_path, group_size):
+    schemes = EVERYTHING | {LINEARS: {"format": "ternary", "group_size": group_size}}
+    model = tiny_model("qwen2", qat_config=TERNARY | {"group_size": group_size})
+    inputs = tiny_inputs()
+    packed(model, schemes).save_pretrained(tmp_path / "packed")
+    opened = reopen(tmp_path / "packed")
+    with torch.no_grad():
+        expected = generic(opened, **inputs)
+        fast = opened(**inputs).logits  # makes a packed decoder, which must not stay
+    plain = opened.dequantize()
+    assert not any(isinstance(m, (quantization.PackedWeight, quantization.PackedHead)) for m in plain.modules())
+    assert plain.lm_head.weight is plain.get_input_embeddings().weight
+    layer = plain.model.language_model.layers[0].mlp.down_proj
+    before = reopen(tmp_path / "packed").model.language_model.layers[0].mlp.down_proj
+    torch.testing.assert_close(layer.rounded_weight(), before.dequantize(), rtol=1e-6, atol=0)
+    logits = plain.eval()(**inputs).logits
+    # the vision tower and the head round no inputs any more, the decoder's layers do
+    assert (logits - expected).abs().median() < 0.05 * expected.std() and fast.shape == logits.shape
+    plain.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in plain.model.language_model.parameters())
+    plain.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    with torch.no_grad():
+        torch.testing.assert_close(reopen(tmp_path / "plain").eval()(**inputs).logits, plain.eval()(**inputs).logits)
+
+
+def test_each_model_gets_the_layers_of_its_own_code(checkpoint):
+    """The quantizer that transformers knows is that of the code which was imported last."""
+    models = [MicroVLMForConditionalGeneration.from_pretrained(checkpoint), reopen(checkpoint)]
+    models.append(MicroVLMForConditionalGeneration.from_pretrained(checkpoint))
+    assert type(models[0]) is type(models[2]) is not type(models[1])
+    for model in models:
+        layer, package = model.model.language_model.layers[0].mlp.down_proj, type(model).__module__.rpartition(".")[0]
+        assert type(layer).__module__ == f"{package}.quantization_microvlm" and layer.trained is not None
+        assert model.eval().model.packed_decoder() is not None
+
+
+@torch.no_grad()
+def test_new_weights_are_seen():
+    first, second = outspoken_model("qwen2"), outspoken_model("qwen2")
+    for p in second.model.language_model.parameters():
+        p.add_(0.3 * p.std().nan_to_num() * torch.randn_like(p))
+    first, second = packed(first), packed(second)
+    inputs = tiny_inputs(1)
+    before, expected = first(**inputs).logits, second(**inputs).logits
+    assert not torch.allclose(before, expected, atol=1e-2)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize(
