@@ -229,7 +229,9 @@ def ternary_parts(layer: nn.Linear, groups: tuple[str, ...]) -> tuple[torch.Tens
     if not isinstance(layer, quantization.TernaryLinear):
         return None
     if layer.group_size not in groups:
-        raise ValueError(f"this GGUF has scales of a {' or '.join(groups)}, qat_config.group_size is {layer.group_size!r}.")
+        raise ValueError(
+            f"this GGUF has scales of a {' or '.join(groups)}, qat_config.group_size is {layer.group_size!r}."
+        )
     if layer.ternary_weights:
         return quantization.ternary_quantize(layer.weight, layer.group_size)
     scale = layer.weight.abs().max()
@@ -377,9 +379,7 @@ def export_gguf(
         if kind == "bitnet":
             writer.add_string(f"{architecture}.hidden_activation", text.hidden_act)
             if squared:
-                note = (
-                    f"relu2 in the feed-forward, architecture {architecture}: llama.cpp's bitnet graph applies silu and gives other tokens"
-                )
+                note = f"relu2 in the feed-forward, architecture {architecture}: llama.cpp's bitnet graph applies silu and gives other tokens"
                 writer.add_description(note)
                 print(f"note: {note} (docs/export.md)")
         write_tokenizer(writer, tokenizer, text.vocab_size, model.generation_config.suppress_tokens or [])

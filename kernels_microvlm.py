@@ -322,7 +322,9 @@ def _dot(b, name: str, bits: int, acc, u, x):
     """acc + the products of the bytes u (unsigned; signed for neon) and x (signed), every four of them summed into a lane."""
     width = TARGETS[name].width
     if name.endswith("vnni"):
-        return _call(b, f"llvm.x86.avx512.vpdpbusd.{8 * width}", acc.type, acc, *(b.bitcast(v, acc.type) for v in (u, x)))
+        return _call(
+            b, f"llvm.x86.avx512.vpdpbusd.{8 * width}", acc.type, acc, *(b.bitcast(v, acc.type) for v in (u, x))
+        )
     if name == "neon-dotprod":
         return _call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, u, x)
     if name == "generic":
@@ -353,7 +355,7 @@ def linear_ir(name: str, bits: int, bf16: bool, placed: bool = False):
     x_q, s, sums, panels, scale, bias, residual, y, places, tokens, rows, stride, wide = words
     lanes, fields = width // GROUP, 8 // bits
     signed = bits == 8 and name == "neon-dotprod"
-    bytes_, ints = ir.VectorType(I8, width), ir.VectorType(I32, lanes)
+    bytes_ = ir.VectorType(I8, width)
 
     def field(vector, k, in_place):
         if bits == 8:
@@ -570,7 +572,7 @@ def attention_ir(kind: str, head_dim: int, bf16: bool):
     qkv, turns, length, keys, values, memory_keys, memory_values, scratch, out = words[:9]
     tokens, capacity, groups, heads, items, floats = words[9:]
     half, stored = head_dim // 2, _element(bf16)
-    align, d = stored.width // 8, _int(head_dim)
+    d = _int(head_dim)
     scaling, gate = (b.bitcast(b.trunc(b.lshr(floats, _int(shift)), I32), F32) for shift in (0, 32))
     past, query_heads = b.load(length, typ=I64), b.mul(heads, groups)
     qkv_width = b.mul(b.add(query_heads, b.add(heads, heads)), d)
@@ -1072,7 +1074,12 @@ def _linear_job(quantized: Quantized, panels, scale, bias, residual, y, bits: in
     kernel = _compiled(target(), "linear" if places is None else "placed", bits, y.dtype == torch.bfloat16)
     count = _up(rows, ROWS) // ROWS
     # long pieces: memory is read in long runs
-    return kernel, arguments, count, max(1, GRAIN // (ROWS * padded * max(M, 1)), count // (PIECES * (_helpers(False)[1] + 1)))
+    return (
+        kernel,
+        arguments,
+        count,
+        max(1, GRAIN // (ROWS * padded * max(M, 1)), count // (PIECES * (_helpers(False)[1] + 1))),
+    )
 
 
 def _empty_quantized(M: int, columns: int) -> Quantized:

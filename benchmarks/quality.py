@@ -36,7 +36,10 @@ def variants(trained: bool) -> dict[str, tuple[bool, dict | str | None]]:
         "NF4": (False, "nf4"),
         "vocabulary int8": (False, INT8),
         "vocabulary int4": (False, {VOCABULARY: {"format": "int4", **ROWS}}),
-        "vocabulary int4, groups of 64": (False, {VOCABULARY: {"format": "int4", "group_size": 64, "scale_type": "float16"}}),
+        "vocabulary int4, groups of 64": (
+            False,
+            {VOCABULARY: {"format": "int4", "group_size": 64, "scale_type": "float16"}},
+        ),
         "vocabulary ternary": (False, {VOCABULARY: {"format": "ternary", **ROWS}}),
         "decoder ternary by rounding": (False, TERNARY),
     }
@@ -59,7 +62,11 @@ def write(source: Path, modules: dict | str | None, counts: torch.Tensor, folder
     """A variant of a checkpoint, stored in `folder` and opened from there."""
     if modules == "nf4":
         skip = ["adapter", "alignment", "memory", "memory_projection", "scope", "lm_head"]
-        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+        options = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
         config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip, **options)
         model = load(source, dtype=torch.bfloat16, quantization_config=config)
     else:
@@ -76,7 +83,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="the full-precision checkpoint")
     parser.add_argument("--trained", type=Path, help="the same after quantisation-aware training")
     parser.add_argument("--data", required=True, help="pictures with captions that were not trained on")
-    parser.add_argument("--counts", default=str(ROOT / "data/mini/train.parquet"), help="captions that say which tokens are frequent")
+    parser.add_argument(
+        "--counts", default=str(ROOT / "data/mini/train.parquet"), help="captions that say which tokens are frequent"
+    )
     parser.add_argument("--limit", type=int, help="only the first so many")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file, after every row")
     options = parser.parse_args()
@@ -86,7 +95,9 @@ def main() -> None:
     for name, (trained, modules) in variants(options.trained is not None).items():
         source = options.trained if trained else options.checkpoint
         with tempfile.TemporaryDirectory() as folder:
-            counts = token_counts(processor, options.counts, json.loads((source / "config.json").read_text())["text_config"]["vocab_size"])
+            counts = token_counts(
+                processor, options.counts, json.loads((source / "config.json").read_text())["text_config"]["vocab_size"]
+            )
             model = write(source, modules, counts, Path(folder))
             size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
             scores = quality(model, processor, rows, facts=0)

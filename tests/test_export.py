@@ -285,7 +285,9 @@ def test_a_packed_checkpoint_is_unpacked_first(tmp_path):
     assert tensors.keys() == plain.keys()
     for name, tensor in tensors.items():
         coarse = name == "token_embd.weight"
-        np.testing.assert_allclose(tensor, plain[name], rtol=1e-6, atol=np.abs(plain[name]).max() / 100 if coarse else 0)
+        np.testing.assert_allclose(
+            tensor, plain[name], rtol=1e-6, atol=np.abs(plain[name]).max() / 100 if coarse else 0
+        )
 
 
 def test_scales_that_a_graph_does_not_have_are_refused():
@@ -499,7 +501,9 @@ def test_nano_in_llama_cpp(tmp_path, dtype):
     """llama.cpp as released applies SiLU in BitNet's feed-forward; LLAMA_CPP_RELU2=1 tells that this one is changed (docs/export.md)."""
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
-    with pytest.raises(ValueError, match="Failed to load model"):  # released ones have no graph with squared ReLU, and say so
+    with pytest.raises(
+        ValueError, match="Failed to load model"
+    ):  # released ones have no graph with squared ReLU, and say so
         compare(export_hf.export_gguf(str(ROOT), tmp_path / "refused.gguf", dtype), None, None, [""], 0, 0)
     out = export_hf.export_gguf(str(ROOT), tmp_path / "nano.gguf", dtype, architecture="bitnet")
     model = load(ROOT)

@@ -483,12 +483,18 @@ def test_attention_of_new_tokens(native, two_threads, dtype, heads, kv_heads, he
 def test_attention_is_given_what_it_expects():
     attention = kernels.Attention(2, 1, 8, 1.0, torch.float32)
     length, keys = torch.zeros((), dtype=torch.int64), torch.zeros(1, 1, 4, 8)
-    with pytest.raises(ValueError, match=r"qkv is torch.float32 \(3, 24\) on cpu; expected contiguous torch.float32 \(3, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"qkv is torch.float32 \(3, 24\) on cpu; expected contiguous torch.float32 \(3, 32\)"
+    ):
         attention.tokens(torch.zeros(3, 24), torch.zeros(3, 8), length)
-    with pytest.raises(ValueError, match=r"turns is torch.float32 \(1, 8\) on cpu; expected contiguous torch.float32 \(3, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"turns is torch.float32 \(1, 8\) on cpu; expected contiguous torch.float32 \(3, 8\)"
+    ):
         attention.tokens(torch.zeros(3, 32), torch.zeros(1, 8), length)
     attention.tokens(torch.zeros(3, 32), torch.zeros(3, 8), length)
-    with pytest.raises(ValueError, match=r"keys or values is torch.bfloat16 \(1, 1, 4, 8\) on cpu; expected contiguous"):
+    with pytest.raises(
+        ValueError, match=r"keys or values is torch.bfloat16 \(1, 1, 4, 8\) on cpu; expected contiguous"
+    ):
         attention.bind(keys, keys.bfloat16())
     with pytest.raises(ValueError, match=r"keys or values is torch.float32 \(1, 1, 4, 8\) on cpu; expected contiguous"):
         attention.bind(keys, torch.zeros(1, 1, 8, 8)[:, :, ::2])
