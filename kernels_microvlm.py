@@ -47,6 +47,7 @@ GROUP = 4  # bytes that a dot product adds up
 MAX_COLUMNS = 2**17 - 1  # 128 * 128 * columns must stay below 2**31
 ZERO = {2: 1, 4: 8, 8: 128}  # bits -> the code that means 0
 GRAIN = 2**17  # least products in a piece of work; smaller calls stay on the caller
+LAYOUT_PIECE = 16  # panels in a piece of work of `panels_from_bytes`
 PIECES = 8  # of a large product, for each thread
 ROUND = 1.5 * 2**23  # adding it to |v| < 2**22 rounds v half to even and leaves the integer in the low mantissa bits
 
@@ -129,6 +130,46 @@ def unpack_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> t
     return (stored[:rows, :columns] - ZERO[bits]).view(torch.int8)
 
 
+def panels_from_bytes(packed: torch.Tensor, columns: int, bits: int, digits: torch.Tensor) -> torch.Tensor:
+    """Panels of rows in which a byte stands for several weights.
+
+    Args:
+        packed: (R, ceil(columns / per_byte)) uint8.
+        columns: C; weights beyond it are ignored.
+        bits: 2, 4 or 8.
+        digits: (256, per_byte) uint8, the weights of every byte, plus `ZERO[bits]`; per_byte at most 8.
+
+    Returns:
+        The same as `pack_panels` of the weights.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit.
+    """
+    _check_bits(bits, columns)
+    per_byte = digits.shape[1]
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != -(-columns // per_byte):
+        raise ValueError(
+            f"packed weights are {packed.dtype} {tuple(packed.shape)}; expected uint8 (rows, {-(-columns // per_byte)}) for {columns} columns."
+        )
+    length = panel_bytes(ROWS, columns, bits)
+    panels = packed.new_empty(_up(packed.shape[0], ROWS) // ROWS, length)
+    if _native(packed):
+        packed, words = packed.contiguous(), torch.zeros(256, 8, dtype=torch.uint8)
+        words[:, :per_byte] = digits
+        padded = _up(columns, COLUMNS)
+        scratch = torch.empty(_up(len(panels), LAYOUT_PIECE) // LAYOUT_PIECE, padded + 16, dtype=torch.uint8)
+        pointers = [t.data_ptr() for t in (packed, words, panels, scratch)]
+        arguments = struct.pack("9q", *pointers, len(packed), columns, padded, packed.shape[1], per_byte)
+        _run(_compiled(target(), "layout", bits, False), arguments, len(panels), LAYOUT_PIECE)
+        return panels.view(-1)
+    step = _up(2**20 // columns, ROWS)
+    for start in range(0, packed.shape[0], step):
+        part = packed[start : start + step]
+        stored = digits[part.flatten().int()].view(part.shape[0], -1)[:, :columns]
+        panels[start // ROWS : (start + step) // ROWS] = _pack(stored, bits).view(-1, length)
+    return panels.view(-1)
+
+
 def panels_from_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """2-bit panels from ternary rows with five weights per byte, byte = sum_i (w_i + 1) 3^i.
 
@@ -142,23 +183,10 @@ def panels_from_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
     Raises:
         ValueError: a shape or dtype that does not fit, or a byte above 242.
     """
-    _check_bits(2, columns)
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != -(-columns // 5):
-        raise ValueError(
-            f"packed trits are {packed.dtype} {tuple(packed.shape)}; expected uint8 (rows, {-(-columns // 5)}) for {columns} columns."
-        )
-    if packed.numel() and packed.max() > 242:
+    if packed.dtype == torch.uint8 and packed.numel() and packed.max() > 242:
         raise ValueError(f"packed trits hold the byte {int(packed.max())}; expected at most 242 (five base-3 digits).")
-    digits = torch.arange(243, device=packed.device)[:, None] // 3 ** torch.arange(5, device=packed.device) % 3
-    digits = digits.to(torch.uint8)
-    length = panel_bytes(ROWS, columns, 2)
-    panels = packed.new_empty(_up(packed.shape[0], ROWS) // ROWS, length)
-    step = _up(2**20 // packed.shape[1], ROWS)
-    for start in range(0, packed.shape[0], step):
-        part = packed[start : start + step]
-        stored = digits[part.flatten().int()].view(part.shape[0], -1)[:, :columns]
-        panels[start // ROWS : (start + step) // ROWS] = _pack(stored, 2).view(-1, length)
-    return panels.view(-1)
+    digits = torch.arange(256, device=packed.device)[:, None] // 3 ** torch.arange(5, device=packed.device) % 3
+    return panels_from_bytes(packed, columns, 2, digits.to(torch.uint8))
 
 
 # ------------------------------------------------------------------------------------------------------------------- targets
@@ -382,10 +410,8 @@ def linear_ir(name: str, bits: int, bf16: bool, placed: bool = False):
         row_scale, row_bias = (rows_of(pointer, row, mask, False, scale) for pointer in (scale, bias))
         start = b.mul(b.mul(p, stride), _int(ROWS * bits // 8))
         weights = _at(b, panels, b.add(start, _int(part)))
-        if placed:
-            zeros, align = _const(I64, 0, lanes), ir.Constant(I32, 8)
-            load = f"llvm.masked.load.v{lanes}i64.p0"
-            targets = _call(b, load, zeros.type, _at(b, places, row, I64), align, mask, zeros)
+        left = b.sub(rows, row)
+        count = b.select(b.icmp_signed("<", left, _int(lanes)), left, _int(lanes))
 
         def tokens_of(size, m, _):
             inputs = [_at(b, x_q, b.mul(b.add(m, _int(t)), stride)) for t in range(size)]
@@ -426,10 +452,13 @@ def linear_ir(name: str, bits: int, bf16: bool, placed: bool = False):
                     suffix = f"v{lanes}i{kind.width}.p0"
                     _call(b, f"llvm.masked.store.{suffix}", VOID, raw, _at(b, y, index, kind), align, mask)
                     continue
-                for lane in (ir.Constant(I32, k) for k in range(lanes)):
-                    with b.if_then(b.extract_element(mask, lane)):
-                        where = b.add(b.mul(token, wide), b.extract_element(targets, lane))
-                        b.store(b.extract_element(raw, lane), _at(b, y, where, kind), align=kind.width // 8)
+
+                def place(k, _, token=token, raw=raw, kind=kind):
+                    where = b.add(b.mul(token, wide), b.load(_at(b, places, b.add(row, k), I64), typ=I64))
+                    b.store(b.extract_element(raw, k), _at(b, y, where, kind), align=kind.width // 8)
+                    return ()
+
+                _loop(b, _int(0), count, 1, place)
             return ()
 
         m = _int(0)
@@ -439,6 +468,52 @@ def linear_ir(name: str, bits: int, bf16: bool, placed: bool = False):
     def panel(p, _):
         for part in range(0, ROWS * GROUP, width):
             part_of_panel(p, part)
+        return ()
+
+    _loop(b, begin, end, 1, panel)
+    b.ret_void()
+    return b.module
+
+
+def layout_ir(bits: int):
+    """Panels of rows in which a byte stands for several weights, for a range of panels: a row is spelled out, then its fields are joined."""
+    b, words, begin, end = _kernel(pointers=4, integers=5)
+    packed, digits, panels, scratch, rows, columns, padded, row_bytes, per_byte = words
+    zero, fields = ZERO[bits], 8 // bits
+    panel_length = b.mul(padded, _int(ROWS * bits // 8))
+
+    def panel(p, _):
+        start = _at(b, panels, b.mul(p, panel_length))
+        codes = _at(b, scratch, b.mul(b.sdiv(p, _int(LAYOUT_PIECE)), b.add(padded, _int(16))))
+
+        def row(r, _):
+            source = b.add(b.mul(p, _int(ROWS)), r)
+            inside = b.icmp_signed("<", source, rows)
+
+            def spell(i, _):
+                byte = b.load(_at(b, packed, b.add(b.mul(source, row_bytes), i)), typ=I8)
+                word = b.load(_at(b, digits, b.zext(byte, I64), I64), typ=I64)
+                b.store(word, _at(b, codes, b.mul(i, per_byte)), align=1)  # what is too much, the next one writes over
+                return ()
+
+            _loop(b, _int(0), b.select(inside, row_bytes, _int(0)), 1, spell)
+            filled = b.select(inside, columns, _int(0))
+            _loop(b, filled, padded, 1, lambda c, _: b.store(ir.Constant(I8, zero), _at(b, codes, c)) and ())
+
+            def join(c, _):
+                word = None
+                for k in range(fields):
+                    part = b.load(_at(b, codes, b.add(c, _int(k * GROUP))), align=1, typ=I32)
+                    part = b.shl(part, ir.Constant(I32, k * bits))
+                    word = part if word is None else b.or_(word, part)
+                vector = b.mul(c, _int(ROWS * bits // 8))
+                b.store(word, _at(b, start, b.add(vector, b.mul(r, _int(GROUP)))), align=1)
+                return ()
+
+            _loop(b, _int(0), padded, GROUP * fields, join)
+            return ()
+
+        _loop(b, _int(0), _int(ROWS), 1, row)
         return ()
 
     _loop(b, begin, end, 1, panel)
@@ -1009,6 +1084,8 @@ def _compiled(name: str, kind: str, size: int, bf16: bool) -> int:
     """Address of a kernel, compiled at the first use. `size`: bits of a weight, or of an attention the width of a head."""
     if kind in ("turn", "attention"):
         module = attention_ir(kind, size, bf16)
+    elif kind == "layout":
+        module = layout_ir(size)
     elif kind in ("linear", "placed"):
         module = linear_ir(name, size, bf16, placed=kind == "placed")
     else:

@@ -22,7 +22,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .kernels_microvlm import MixedRows, low_bit_linear, low_bit_linear_mixed, pack_panels, panels_from_trits
+from .kernels_microvlm import (
+    ZERO,
+    MixedRows,
+    low_bit_linear,
+    low_bit_linear_mixed,
+    panels_from_bytes,
+    panels_from_trits,
+)
 
 QUANT_METHOD = "microvlm"
 EPS = 1e-5  # floor of every scale, as in BitNet's reference code
@@ -433,9 +440,12 @@ class PackedWeight(nn.Module):
 def panels_of(weights: list[PackedWeight]) -> torch.Tensor:
     """The numbers of matrices with one format and width, one below the other, as the kernels read them."""
     first = weights[0]
-    if first.scheme.format == "ternary":  # in pieces: no byte per number in between
-        return panels_from_trits(torch.cat([w.weight for w in weights]), first.columns)
-    return pack_panels(torch.cat([w.values() for w in weights]), first.format.bits)
+    packed = torch.cat([w.weight for w in weights]) if len(weights) > 1 else first.weight
+    if first.scheme.format == "ternary":
+        return panels_from_trits(packed, first.columns)
+    form, every = first.format, torch.arange(256, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+    digits = form.unpack(every, form.per_byte).view(torch.uint8) + ZERO[form.bits]  # wraps: -1 is 255
+    return panels_from_bytes(packed, first.columns, form.bits, digits)
 
 
 class PackedLinear(PackedWeight):

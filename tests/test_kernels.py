@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT  # noqa: F401  gives the model files the package `microvlm`
 from microvlm import kernels_microvlm as kernels
-from microvlm.quantization_microvlm import fake_quantize_activation
+from microvlm.quantization_microvlm import FORMATS, PackedWeight, Scheme, fake_quantize_activation, panels_of
 
 RANGES = {2: (-1, 1), 4: (-8, 7), 8: (-128, 127)}
 RUNNABLE = [name for name in kernels.TARGETS if kernels.runs_here(name)]
@@ -40,11 +40,6 @@ def random_layer(rows, columns, bits, seed=0):
     g = torch.Generator().manual_seed(seed)
     codes = random_codes(rows, columns, bits, seed)
     return codes, kernels.pack_panels(codes, bits), torch.rand(rows, generator=g) + 0.1, torch.randn(rows, generator=g)
-
-
-def pack_trits(codes):
-    digits = F.pad(codes, (0, -codes.shape[1] % 5)).view(codes.shape[0], -1, 5) + 1
-    return (digits * 3 ** torch.arange(5)).sum(-1).to(torch.uint8)
 
 
 def run_python(code, **env):
@@ -79,10 +74,23 @@ def test_panel_layout():
     assert eight[4 * 3 + 1] == 127 and eight[64 + 4 * 4 + 2] == 129 and eight[16 * 64 + 4] == 129
 
 
-@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 64), (6, 70), (9, 203), (4100, 1300)])
-def test_panels_from_trits(rows, columns):
-    codes = random_codes(rows, columns, 2)
-    assert torch.equal(kernels.panels_from_trits(pack_trits(codes), columns), kernels.pack_panels(codes, 2))
+@pytest.mark.parametrize("native_or_torch", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 64), (16, 70), (17, 203), (4100, 1300)])
+def test_panels_from_bytes(rows, columns, format, native_or_torch, monkeypatch):
+    if not native_or_torch:
+        monkeypatch.setattr(kernels, "_native", lambda x: False)
+    elif not RUNNABLE:
+        pytest.skip("llvmlite is not installed")
+    form, g = FORMATS[format], torch.Generator().manual_seed(columns)
+    weight = PackedWeight(rows, columns, Scheme(format))
+    codes = torch.randint(form.low, form.high + 1, (rows, columns), dtype=torch.int8, generator=g)
+    codes = codes.sign() | 1 if format == "binary" else codes
+    weight.weight = form.pack(codes)
+    assert torch.equal(panels_of([weight]), kernels.pack_panels(codes, form.bits))
+    assert torch.equal(
+        kernels.unpack_panels(panels_of([weight, weight]), 2 * rows, columns, form.bits), codes.repeat(2, 1)
+    )
 
 
 def test_packing_errors():
@@ -347,7 +355,8 @@ def test_workers_share_and_wake(two_threads):
 
 
 POOL_USER = """
-import os, sys, time, torch, kernels_microvlm as k
+import os, sys, time, torch, conftest
+from microvlm import kernels_microvlm as k
 torch.set_num_threads(2)
 k.GRAIN = 2**12
 codes = torch.randint(-1, 2, (512, 128), dtype=torch.int8)
