@@ -1,0 +1,197 @@
+"""GrowingLayer holds what transformers' DynamicLayer does, whatever is done to it; a packed model decodes with every kind of cache."""
+
+import copy
+import random
+
+import pytest
+import torch
+from conftest import outspoken_model, tiny_inputs
+from microvlm.cache_microvlm import GrowingLayer, MemoryCache
+from microvlm.decoder_microvlm import MOST_TOKENS, TokenStep
+from test_packing import packed
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+def states(g, rows, count):
+    return torch.randn(rows, 2, count, 4, generator=g), torch.randn(rows, 2, count, 6, generator=g)  # widths may differ
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_growing_layer_is_a_dynamic_layer(seed):
+    draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    dynamic, growing, rows = DynamicLayer(), GrowingLayer(), 3
+    for _ in range(30):
+        kind = draw.choice(["update"] * 4 + ["crop", "reorder", "repeat", "select", "reset", "copy", "adopt"])
+        if kind == "update":
+            new = states(g, rows, draw.choice([1, 1, 1, 5, 80]))
+            for got, expected in zip(growing.update(*new), dynamic.update(*new)):
+                assert torch.equal(got, expected)
+        elif kind == "crop" and dynamic.get_seq_length():
+            count = draw.randint(1, dynamic.get_seq_length())
+            dynamic.crop(-count), growing.crop(-count)
+        elif kind == "reorder":
+            order = torch.randint(0, rows, (rows,), generator=g)
+            dynamic.reorder_cache(order), growing.reorder_cache(order)
+        elif kind == "repeat" and rows < 10 and dynamic.get_seq_length():
+            dynamic.batch_repeat_interleave(2), growing.batch_repeat_interleave(2)
+            rows *= 2
+        elif kind == "select" and dynamic.get_seq_length():
+            chosen = torch.randint(0, rows, (draw.randint(1, rows),), generator=g)
+            dynamic.batch_select_indices(chosen), growing.batch_select_indices(chosen)
+            rows = len(chosen)
+        elif kind == "reset":
+            dynamic.reset(), growing.reset()
+        elif kind == "copy":
+            growing = copy.deepcopy(growing)
+        elif kind == "adopt":
+            growing = GrowingLayer.of(dynamic)
+        assert growing.get_seq_length() == dynamic.get_seq_length()
+        assert growing.get_mask_sizes(3) == dynamic.get_mask_sizes(3)
+        if dynamic.get_seq_length():
+            assert torch.equal(growing.keys, dynamic.keys) and torch.equal(growing.values, dynamic.values)
+
+
+def test_new_tokens_are_written_not_copied():
+    layer, g = GrowingLayer(), torch.Generator().manual_seed(0)
+    layer.update(*states(g, 1, 20))
+    moves, place = 0, layer.kept_keys.data_ptr()
+    for _ in range(500):
+        layer.update(*states(g, 1, 1))
+        moves += layer.kept_keys.data_ptr() != place
+        place = layer.kept_keys.data_ptr()
+    assert moves <= 5 and layer.get_seq_length() == 520 and layer.capacity < 2 * 520
+
+
+def test_cropping_by_a_length_is_refused_as_by_the_library():
+    layer = GrowingLayer()
+    layer.update(*states(torch.Generator(), 1, 3))
+    with pytest.raises(ValueError, match="positive value"):
+        layer.crop(2)
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama", "bitnet"])
+def model(request):
+    return packed(outspoken_model(request.param))
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts the tokens that take the recorded step."""
+    count, plain = [], TokenStep.__call__
+
+    def counted(self, *args):
+        count.append(1)
+        return plain(self, *args)
+
+    monkeypatch.setattr(TokenStep, "__call__", counted)
+    return count
+
+
+GREEDY = {"max_new_tokens": 10, "do_sample": False}
+
+
+@torch.no_grad()
+def test_whole_passes_say_what_single_tokens_say(model, steps):
+    inputs = tiny_inputs(1)
+    out = model.generate(**inputs, **GREEDY)
+    assert len(steps) == 9
+    assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), out) and len(steps) == 9
+    length = inputs["input_ids"].shape[1]
+    cache = DynamicCache(config=model.config.text_config)
+    single = [model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], past_key_values=cache).logits]
+    for i in range(length, out.shape[1]):
+        single.append(model(input_ids=out[:, i : i + 1], past_key_values=cache).logits)
+    whole = model(input_ids=out, pixel_values=inputs["pixel_values"]).logits
+    # a number on the edge of a rounding step moves a logit
+    assert (torch.cat(single, 1) - whole).abs().median() < 1e-4 * whole.std()
+    assert (torch.cat(single, 1) - whole).abs().max() < 0.1 * whole.std()
+    assert all(type(layer) is GrowingLayer for layer in cache.layers) and cache.get_seq_length() == out.shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "offloaded"},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+def test_every_cache_gives_the_same_words(model, kwargs):
+    if kwargs.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("transformers offloads from an accelerator only")
+    inputs = tiny_inputs(1)
+    out = model.generate(**inputs, **GREEDY, **kwargs)
+    assert torch.equal(getattr(out, "sequences", out), model.generate(**inputs, **GREEDY))
+
+
+@torch.no_grad()
+def test_a_cropped_cache_goes_on(model):
+    inputs = tiny_inputs(1)
+    out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    cache, length = out.past_key_values, inputs["input_ids"].shape[1]
+    twin = copy.deepcopy(cache)
+    for kept in (cache, twin):
+        kept.crop(-(kept.get_seq_length() - length))
+    first = model(input_ids=out.sequences[:, length : length + 1], past_key_values=cache).logits
+    # the twin's tokens are its own: writing to one leaves the other
+    model(input_ids=torch.tensor([[7]]), past_key_values=twin)
+    again = [
+        model(input_ids=out.sequences[:, i : i + 1], past_key_values=cache).logits.argmax(-1)
+        for i in range(length + 1, length + 9)
+    ]
+    tokens = torch.cat([first.argmax(-1), *again], 1)
+    assert torch.equal(tokens, out.sequences[:, length + 1 : length + 10])
+
+
+@torch.no_grad()
+def test_long_texts_outgrow_the_room_and_the_table():
+    model = packed(outspoken_model("qwen2"))
+    ids = torch.randint(5, 60, (1, MOST_TOKENS + 80), generator=torch.Generator().manual_seed(0))
+    whole = model(input_ids=ids).logits  # torch's attention
+    cache, parts = DynamicCache(config=model.config.text_config), []
+    for part in ids.split([40, MOST_TOKENS, *[1] * 40], 1):  # the compiled one
+        parts.append(model(input_ids=part, past_key_values=cache).logits)
+    difference = (torch.cat(parts, 1) - whole).abs()
+    assert difference.median() < 1e-4 * whole.std() and difference.max() < 0.2 * whole.std()
+
+
+@torch.no_grad()
+def test_beams_and_batches(model):
+    inputs = tiny_inputs(2)
+    both = model.generate(**inputs, **GREEDY)
+    for row in range(2):
+        one = {k: v[row : row + 1] for k, v in inputs.items()}
+        assert torch.equal(model.generate(**one, **GREEDY)[0], both[row])
+    beams = model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False, num_return_sequences=2)
+    assert beams.shape[0] == 4
+
+
+@torch.no_grad()
+def test_a_memory_takes_the_recorded_step(steps):
+    memory_config = {"num_slots": 16, "code_size": 32, "num_content_slots": 4, "num_memory_tokens": 4}
+    memory_config |= {"max_content_tokens": 16, "key_hidden_size": 32, "scope_hidden_size": 16}
+    model = packed(outspoken_model("qwen2", use_memory=True, memory_config=memory_config))
+    question = tiny_inputs(1, length=4)
+    memory = model.write_memory(**tiny_inputs(1))
+    for gate in ("on", torch.tensor([0.3])):
+        steps.clear()
+        out = model.generate(**question, **GREEDY, memory=memory, memory_gate=gate)
+        assert len(steps) == 9
+        model.model._decoder = None  # the library's layers
+        plain = model.generate(
+            **question, **GREEDY, memory=memory, memory_gate=gate, output_logits=True, return_dict_in_generate=True
+        )
+        del model.model._decoder
+        fast = model.generate(
+            **question, **GREEDY, memory=memory, memory_gate=gate, output_logits=True, return_dict_in_generate=True
+        )
+        assert isinstance(fast.past_key_values, MemoryCache)
+        assert torch.equal(fast.sequences, out)
+        first = (fast.logits[0] - plain.logits[0]).abs()
+        assert first.max() < 0.1 * plain.logits[0].std()
+        off = model.generate(**question, **GREEDY)
+        assert not torch.equal(off, out)
