@@ -57,7 +57,8 @@ class GrowingLayer(DynamicLayer):
 
     def reserve(self, count: int) -> None:
         """Make room for so many more tokens, and half as many again as there will be."""
-        if self.length + count <= self.capacity:
+        writable = torch.is_inference_mode_enabled() or not self.kept_keys.is_inference()
+        if self.length + count <= self.capacity and writable:
             return
         capacity = (self.length + count) * 3 // 2 + 64
         for name in ("kept_keys", "kept_values"):

@@ -31,7 +31,9 @@ from .kernels_microvlm import (
 from .quantization_microvlm import PackedLinear, panels_of
 
 MODEL_TYPES = ("qwen2", "llama", "bitnet")
-MOST_TOKENS = 256  # of a pass with the compiled attention: of longer ones torch's products of matrices are faster
+MOST_PAIRS = (
+    2**18
+)  # of tokens and what they see in a pass with the compiled attention: beyond, torch's products of matrices are no slower
 
 
 class Product:
@@ -170,7 +172,7 @@ class TokenStep:
         self.program, self.dtype = Program(), dtype
         self.x = x = torch.zeros(1, first.out.rows)
         self.turn, self.length = torch.zeros(1, first.head_dim), torch.zeros((), dtype=torch.int64)
-        self.attentions, self.source = [], None
+        self.attentions = []
         for layer in decoder.layers:
             qkv = layer.input_norm.record(self.program, x, layer.qkv)
             attention = layer.native_attention(dtype)
@@ -205,14 +207,15 @@ class Kept:
     """
 
     @staticmethod
-    def fits(cache: Cache, layers: list[Layer]) -> bool:
-        """Whether a cache's layers all grow and hold the same tokens of one row, and its memory is of one row."""
-        return (
-            not getattr(cache, "offloading", False)
-            and len(cache.layers) == len(layers)
-            and all(type(layer) is GrowingLayer and layer.length == cache.layers[0].length for layer in cache.layers)
-            and all(len(keys) == 1 for keys, _ in getattr(cache, "memory", ())[:1])
-        )
+    def fits(cache: Cache, layers: list[Layer], dtype: torch.dtype) -> bool:
+        """Whether a cache's layers all grow and hold the same tokens of one row in `dtype`, and its memory is of one row."""
+        if getattr(cache, "offloading", False) or len(cache.layers) != len(layers):
+            return False
+        if any(type(layer) is not GrowingLayer or layer.length != cache.layers[0].length for layer in cache.layers):
+            return False
+        kept = [layer.kept_keys for layer in cache.layers if layer.capacity]
+        kept += [keys for keys, _ in getattr(cache, "memory", ())[:1]]
+        return all(len(t) == 1 for t in kept) and all(t.dtype == dtype for t in kept[: len(layers)])
 
     def __init__(self, cache: Cache, dtype: torch.dtype):
         self.cache, self.dtype, self.length = cache, dtype, cache.layers[0].length
@@ -286,6 +289,7 @@ class PackedDecoder:
         return torch.cat([t[0, :, : t.shape[-1] // 2] for t in (cos, sin)], -1)
 
     @kernel_threads()
+    @torch.inference_mode(False)  # what is kept from a pass in that mode must be writable outside
     @torch.no_grad()
     def __call__(
         self,
@@ -307,7 +311,6 @@ class PackedDecoder:
             attention_mask = attention_mask["full_attention"]
         native = (
             B == 1
-            and T <= MOST_TOKENS
             and native_available()
             and dtype in DTYPES
             and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
@@ -322,7 +325,11 @@ class PackedDecoder:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + T).unsqueeze(0)
         x = inputs_embeds.reshape(B * T, D).float()
-        if native and Kept.fits(cache, self.layers):
+        if (
+            native
+            and Kept.fits(cache, self.layers, dtype)
+            and (T == 1 or T * (T + cache.get_seq_length()) <= MOST_PAIRS)
+        ):
             x = self.native(x, self.turns(position_ids[0]), Kept(cache, dtype))
         else:
             mask = (memory_mask if getattr(cache, "memory", None) else create_causal_mask)(

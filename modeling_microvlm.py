@@ -534,6 +534,9 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         self.__dict__.pop("_decoder", None)
         return super()._apply(fn, recurse)
 
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_decoder"}  # a copy makes its own
+
     def _load_from_state_dict(self, *args, **kwargs):
         self.__dict__.pop("_decoder", None)
         super()._load_from_state_dict(*args, **kwargs)

@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 from conftest import outspoken_model, tiny_inputs
+from microvlm import decoder_microvlm as decoder
 from microvlm.cache_microvlm import GrowingLayer, MemoryCache
-from microvlm.decoder_microvlm import MOST_TOKENS, TokenStep
+from microvlm.decoder_microvlm import TokenStep
 from test_packing import packed
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -148,12 +149,14 @@ def test_a_cropped_cache_goes_on(model):
 
 
 @torch.no_grad()
-def test_long_texts_outgrow_the_room_and_the_table():
+def test_long_texts_outgrow_the_room_and_the_table(monkeypatch):
     model = packed(outspoken_model("qwen2"))
-    ids = torch.randint(5, 60, (1, MOST_TOKENS + 80), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 60, (1, 340), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(decoder, "MOST_PAIRS", 0)
     whole = model(input_ids=ids).logits  # torch's attention
+    monkeypatch.undo()
     cache, parts = DynamicCache(config=model.config.text_config), []
-    for part in ids.split([40, MOST_TOKENS, *[1] * 40], 1):  # the compiled one
+    for part in ids.split([40, 260, *[1] * 40], 1):  # the compiled one
         parts.append(model(input_ids=part, past_key_values=cache).logits)
     difference = (torch.cat(parts, 1) - whole).abs()
     assert difference.median() < 1e-4 * whole.std() and difference.max() < 0.2 * whole.std()
@@ -195,3 +198,36 @@ def test_a_memory_takes_the_recorded_step(steps):
         assert first.max() < 0.1 * plain.logits[0].std()
         off = model.generate(**question, **GREEDY)
         assert not torch.equal(off, out)
+
+
+def test_inference_mode_comes_and_goes(model):
+    inputs = tiny_inputs(1)
+    fresh, cache = copy.deepcopy(model), DynamicCache(config=model.config.text_config)
+    with torch.inference_mode():
+        fresh(**inputs, past_key_values=cache)
+        first = fresh(input_ids=torch.tensor([[7]]), past_key_values=cache).logits
+    with torch.no_grad():
+        second = fresh(input_ids=torch.tensor([[9]]), past_key_values=cache).logits
+    with torch.inference_mode():
+        fresh(input_ids=torch.tensor([[11]]), past_key_values=cache)
+    with torch.no_grad():
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[7, 9]])], 1)
+        whole = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits
+    assert (torch.cat([first, second], 1) - whole[:, -2:]).abs().max() < 0.1 * whole.std()
+
+
+@torch.no_grad()
+def test_a_cache_of_another_dtype_or_of_more_rows(model, steps):
+    inputs = tiny_inputs(1)
+    cache = DynamicCache(config=model.config.text_config)
+    model(**inputs, past_key_values=cache)
+    model(input_ids=torch.tensor([[7]]), past_key_values=copy.deepcopy(cache))
+    assert len(steps) == 1
+    two = copy.deepcopy(cache)
+    two.batch_repeat_interleave(2)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.double(), layer.values.double()
+    for wrong, message in ((cache, "same dtype"), (two, "size")):  # as of the library's own layers
+        with pytest.raises(RuntimeError, match=message):
+            model(input_ids=torch.tensor([[7]]), past_key_values=wrong)
+    assert len(steps) == 1
