@@ -857,7 +857,9 @@ def plot(results: dict[str, Result], bandwidth: float, folder: Path) -> None:
     limits = [bandwidth / results[name].read for name in names]
     axes.plot(limits, names, "k|", markersize=12, label="limit: bandwidth / bytes read a token")
     axes.invert_yaxis()
-    axes.set_xlabel("tokens per second, median and range")
+    axes.set(xscale="log", xlabel="tokens per second, median and range")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, axis="x")
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(folder / "speed_tokens.png", dpi=120)
     plt.close(figure)
