@@ -231,3 +231,48 @@ def test_a_cache_of_another_dtype_or_of_more_rows(model, steps):
         with pytest.raises(RuntimeError, match=message):
             model(input_ids=torch.tensor([[7]]), past_key_values=wrong)
     assert len(steps) == 1
+
+
+@torch.no_grad()
+def test_what_the_library_kept_goes_on(model, steps):
+    inputs = tiny_inputs(1)
+    out = model.generate(**inputs, **GREEDY)
+    length, cache = inputs["input_ids"].shape[1], DynamicCache(config=model.config.text_config)
+    model.model._decoder = None  # the library's layers, which keep what they are given
+    model(**inputs, past_key_values=cache)
+    del model.model._decoder
+    assert type(cache.layers[0]) is DynamicLayer
+    steps.clear()
+    said = [
+        model(input_ids=out[:, i : i + 1], past_key_values=cache).logits.argmax(-1)
+        for i in range(length, out.shape[1] - 1)
+    ]
+    assert len(steps) == len(said) and torch.equal(torch.cat(said, 1), out[:, length + 1 :])
+
+
+def test_an_activation_that_the_kernels_lack_goes_the_library_s_way():
+    section = {"llama": "gelu", "bitnet": "silu"}
+    for text, act in section.items():
+        other = outspoken_model(text)
+        other.config.text_config.hidden_act = act
+        packed(other)
+        assert not decoder.PackedDecoder.supports(other.model.language_model) and other.model.packed_decoder() is None
+
+
+@torch.no_grad()
+def test_positions_that_depend_on_the_length_are_not_kept(model):
+    fast = model.model.packed_decoder()
+    positions = torch.tensor([3, 300])
+    kept = fast.turns(positions)
+    assert torch.equal(kept, fast.make_turns(positions)) and len(fast.table) >= 301
+    assert torch.equal(fast.turns(torch.tensor([1000])), fast.make_turns(torch.tensor([1000])))
+    fresh, rotary = decoder.PackedDecoder(model.model.language_model), model.model.language_model.rotary_emb
+    before = rotary.rope_type
+    try:
+        rotary.rope_type = "longrope"
+        calls = []
+        fresh.make_turns = lambda p: calls.append(p.tolist()) or kept
+        fresh.turns(positions)
+        assert calls == [[3, 300]] and fresh.table is None
+    finally:
+        rotary.rope_type = before
