@@ -58,7 +58,7 @@ TRAINING_STATE = (
     "model.safetensors.tmp",
     "__pycache__/modeling_microvlm.pyc",
 )
-NAMES = ("cache", "configuration", "decoder", "kernels", "memory", "modeling", "processing", "quantization")
+NAMES = ("cache", "configuration", "decoder", "kernels", "memory", "modeling", "processing", "quantization", "triton")
 CODE = {f"{name}_microvlm.py" for name in NAMES}
 REPO = CODE | {
     "README.md",
