@@ -180,7 +180,7 @@ def test_a_memory_takes_the_recorded_step(steps):
     model = packed(outspoken_model("qwen2", use_memory=True, memory_config=memory_config))
     question = tiny_inputs(1, length=4)
     memory = model.write_memory(**tiny_inputs(1))
-    for gate in ("on", torch.tensor([0.3])):
+    for gate in ("on", torch.tensor([0.02])):
         steps.clear()
         out = model.generate(**question, **GREEDY, memory=memory, memory_gate=gate)
         assert len(steps) == 9
@@ -194,8 +194,8 @@ def test_a_memory_takes_the_recorded_step(steps):
         )
         assert isinstance(fast.past_key_values, MemoryCache)
         assert torch.equal(fast.sequences, out)
-        first = (fast.logits[0] - plain.logits[0]).abs()
-        assert first.max() < 0.1 * plain.logits[0].std()
+        for got, expected in zip(fast.logits[:2], plain.logits[:2]):  # of the prompt, and of a step
+            assert (got - expected).abs().median() < 5e-3 * expected.std()
         off = model.generate(**question, **GREEDY)
         assert not torch.equal(off, out)
 
