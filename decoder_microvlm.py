@@ -31,9 +31,8 @@ from .kernels_microvlm import (
 from .quantization_microvlm import PackedLinear, panels_of
 
 MODEL_TYPES = ("qwen2", "llama", "bitnet")
-MOST_PAIRS = (
-    2**18
-)  # of tokens and what they see in a pass with the compiled attention: beyond, torch's products of matrices are no slower
+# of tokens and what they see in a pass with the compiled attention: beyond, torch's products of matrices are no slower
+MOST_PAIRS = 2**18
 
 
 class Product:
@@ -169,7 +168,7 @@ class TokenStep:
 
     def __init__(self, decoder: "PackedDecoder", dtype: torch.dtype):
         first = decoder.layers[0]
-        self.program, self.dtype = Program(), dtype
+        self.program = Program()
         self.x = x = torch.zeros(1, first.out.rows)
         self.turn, self.length = torch.zeros(1, first.head_dim), torch.zeros((), dtype=torch.int64)
         self.attentions = []

@@ -44,8 +44,7 @@ def variants(trained: bool) -> dict[str, tuple[bool, dict | str | None]]:
         "decoder ternary by rounding": (False, TERNARY),
     }
     if trained:
-        everything = yaml.safe_load((ROOT / "recipes" / "pack_v.yaml").read_text())["modules"]
-        everything = {key: values | TERNARY[LAYERS] if key == LAYERS else values for key, values in everything.items()}
+        everything = yaml.safe_load((ROOT / "recipes" / "pack_v-135m.yaml").read_text())["modules"]
         out |= {
             "decoder ternary, trained": (True, TERNARY),
             "decoder ternary, trained; vocabulary int8": (True, TERNARY | INT8),
@@ -92,12 +91,11 @@ def main() -> None:
 
     processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
     rows, results, captions = load_rows(options.data, limit=options.limit), {}, None
+    config = json.loads((options.checkpoint / "config.json").read_text())
+    counts = token_counts(processor, options.counts, config["text_config"]["vocab_size"])
     for name, (trained, modules) in variants(options.trained is not None).items():
         source = options.trained if trained else options.checkpoint
         with tempfile.TemporaryDirectory() as folder:
-            counts = token_counts(
-                processor, options.counts, json.loads((source / "config.json").read_text())["text_config"]["vocab_size"]
-            )
             model = write(source, modules, counts, Path(folder))
             size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
             scores = quality(model, processor, rows, facts=0)
