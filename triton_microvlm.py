@@ -12,8 +12,6 @@ try:
 except ImportError:
     triton = None
 
-ROWS, GROUP = 16, 4  # of a panel, see `pack_panels`
-
 
 def available() -> bool:
     """Whether Triton is installed."""
