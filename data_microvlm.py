@@ -490,13 +490,28 @@ def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator |
     return (x + 0.06 * strength * torch.randn(x.shape, generator=generator)).clamp(0, 1)
 
 
-def picture_augmentation(degrees: float = 10, shift: float = 0.1, scale: float = 0.2, color: float = 0.25):
-    """A function on a batch of pictures (B, 3, H, W) in [0, 1]: small affine maps and colour changes; no flips:
+def change_style(x: torch.Tensor, share: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [0, 1]: a share of them outlined, a quarter of it as bare lines on white, and as many blurred."""
+    B = len(x)
+    gray = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    slope = (gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]).abs() + (gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]).abs()
+    lines = 1 - F.max_pool2d((4 * slope).clamp(0, 1), 3, stride=1, padding=1)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    draw = torch.rand(B, 1, 1, 1, generator=generator)
+    x = torch.where(draw < share, lines * torch.where(draw < share / 4, torch.ones(()), x), x)
+    return torch.where((draw >= share) & (draw < 2 * share), blurred, x)
+
+
+def picture_augmentation(
+    degrees: float = 10, shift: float = 0.1, scale: float = 0.2, color: float = 0.25, style: float = 0.0
+):
+    """A function on a batch of pictures (B, 3, H, W) in [0, 1]: small affine maps, changes of style and colour; no flips:
     captions say left and right. Outside the picture its border goes on."""
 
     def augment(x: torch.Tensor) -> torch.Tensor:
         grid = F.affine_grid(random_affine(len(x), degrees, shift, scale), list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        x = change_style(x, style) if style else x
         return change_colors(x, color) if color else x
 
     return augment

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_microvlm import change_colors, load_rows, random_affine  # noqa: E402
+from data_microvlm import change_colors, change_style, load_rows, random_affine  # noqa: E402
 
 STOP_WORDS = {"a", "an", "the", "of", "with", "and", "in", "on", "for", "to"}
 
@@ -76,7 +76,7 @@ def square(picture, size: int) -> np.ndarray:
     return np.asarray(picture.convert("RGB").resize((size, size), resample=3))
 
 
-def load_split(path: str, size: int, include_copyleft: bool) -> tuple[torch.Tensor, list[dict]]:
+def load_split(path: str | list[str], size: int, include_copyleft: bool) -> tuple[torch.Tensor, list[dict]]:
     """Pictures (N, 3, size, size) uint8 and their rows without the picture."""
     pictures, rows = [], []
     for row in load_rows(path, exclude_copyleft=not include_copyleft).cast_column("image", Image()):
@@ -240,6 +240,7 @@ def main() -> None:
         grid = F.affine_grid(theta, (batch, 3, size, size), align_corners=False)
         source = small if size <= 128 else images
         x = F.grid_sample(source[idx].float() / 255, grid, padding_mode="border", align_corners=False)
+        x = change_style(x, recipe["style"], g) if recipe.get("style") else x
         x = (change_colors(x, 0.3, g) - 0.5) / 0.5
         patch_grid = F.affine_grid(theta, (batch, 1, size // 16, size // 16), align_corners=False)
         target = F.grid_sample(maps[idx].float(), patch_grid, padding_mode="border", align_corners=False)
