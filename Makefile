@@ -8,6 +8,10 @@ export TOKENIZERS_PARALLELISM := false
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable ".[fast]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.ready
 	$(PY) -m pip install --quiet --editable ".[test]"
 	touch $@
 
@@ -15,17 +19,17 @@ demo: $(VENV)/.ready  ## environment, captions of the example pictures with the 
 	$(PY) caption.py examples
 	$(PY) teach.py demo
 
-test: $(VENV)/.ready lint  ## everything but the slow checks
+test: $(VENV)/.test lint  ## everything but the slow checks
 	$(PY) -m pytest -m "not slow"
 
-test-slow: $(VENV)/.ready  ## torch.compile and other checks that take minutes
+test-slow: $(VENV)/.test  ## torch.compile and other checks that take minutes
 	$(PY) -m pytest -m slow
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(VENV)/.ready  ## the tables of README.md and docs
+bench: $(VENV)/.test  ## the tables of README.md and docs
 	$(PY) benchmarks/parameters.py
 	$(PY) benchmarks/overhead.py
 	$(PY) benchmarks/memory_overhead.py
