@@ -209,8 +209,12 @@ def main() -> None:
         g.manual_seed(recipe["seed"] + done)
         print(f"resumed at step {done}", flush=True)
     elif recipe.get("init"):
-        model.load_state_dict(torch.load(Path(recipe["init"]) / "state.pt", weights_only=True)["model"])
-        print(f"weights of {recipe['init']}, schedule and optimizer new", flush=True)
+        first = torch.load(Path(recipe["init"]) / "state.pt", weights_only=True)["model"]
+        new = [k for k, v in model.state_dict().items() if first[k].shape != v.shape]  # heads of other labels
+        if any(k.startswith("backbone.") for k in new):
+            raise ValueError(f"{recipe['init']} is another vision tower: {', '.join(new)} differ in shape.")
+        model.load_state_dict({k: v for k, v in first.items() if k not in new}, strict=False)
+        print(f"weights of {recipe['init']}, schedule and optimizer new; begun anew: {new}", flush=True)
 
     def save(step: int) -> None:
         temporary = state_file.with_suffix(".tmp")
