@@ -178,7 +178,7 @@ def fetch(source: str, name: str, revision: str | None) -> Path | None:
 
 
 def load_vision(source: str, revision: str | None = None) -> VisionPart:
-    """Read a vision transformer in timm's Hub layout.
+    """Read a vision transformer or a convnet in timm's Hub layout.
 
     Args:
         source: a folder or Hub repo with `config.json` ({"architecture", "num_classes", "pretrained_cfg"}) and
@@ -187,7 +187,7 @@ def load_vision(source: str, revision: str | None = None) -> VisionPart:
         revision: of the Hub repo.
 
     Raises:
-        ValueError: not that layout, an architecture that timm does not know or that is no vision transformer, or
+        ValueError: not that layout, an architecture that timm does not know or whose features have no places, or
             weights that are not those of the architecture.
     """
     if os.path.isfile(source):
@@ -214,10 +214,19 @@ def load_vision(source: str, revision: str | None = None) -> VisionPart:
         raise ValueError(f"--vision {source!r}: timm {timm.__version__} has no architecture {architecture!r}.")
 
     skeleton = timm.create_model(architecture, num_classes=0, **(config.get("model_args") or {}))
-    patch_embed = getattr(skeleton, "patch_embed", None)
-    if not hasattr(skeleton, "num_prefix_tokens") or not hasattr(patch_embed, "num_patches"):
-        raise ValueError(f"--vision {source!r}: {architecture!r} is no vision transformer, which gives patch features.")
     pretrained = {**skeleton.default_cfg, **config.get("pretrained_cfg", {})}
+    patch_embed = getattr(skeleton, "patch_embed", None)
+    if hasattr(skeleton, "num_prefix_tokens") and hasattr(patch_embed, "num_patches"):
+        image_size, num_patches = tuple(patch_embed.img_size), patch_embed.num_patches
+    else:  # a convnet: every place of its last map is a patch
+        image_size = tuple(pretrained["input_size"][1:])
+        with torch.inference_mode():
+            features = skeleton.eval().forward_features(torch.zeros(1, 3, *image_size))
+        if features.ndim != 4 or features.shape[1] != skeleton.num_features:
+            raise ValueError(
+                f"--vision {source!r}: {architecture!r} is neither a vision transformer nor a convnet, whose features have places."
+            )
+        num_patches = features[0, 0].numel()
     if pretrained["interpolation"].upper() not in PILImageResampling.__members__:
         raise ValueError(f"--vision {source!r}: unknown interpolation {pretrained['interpolation']!r}.")
 
@@ -248,8 +257,8 @@ def load_vision(source: str, revision: str | None = None) -> VisionPart:
         model_args=config.get("model_args"),
         weights=weights,
         width=skeleton.num_features,
-        num_patches=patch_embed.num_patches,
-        image_size=tuple(patch_embed.img_size),
+        num_patches=num_patches,
+        image_size=image_size,
         mean=list(pretrained["mean"]),
         std=list(pretrained["std"]),
         interpolation=pretrained["interpolation"],

@@ -756,9 +756,12 @@ class MemoryKeyEncoder(nn.Module):
 
     @staticmethod
     def pool(vision_features: torch.Tensor, skip: int) -> torch.Tensor:
-        """Features of the vision tower (N, skip + patches, W) -> class token and mean of the patches, (N, 2 W), float32."""
+        """Features of the vision tower (N, skip + patches, W) -> class token and mean of the patches, (N, 2 W), float32.
+
+        Without a class token (`skip` 0, a convnet) the largest value of each channel takes its place.
+        """
         x = vision_features.float()
-        return torch.cat([x[:, 0], x[:, skip:].mean(1)], -1)
+        return torch.cat([x[:, 0] if skip else x.amax(1), x[:, skip:].mean(1)], -1)
 
     @torch.no_grad()
     def calibrate(self, pooled: torch.Tensor) -> None:

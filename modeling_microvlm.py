@@ -31,7 +31,6 @@ from transformers.generation.logits_process import (
 )
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -154,6 +153,22 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temp
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.mT, target)) / 2
 
 
+def keep_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of (B, T, D) that get logits, as transformers' `slice_logits_to_keep` picks them, which 5.20 does not have.
+
+    Args:
+        keep: so many at the end, 0 for all; positions, the same for all rows (n) or row by row (B, n); or a mask (B, T).
+
+    Returns:
+        (B, n, D); of a mask (positions in all, D).
+    """
+    if isinstance(keep, int):
+        return hidden_states[:, slice(-keep, None)]
+    if keep.ndim == 1:
+        return hidden_states[:, keep]
+    return hidden_states[keep] if keep.dtype == torch.bool else hidden_states.take_along_dim(keep[..., None], 1)
+
+
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over positions of (R, T, C) where mask (R, T) is set; every row needs one position."""
     weight = mask.to(x.dtype).unsqueeze(-1)
@@ -263,9 +278,28 @@ class MicroVLMAlignment(nn.Module):
 
 
 class MicroVLMVisionTower(TimmWrapperModel):
-    """A timm model (N, 3, height, width) -> (N, 1 + patches, vision width)."""
+    """A timm model (N, 3, height, width) -> (N, 1 + patches, vision width); of a convnet's map every place is a patch, with no token before."""
 
     _no_split_modules = ["MicroVLMVisionTower"]  # FSDP looks the classes up by name, and the parent names itself
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: a vision transformer's class token."""
+        return getattr(self.timm_model, "num_prefix_tokens", 0)
+
+    def forward(self, pixel_values: torch.FloatTensor, **kwargs):
+        out = super().forward(pixel_values, **kwargs)
+        hidden = out[0]  # a tuple without return_dict
+        if hidden.ndim == 4:  # (N, width, rows, columns)
+            tokens = hidden.flatten(2).mT.contiguous()
+            if isinstance(out, tuple):
+                return (tokens, *out[1:])
+            out.last_hidden_state = tokens
+        return out
+
+    def train(self, mode: bool = True):
+        """As the parent; a tower of which nothing trains keeps to evaluation: a convnet's running statistics are frozen with it."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -410,7 +444,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         self, vision_features: torch.FloatTensor, output_attentions: bool = False
     ) -> MicroVLMImageFeatures:
         """Prefix tokens from features of the vision tower, class token first, (N, 1 + patches, vision width)."""
-        skip = self.vision_tower.timm_model.num_prefix_tokens  # the class token
+        skip = self.vision_tower.num_prefix_tokens  # the class token
         prefix, attention = self.adapter(vision_features[:, skip:], output_attentions=output_attentions)
         return MicroVLMImageFeatures(
             last_hidden_state=vision_features, pooler_output=tuple(prefix), pooling_attentions=attention
@@ -594,7 +628,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             raise ValueError(f"The text has placeholders for {found} pictures, {given} were given.")
         keys = torch.zeros(len(per_row), self.config.memory_config.code_size, device=input_ids.device)
         if found:
-            image_keys = self.memory.image_keys(vision_features, self.vision_tower.timm_model.num_prefix_tokens)
+            image_keys = self.memory.image_keys(vision_features, self.vision_tower.num_prefix_tokens)
             owner = torch.arange(len(per_row), device=per_row.device).repeat_interleave(per_row)
             keys = F.normalize(keys.index_add(0, owner, image_keys), dim=-1)
         if bool((per_row > 0).all()):
@@ -832,7 +866,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         # contiguous: a sliced (B, T, D) goes through a batched product, five times slower into a large vocabulary on a CPU
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous()
+        hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep).contiguous()
         if isinstance(self.lm_head, nn.Linear):
             hidden_states = hidden_states.to(self.lm_head.weight.dtype)  # a packed decoder gives float32
         logits = self.lm_head(hidden_states)

@@ -260,7 +260,7 @@ def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
     """Set the input statistics of adapter and memory from the vision features of `rows`, read as `collator` reads them."""
     features = []
     model.eval()
-    skip = model.model.vision_tower.timm_model.num_prefix_tokens  # the class token
+    skip = model.model.vision_tower.num_prefix_tokens  # the class token
     rows = list(rows)
     for start in range(0, len(rows), 32):
         pixel_values = collator(rows[start : start + 32])["pixel_values"].to(model.device)
@@ -503,7 +503,7 @@ class MicroVLMTrainer(Trainer):
             if inner.config.memory_config.gray_weight:
                 pictures.append(gray_copy(support))
             hidden = inner.model.vision_tower(torch.cat(pictures), do_pooling=False).last_hidden_state
-            skip, pool = inner.model.vision_tower.timm_model.num_prefix_tokens, inner.model.memory.key_encoder.pool
+            skip, pool = inner.model.vision_tower.num_prefix_tokens, inner.model.memory.key_encoder.pool
             query, *written = (pool(part, skip) for part in hidden.split(len(support)))
             inputs["vision_features"] = hidden[: len(support)]
             size = episode["support_active"].shape
@@ -1003,7 +1003,7 @@ class TrainingData:
             self.collator = FeatureCollator(features, self.processor, self.prompt)
             self.collator.max_caption_tokens = data.get("max_caption_tokens")
             return
-        skip = tower.timm_model.num_prefix_tokens
+        skip = tower.num_prefix_tokens
         pool = model.model.memory.key_encoder.pool
         pool_all = lambda view: torch.cat([pool(part, skip) for part in view.split(512)])  # noqa: E731
         pooled = torch.stack([pool_all(view) for view in features])

@@ -13,6 +13,7 @@ import timm
 import torch
 from conftest import ROOT
 from microvlm.configuration_microvlm import MicroVLMConfig
+from microvlm.memory_microvlm import MemoryKeyEncoder
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from microvlm.processing_microvlm import MicroVLMProcessor
 from PIL import Image
@@ -574,6 +575,44 @@ def test_vision_weights_as_a_pickle(sources, tmp_path):
     )
 
 
+def test_a_convnet_is_a_vision_tower(sources, tmp_path):
+    """Places of the last map are the patches; frozen, its running statistics stay; what is composed saves, loads and remembers."""
+    torch.manual_seed(0)
+    convnet = timm.create_model("test_efficientnet", num_classes=0).eval()
+    (tmp_path / "vision").mkdir()
+    save_file(convnet.state_dict(), tmp_path / "vision" / "model.safetensors")
+    write_json(tmp_path / "vision" / "config.json", {"architecture": "test_efficientnet", "num_classes": 0})
+    compose_hf.compose(str(tmp_path / "vision"), str(sources / "qwen2"), tmp_path / "out")
+    model = MicroVLMForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    side = convnet.default_cfg["input_size"][-1]
+    pixel_values = torch.randn(2, 3, side, side)
+    with torch.inference_mode():
+        expected = convnet.forward_features(pixel_values)
+        image = model.get_image_features(pixel_values, return_dict=True)
+    N, W, rows, columns = expected.shape
+    assert model.config.adapter_config.num_patches == rows * columns
+    torch.testing.assert_close(
+        image.last_hidden_state, expected.permute(0, 2, 3, 1).reshape(N, rows * columns, W), rtol=1e-3, atol=1e-3
+    )
+    assert torch.equal(  # nothing of it is taken for a class token
+        torch.stack(image.pooler_output), model.model.adapter(image.last_hidden_state)[0]
+    )
+    model.train()
+    assert model.model.vision_tower.timm_model.training
+    model.model.vision_tower.requires_grad_(False)
+    model.train()
+    assert model.training and not any(m.training for m in model.model.vision_tower.modules())
+    generated = model.eval().generate(pixel_values=pixel_values, max_new_tokens=3)
+    model.save_pretrained(tmp_path / "saved")
+    again = MicroVLMForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert torch.equal(again.generate(pixel_values=pixel_values, max_new_tokens=3), generated)
+
+
+def test_keys_without_a_class_token():
+    features = torch.randn(2, 6, 4)
+    assert torch.equal(MemoryKeyEncoder.pool(features, 0), torch.cat([features.amax(1), features.mean(1)], -1))
+
+
 def edited(source: Path, target: Path, **changes) -> str:
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text()) | changes
@@ -589,7 +628,10 @@ def edited(source: Path, target: Path, **changes) -> str:
         (lambda s, t: str(t), "no config.json"),
         (lambda s, t: str(s / "qwen2"), "no 'architecture', so this is no timm model"),
         (lambda s, t: edited(s / "vision", t / "v", architecture="deit_gigantic"), "no architecture 'deit_gigantic'"),
-        (lambda s, t: edited(s / "vision", t / "v", architecture="resnet18"), "no vision transformer"),
+        (
+            lambda s, t: edited(s / "vision", t / "v", architecture="swin_tiny_patch4_window7_224"),
+            "neither a vision transformer",
+        ),
         (
             lambda s, t: edited(s / "vision", t / "v", architecture="deit_small_patch16_224"),
             "not those of .* another shape",

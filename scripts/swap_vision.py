@@ -1,0 +1,27 @@
+"""A checkpoint with another vision tower of the same architecture; adapter, memory and decoder stay and have to be trained on.
+
+    python scripts/swap_vision.py runs/nano_memory runs/nano_vision3/model.safetensors runs/nano_start
+"""
+
+import argparse
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("vision", help="weights of the tower in timm's layout")
+    parser.add_argument("out")
+    options = parser.parse_args()
+    model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, trust_remote_code=True, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
+    model.model.vision_tower.timm_model.load_state_dict(load_file(options.vision))
+    model.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()
