@@ -223,8 +223,10 @@ class Bench:
         return int(F.cosine_similarity(x.unsqueeze(0), y).argmax())
 
 
-def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new")) -> dict:
-    """All figures for memories of `size` facts."""
+def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new"), kept: dict | None = None) -> dict:
+    """All figures for memories of `size` facts; `kept` takes what they were made of: the memory, and scope probabilities of the pictures
+    it knows (`known`) and of those it does not (`unrelated`, `lookalike`).
+    """
     result: dict = {"facts": size}
     # while the number of queries is small, many memories side by side
     R = max(1, queries // size) if size <= 16 else max(1, min(4, queries // size))
@@ -270,7 +272,9 @@ def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new")) -> dic
         result[kind]["no_memory"] = recall(bench.without_memory(asked))
 
         if kind == kinds[0]:
-            result |= negatives(bench, memory, pictures, names, rows, asked, queries)
+            if kept is not None:
+                kept["memory"] = memory
+            result |= negatives(bench, memory, pictures, names, rows, asked, queries, kept)
             result |= forget_half(bench, memory, pictures, names, queries)
             result |= in_prompt(bench, pictures, facts, places, wanted)
             result["bytes"] = memory.select([0]).num_bytes | {"retrieval": retrieval_bytes(bench, facts[0])}
@@ -282,7 +286,7 @@ def retrieval_bytes(bench: Bench, facts: list[str]) -> int:
     return sum(4 * bench.pooled[0].shape[1] + len(fact.encode()) for fact in facts)
 
 
-def negatives(bench: Bench, memory, pictures, names, rows, asked, queries) -> dict:
+def negatives(bench: Bench, memory, pictures, names, rows, asked, queries, kept: dict | None = None) -> dict:
     """False recalls, unchanged captions and scope on pictures that were not written."""
     R, result = len(pictures), {}
     stored = [set().union(*(bench.words[i] for i in row)) for row in pictures]
@@ -300,6 +304,8 @@ def negatives(bench: Bench, memory, pictures, names, rows, asked, queries) -> di
         return sum(any(said(name, t) for name in names[r]) for (r, _), t in zip(pairs, texts)) / len(pairs)
 
     positive = bench.scope(1, asked, memory, rows)
+    if kept is not None:
+        kept["known"] = positive
     for name, pairs in groups.items():
         result[name] = {"pictures": len(pairs)}
         if not pairs:
@@ -308,6 +314,8 @@ def negatives(bench: Bench, memory, pictures, names, rows, asked, queries) -> di
         texts, plain = bench.answers(0, indices, memory=memory, rows=its_rows), bench.without_memory(indices)
         false = false_recalls(pairs, texts)
         negative = bench.scope(0, indices, memory, its_rows)
+        if kept is not None:
+            kept[name] = negative
         threshold = float(bench.model.model.scope_threshold(memory)[0])  # all rows hold the same number of facts
         right = torch.cat([positive >= threshold, negative < threshold]).float()
         result[name] |= {

@@ -4,7 +4,8 @@
 
 Needs finetune_trainer.py beside it, and peft. The output folder holds the trained part only and loads onto its base:
 
-    AutoModelForImageTextToText.from_pretrained("runs/finetune_lora", trust_remote_code=True)
+    base = AutoModelForImageTextToText.from_pretrained("MODEL", trust_remote_code=True)
+    PeftModel.from_pretrained(base.dequantize(), "runs/finetune_lora")    # without dequantize() if it is not packed, as nano is
 
 A branch can be added to the weights if the layer is plain, as in V; OUTPUT/merged is then a whole checkpoint. nano's and M's
 decoders are ternary: a layer rounds its weights in every pass and would round the branch away, so there it stays a branch.
@@ -13,13 +14,9 @@ decoders are ternary: a layer rounds its weights in every pass and would round t
 from pathlib import Path
 
 import torch
-from finetune_trainer import parse_options, train
+from finetune_trainer import load, parse_options, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-
-
-def load(name: str):
-    return AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+from transformers import AutoProcessor, set_seed
 
 
 @torch.no_grad()

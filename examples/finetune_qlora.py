@@ -13,6 +13,9 @@ base in float32 with the branches added: a whole checkpoint that computes what w
 Adding them in 4 bits (merge_and_unload on the 4-bit model) would round them away: they are smaller than a step of NF4.
 """
 
+import tempfile
+
+import finetune_trainer
 import torch
 from bitsandbytes.nn import Linear4bit
 from finetune_lora import save_and_check
@@ -23,8 +26,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 
 def load(name: str):
-    """The model with one part in NF4, safe to evaluate and then train."""
-    ternary = AutoConfig.from_pretrained(name, trust_remote_code=True).qat_config.ternary_modules
+    """The model with one part in NF4, safe to evaluate and then train; a packed one is unpacked first."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+    if getattr(config, "quantization_config", None) is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            finetune_trainer.load(name).save_pretrained(folder)
+            return load(folder)
+    ternary = config.qat_config.ternary_modules
     part = "vision_tower" if ternary else "language_model"
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -64,6 +64,12 @@ def describe(model, processor, prompt: str, image) -> str:
     return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def load(name: str):
+    """The model in float32, where small steps are not rounded away; packed weights do not train: they are unpacked."""
+    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+    return model.dequantize().float() if getattr(model, "is_quantized", False) else model
+
+
 def train(model, processor, options: argparse.Namespace) -> Trainer:
     """Train what `requires_grad`; print loss and a caption of held-out rows, before and after."""
     rows, held_out = load_splits(options)
@@ -102,8 +108,7 @@ def train(model, processor, options: argparse.Namespace) -> Trainer:
 def main() -> None:
     options = parse_options(__doc__, "runs/finetune_trainer", learning_rate=3e-4)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
-    # float32: small steps would be rounded away in bfloat16 weights
-    model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, dtype=torch.float32)
+    model = load(options.model)
     model.requires_grad_(False)
     model.model.adapter.requires_grad_(True)
     model.model.language_model.layers.requires_grad_(True)

@@ -7,8 +7,8 @@ completion alone. With one list of `messages` TRL would train on the whole seque
 """
 
 import torch
-from finetune_trainer import describe, load_splits, parse_options
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from finetune_trainer import describe, load, load_splits, parse_options
+from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 QUESTION = None  # words beside the picture; V: "Describe the picture."
@@ -25,7 +25,7 @@ def to_messages(row: dict, answer: str) -> dict:
 def main() -> None:
     options = parse_options(__doc__, "runs/finetune_trl", learning_rate=3e-4)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, dtype=torch.float32)
+    model = load(options.model)
     model.requires_grad_(False)
     model.model.adapter.requires_grad_(True)
     model.model.language_model.layers.requires_grad_(True)

@@ -94,7 +94,7 @@ def printed(out: str) -> tuple[float, float, str]:
 
 
 def load(folder: Path):
-    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    return finetune_trainer.load(folder).eval()
 
 
 def held_out(data: Path) -> list[dict]:
