@@ -888,18 +888,30 @@ def unquantized_modules(model, trainable: list[str]) -> list[str]:
 
 
 def load_model(recipe: dict[str, Any]):
-    """Processor and model of a recipe, with its changes of the config; the parameters it names train."""
+    """Processor and model of a recipe, with its changes of the config; the parameters it names train, packed weights unpacked.
+
+    Raises:
+        ValueError: NF4 is asked for on a packed checkpoint.
+    """
     source = {"trust_remote_code": True, "revision": recipe.get("revision")}
     processor = AutoProcessor.from_pretrained(recipe["model"], **source)
     config = change_config(AutoConfig.from_pretrained(recipe["model"], **source), recipe.get("config", {}))
     if recipe.get("attn_implementation"):
         source["attn_implementation"] = recipe["attn_implementation"]
+    packed = getattr(config, "quantization_config", None) is not None
     if (quantization := recipe.get("quantization")) is not None:
+        if packed:
+            raise ValueError(
+                f"{recipe['model']} is packed: unpack it with model.dequantize(), save that, and give its folder to `quantization`."
+            )
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
         skip = unquantized_modules(empty, recipe["trainable"])
         source["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=skip, **quantization)
     model = AutoModelForImageTextToText.from_pretrained(recipe["model"], config=config, dtype=torch.float32, **source)
+    if packed:
+        model = model.dequantize().float()
+        print(f"{recipe['model']} is packed: its weights were unpacked to train", flush=True)
     for module in model.modules():
         if hasattr(
             module, "support_avx512bf16_for_cpu"

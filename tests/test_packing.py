@@ -16,6 +16,7 @@ from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText
 
 import quantize_hf
+import train_hf
 from quantize_hf import load_recipe, pack
 
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
@@ -438,6 +439,15 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert reopen(out).dtype == torch.bfloat16
     with pytest.raises(FileExistsError, match=f"^{re.escape(str(out))} exists: choose another folder.$"):
         quantize_hf.main([str(start), str(out), "--recipe", str(recipe)])
+
+    _, model = train_hf.load_model({"model": str(out), "trainable": ["language_model"]})  # unpacked to train
+    assert f"{out} is packed: its weights were unpacked to train" in capsys.readouterr().out
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and getattr(model, "hf_quantizer", None) is None
+    assert all(p.requires_grad == ("language_model" in n) for n, p in model.named_parameters())
+    model(**tiny_inputs(), labels=tiny_inputs()["input_ids"]).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "_proj" in n and p.requires_grad)
+    with pytest.raises(ValueError, match="is packed: unpack it with model.dequantize"):
+        train_hf.load_model({"model": str(out), "trainable": ["adapter"], "quantization": {"load_in_4bit": True}})
     shutil.rmtree(out)
 
 
