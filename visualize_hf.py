@@ -251,10 +251,10 @@ def heat(values: torch.Tensor) -> torch.Tensor:
 
 
 def overlay(picture: Image.Image, map: torch.Tensor, size: tuple[int, int] | None = None) -> Image.Image:
-    """A heat map over the picture it belongs to, RGB: the hottest patch is yellow, what is not looked at stays a dim picture.
+    """A heat map over the picture it belongs to, RGB: the hottest patch is yellow, the coldest a dim grey picture.
 
     Args:
-        map: not negative, (h, w), over the whole picture; scaled by its maximum.
+        map: not negative, (h, w), over the whole picture; stretched from its least to its greatest value, a flat map is cold.
         size: of the result, (width, height) in pixels; default: the picture's.
 
     Raises:
@@ -267,14 +267,14 @@ def overlay(picture: Image.Image, map: torch.Tensor, size: tuple[int, int] | Non
         raise ValueError("a map must be finite and not negative.")
     picture = to_rgb(picture, max(DEFAULT_MAX_PIXELS, picture.width * picture.height))
     picture = picture.resize(size, Image.Resampling.BICUBIC) if size else picture
-    map = map / map.max().clamp(min=torch.finfo(map.dtype).tiny)
+    low, high = map.aminmax()
+    map = (map - low) / (high - low) if high > low else torch.zeros_like(map)
     # bilinear: a patch is hottest in its middle, and nothing overshoots
     map = F.interpolate(map[None, None], (picture.height, picture.width), mode="bilinear")[0, 0]
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
-    gray = pixels.float().mean(-1, keepdim=True)
-    dim = 0.75 * gray + 0.25 * pixels
-    share = 0.15 + 0.6 * map.unsqueeze(-1)
-    mixed = (1 - share) * dim + share * heat(map)
+    dim = 0.55 * pixels.float().mean(-1, keepdim=True) + 30
+    share = 0.85 * map.unsqueeze(-1).sqrt()
+    mixed = (1 - share) * dim + share * heat(0.3 + 0.7 * map)
     return Image.frombytes("RGB", picture.size, mixed.round().clamp(0, 255).byte().numpy().tobytes())
 
 
@@ -282,7 +282,7 @@ CELL, TEXT, GAP = 150, 34, 8  # pixels: side of a picture, height of the text be
 
 
 def sheet(cells: list[tuple[Image.Image, str]], columns: int, cell: int = CELL) -> Image.Image:
-    """Pictures in rows, each with a label of at most two lines below it."""
+    """Pictures in rows, each with a label of one or two lines below it."""
     font, columns = ImageFont.load_default(size=13), min(columns, len(cells))
     rows = -(-len(cells) // columns)
     size = columns * (cell + GAP) + GAP, rows * (cell + TEXT + GAP) + GAP
@@ -293,7 +293,7 @@ def sheet(cells: list[tuple[Image.Image, str]], columns: int, cell: int = CELL) 
         x, y = GAP + column * (cell + GAP), GAP + row * (cell + TEXT + GAP)
         small = thumbnail(picture, cell)
         page.paste(small, (x + (cell - small.width) // 2, y + cell - small.height))
-        lines = textwrap.wrap(label, width=cell // 7, max_lines=2, placeholder="...")
+        lines = [line if len(line) <= cell // 7 else f"{line[: cell // 7 - 3]}..." for line in label.split("\n")[:2]]
         draw.multiline_text((x, y + cell + 2), "\n".join(lines), fill="black", font=font, spacing=2)
     return page
 
@@ -310,7 +310,7 @@ def word_figure(picture: Image.Image, attention: WordAttention) -> Image.Image:
     small, cells = thumbnail(to_rgb(picture), CELL), []
     for word, m, prefix, recalled in zip(attention.words, attention.maps, attention.prefix, attention.memory):
         share = f"picture {float(prefix.sum()):.0%}" + (f", memory {float(recalled):.0%}" if recalled else "")
-        cells.append((overlay(small, m), f"{textwrap.shorten(word, CELL // 7, placeholder='...')} {share}"))
+        cells.append((overlay(small, m), f"{word}\n{share}"))
     return sheet([(small, "picture"), *cells], 6)
 
 

@@ -1,0 +1,253 @@
+"""A page to try a model on: drop a picture, read its caption as it comes, teach it a sentence, ask, forget, save and load.
+
+    python app.py                                # http://127.0.0.1:7860
+    python app.py --model runs/microvlm-v --port 8000
+    python app.py --share                        # a public address for three days, through gradio's own server
+
+Every visitor has a memory of their own, which goes when the page is reloaded: save it first. Nothing on the page comes from elsewhere.
+"""
+
+import argparse
+import html
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr  # noqa: E402
+import torch  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from transformers import TextIteratorStreamer  # noqa: E402
+
+import teach  # noqa: E402
+from caption import load, thumbnail  # noqa: E402
+from processing_microvlm import open_picture, to_rgb  # noqa: E402
+from visualize_hf import Recall, overlay, recall, stored_sentences, word_attention  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent
+EXAMPLES = ("swan", "robot", "drum", "elephant", "cat", "backpack")
+TABLE_ROWS, MAX_NEW_TOKENS, MAP_SIZE = 6, 32, 224
+NO_MEMORY = "<p class='quiet'>The memory is empty.</p>"
+CSS = """
+.gradio-container { max-width: 46rem !important; margin: auto !important; }
+.gradio-container, body { overflow-wrap: anywhere; }
+#caption textarea, #answer textarea { font-size: 1.15rem; }
+.said table { width: 100%; border-collapse: collapse; }
+.said td, .said th { padding: .2rem .4rem; text-align: left; border-bottom: 1px solid var(--border-color-primary); }
+.said td + td, .said th + th { text-align: right; white-space: nowrap; }
+.said .quiet { opacity: .65; }
+.said .speaks td:first-child, .said b { color: var(--primary-600); }
+"""
+THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+@contextmanager
+def told(**names: str) -> Iterator[None]:
+    """What goes wrong in here, and is the visitor's to mend, is shown to them; each of `names` stands for a path."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        message = str(error)
+        for name, path in names.items():
+            message = message.replace(path, name)
+        raise gr.Error(html.escape(message, quote=False), duration=8) from error
+
+
+def table(said: Recall) -> str:
+    """What the memory says to a query, as HTML."""
+    if not said.items:
+        return NO_MEMORY
+    verdict = "<b>The memory speaks.</b>" if said.speaks else "The memory is silent."
+    lines = [f"<p>{verdict} Probability {said.probability:.2f}, it speaks from {said.threshold:.2f} on.</p>"]
+    lines.append("<table><tr><th>stored</th><th>cosine</th><th>share</th></tr>")
+    for n in said.cosines.argsort(descending=True)[:TABLE_ROWS].tolist():
+        row = f"<td>{html.escape(said.items[n])}</td><td>{said.cosines[n]:.2f}</td><td>{said.shares[n]:.2f}</td>"
+        lines.append(f"<tr{' class=speaks' if said.speaks and said.shares[n] > 0.5 else ''}>{row}</tr>")
+    if len(said.items) > TABLE_ROWS:
+        lines.append(f"<tr><td class='quiet'>and {len(said.items) - TABLE_ROWS} more</td><td></td><td></td></tr>")
+    return "".join(lines) + "</table>"
+
+
+class Page:
+    """What the page does, for one model; the memories are the visitors'."""
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model, processor
+
+    def _stream(self, input_ids: torch.Tensor, image, memory) -> Iterator[tuple[str, list[int]]]:
+        """The answer to a prompt (1, T) as it grows, with its tokens when it is done."""
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        encoded = {} if image is None else {"mm_encoder_outputs": {"image": image}}
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(
+                self.model.generate,
+                input_ids=input_ids,
+                **encoded,
+                memory=memory,
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                streamer=streamer,
+            )
+            future.add_done_callback(lambda _: streamer.end())  # after an error too
+            text = ""
+            for piece in streamer:
+                text += piece
+                yield text.strip(), []
+            yield text.strip(), future.result()[0, input_ids.shape[1] :].tolist()
+
+    def look(self, path: str | None, memory) -> Iterator[tuple[str, str, list]]:
+        """Caption, what the memory says and a heat map per word, as they come."""
+        if path is None:
+            yield "", "", []
+            return
+        with told(), torch.no_grad():
+            picture = to_rgb(open_picture(path))
+            pixel_values = self.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+            pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+            image, prompt = self.model.get_image_features(pixel_values, return_dict=True), self.model.default_prompt(1)
+            memory = self.model.new_memory() if memory is None else memory
+            said = recall(self.model, self.processor, memory, prompt, image)
+            text, ids = "", []
+            for text, ids in self._stream(prompt, image, memory):  # noqa: B007
+                yield text, table(said), []
+            words = word_attention(self.model, self.processor, pixel_values, [ids], memory)[0]
+            small, maps = thumbnail(picture, MAP_SIZE), []
+            for word, heat, recalled in zip(words.words, words.maps, words.memory):
+                label = f"{word} ({recalled:.0%} memory)" if said.speaks else word
+                maps.append((overlay(small, heat), label))
+            yield text, table(said), maps
+
+    def ask(self, question: str, memory) -> Iterator[tuple[str, str]]:
+        """Answer to a question in words, and what the memory says to it."""
+        if not question.strip():
+            raise gr.Error("Type a question first.")
+        content = [{"role": "user", "content": [{"type": "text", "text": question.strip()}]}]
+        with told(), torch.no_grad():
+            how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            prompt = self.processor.apply_chat_template(content, **how)["input_ids"].to(self.model.device)
+            memory = self.model.new_memory() if memory is None else memory
+            said = table(recall(self.model, self.processor, memory, prompt))
+            for text, _ in self._stream(prompt, None, memory):
+                yield text, said
+
+    def teach(self, path: str | None, sentence: str, memory):
+        """The memory with a sentence about the picture, and the emptied text box."""
+        if path is None:
+            raise gr.Error("Choose a picture first.")
+        if not sentence.strip():
+            raise gr.Error("Type a sentence first.")
+        with told():
+            memory = self.model.new_memory() if memory is None else memory
+            return teach.add(self.model, self.processor, memory, path, sentence.strip()), ""
+
+    def forget(self, number: int | None, memory):
+        """The memory without the item of this number."""
+        if number is None or memory is None:
+            raise gr.Error("Choose what to forget.")
+        with told():
+            return self.model.forget(memory, number)
+
+    def items(self, memory):
+        """The list to forget from, and the download that is no longer of this memory."""
+        names = [] if memory is None else stored_sentences(memory, self.processor)
+        choices = [(f"{number}. {name}", number) for number, name in enumerate(names)]
+        label = f"What it was taught ({len(names)})"
+        return gr.Dropdown(choices=choices, value=None, label=label), gr.DownloadButton(visible=False)
+
+    def save(self, memory) -> Iterator[gr.DownloadButton]:
+        """A file of the memory, to download."""
+        if memory is None:
+            raise gr.Error("There is nothing to save: teach it something first.")
+        with told(), tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "facts.safetensors")
+            memory.save(path)
+            size = os.path.getsize(path) / 1e6
+            yield gr.DownloadButton(f"Download facts.safetensors ({size:.1f} MB)", value=path, visible=True)
+            # gradio has its own copy by now
+
+    def load(self, path: str | None):
+        """The memory of a file, in place of the one there is."""
+        if path is None:
+            raise gr.Error("Choose a file first.")
+        with told(**{os.path.basename(path): path}):
+            memory = self.model.load_memory(path)
+            stored_sentences(memory, self.processor)  # of one row
+            return memory
+
+
+def build(model, processor) -> gr.Blocks:
+    """The page of a model; `launch` shows it."""
+    page, one = Page(model, processor), {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    with gr.Blocks(title="MicroVLM", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        memory = gr.State(None)
+        gr.Markdown("# MicroVLM\nDrop a picture. Teach it a sentence. Show the picture again.")
+        picture = gr.Image(
+            type="filepath",
+            image_mode=None,
+            label="Picture",
+            height=260,
+            sources=["upload", "clipboard", "webcam"],
+            elem_id="picture",
+        )
+        examples = [[str(ROOT / "examples" / f"{name}.png")] for name in EXAMPLES]
+        gr.Examples(
+            [e for e in examples if os.path.isfile(e[0])], picture, label="Or one of these", cache_examples=False
+        )
+        caption = gr.Textbox(label="Caption", interactive=False, lines=1, max_lines=4, elem_id="caption")
+        said = gr.HTML(NO_MEMORY, elem_id="said", elem_classes="said")
+        sentence = gr.Textbox(
+            label="Teach it", placeholder="This is Bimo the swan.", max_length=200, elem_id="sentence"
+        )
+        write = gr.Button("Teach", variant="primary", elem_id="teach")
+        question = gr.Textbox(label="Ask it", placeholder="Who is the swan?", max_length=200, elem_id="question")
+        put = gr.Button("Ask", elem_id="ask")
+        answer = gr.Textbox(label="Answer", interactive=False, lines=1, max_lines=4, elem_id="answer")
+        answer_said = gr.HTML("", elem_id="answer_said", elem_classes="said")
+        maps = gr.Gallery(
+            label="Where each word looks",
+            columns=3,
+            height="auto",
+            object_fit="contain",
+            interactive=False,
+            buttons=[],
+            elem_id="maps",
+        )
+        stored = gr.Dropdown([], label="What it was taught (0)", interactive=True, elem_id="stored")
+        drop = gr.Button("Forget it", elem_id="forget")
+        with gr.Row():
+            keep = gr.Button("Save memory", elem_id="save", min_width=120)
+            take = gr.UploadButton("Load memory", file_count="single", elem_id="load", min_width=120)
+        download = gr.DownloadButton("Download", visible=False, elem_id="download")
+
+        seen = {"inputs": [picture, memory], "outputs": [caption, said, maps], "show_progress": "minimal"}
+        listed = {"fn": page.items, "inputs": memory, "outputs": [stored, download], "api_visibility": "private"}
+        picture.change(page.look, **seen, **one)
+        for event in (write.click, sentence.submit):
+            done = event(page.teach, [picture, sentence, memory], [memory, sentence], **one)
+            done.success(**listed).then(page.look, **seen, **one)
+        for event in (put.click, question.submit):
+            event(page.ask, [question, memory], [answer, answer_said], show_progress="minimal", **one)
+        drop.click(page.forget, [stored, memory], memory, **one).success(**listed).then(page.look, **seen, **one)
+        take.upload(page.load, take, memory, **one).success(**listed).then(page.look, **seen, **one)
+        keep.click(page.save, memory, download, **one)
+    return blocks
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT), metavar="FOLDER_OR_ID", help="default: this repo")
+    parser.add_argument("--revision", default="main")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--share", action="store_true", help="a public address, through gradio's server")
+    options = parser.parse_args(arguments)
+    blocks = build(*load(options.model, options.revision))
+    looks = {"theme": THEME, "css": CSS, "footer_links": [], "ssr_mode": False}
+    blocks.launch(server_port=options.port, share=options.share, show_error=True, max_file_size="200mb", **looks)
+
+
+if __name__ == "__main__":
+    main()

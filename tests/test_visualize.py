@@ -1,0 +1,307 @@
+"""Heat maps of the adapter, of words, and pictures of the memory, against a float64 reference made from the weights."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import IMAGE_ID, ROOT, VOCAB, outspoken_model
+from PIL import Image
+from transformers import AutoProcessor
+
+import visualize_hf
+from visualize_hf import (
+    eager_attention,
+    memory_figure,
+    overlay,
+    pooling_attention,
+    pooling_figure,
+    recall,
+    save_png,
+    sheet,
+    split_words,
+    stored_sentences,
+    word_attention,
+    word_figure,
+)
+
+MEMORY = {"num_slots": 8, "code_size": 32, "num_memory_tokens": 3, "max_content_tokens": 12}
+CAPTIONS = [[17, 50, 23, 9, 61], [40, 7, 7]]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """The shipped one: the tiny models' words are the first 128 of its vocabulary."""
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return outspoken_model("qwen2", use_memory=True, memory_config=MEMORY)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def heads_of(x, count):
+    return x.unflatten(-1, (count, -1)).transpose(-2, -3)  # (..., heads, T, head_dim)
+
+
+def linear(x, module):
+    return F.linear(x, module.weight.double(), None if module.bias is None else module.bias.double())
+
+
+def reference_pooling(model, pixel_values):
+    """The adapter's attention, (B, P, 4, 4), from its weights."""
+    adapter = model.model.adapter
+    patches = model.model.vision_tower(pixel_values, do_pooling=False).last_hidden_state[:, 1:].double()
+    x = (patches - adapter.patch_mean.double()) / adapter.patch_std.double()
+    x = linear(F.gelu(linear(x, adapter.fc1)), adapter.fc2)
+    q = heads_of(linear(adapter.query_tokens.double(), adapter.q_proj), 4)
+    k = heads_of(linear(x, adapter.k_proj), 4)
+    scores = torch.einsum("hpd,bhnd->bhpn", q, k) / math.sqrt(8)
+    return scores.softmax(-1).mean(1).unflatten(-1, (4, 4))
+
+
+def rms_norm(x, module):
+    return x / (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt() * module.weight.double()
+
+
+def turn(x, angles):
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1)
+
+
+def reference_attention(model, x):
+    """Mean attention of a Qwen2 decoder over layers and heads for one sequence (T, D): (T, T)."""
+    text, found, T = model.model.language_model, [], len(x)
+    angles = torch.arange(T).double().unsqueeze(1) * text.rotary_emb.inv_freq.double()
+    for layer in text.layers:
+        part, normed = layer.self_attn, rms_norm(x, layer.input_layernorm)
+        q, k = (turn(heads_of(linear(normed, p), n), angles) for p, n in ((part.q_proj, 4), (part.k_proj, 2)))
+        v = heads_of(linear(normed, part.v_proj), 2)
+        k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+        scores = q @ k.mT / math.sqrt(8)
+        attention = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
+        x = x + linear((attention @ v).transpose(0, 1).flatten(1), part.o_proj)
+        normed = rms_norm(x, layer.post_attention_layernorm)
+        mlp = layer.mlp
+        x = x + linear(F.silu(linear(normed, mlp.gate_proj)) * linear(normed, mlp.up_proj), mlp.down_proj)
+        found.append(attention.mean(0))
+    return torch.stack(found).mean(0)
+
+
+@torch.no_grad()
+def test_pooling_is_the_adapters_attention(model, pictures):
+    maps = pooling_attention(model, pictures)
+    assert maps.shape == (2, 5, 4, 4) and maps.dtype == torch.float32
+    torch.testing.assert_close(maps.double(), reference_pooling(model, pictures), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 5))
+    assert (maps[0] - maps[1]).abs().max() > 0.01  # it looks at the picture
+    for row in range(2):
+        torch.testing.assert_close(pooling_attention(model, pictures[row : row + 1])[0], maps[row])
+
+
+@torch.no_grad()
+def test_words_look_where_the_decoder_does(model, processor, pictures):
+    found = word_attention(model, processor, pictures, CAPTIONS)
+    prefix = model.get_image_features(pictures, return_dict=True).pooler_output
+    pooling, prompt = reference_pooling(model, pictures), model.default_prompt(1)[0]
+    for row, caption in enumerate(CAPTIONS):
+        ids = torch.cat([prompt, torch.tensor(caption[:-1])])
+        x = model.get_input_embeddings()(ids).double()
+        of_picture = ids == IMAGE_ID
+        x[of_picture] = prefix[row].double()
+        attention = reference_attention(model, x)[len(prompt) - 1 :][:, of_picture]  # (tokens, P)
+        words = split_words(processor.tokenizer, caption)
+        attention = torch.stack([attention[places].mean(0) for _, places in words])
+        maps = torch.einsum("wp,phv->whv", attention, pooling[row])
+        assert found[row].words == [word for word, _ in words]
+        torch.testing.assert_close(found[row].prefix.double(), attention, atol=1e-5, rtol=1e-3)
+        expected = maps / maps.sum((1, 2), keepdim=True)
+        torch.testing.assert_close(found[row].maps.double(), expected, atol=1e-5, rtol=1e-3)
+        assert found[row].memory.abs().max() == 0
+
+
+def test_words_sum_to_one_alone_as_in_a_batch(model, processor, pictures):
+    before = model.model.language_model.config._attn_implementation
+    found = word_attention(model, processor, pictures, max_new_tokens=6)
+    assert model.model.language_model.config._attn_implementation == before != "eager"
+    for row in range(2):
+        assert found[row].words and len(found[row].words) == len(found[row].maps)
+        torch.testing.assert_close(found[row].maps.sum((1, 2)), torch.ones(len(found[row].words)))
+        alone = word_attention(model, processor, pictures[row : row + 1], max_new_tokens=6)[0]
+        assert alone.words == found[row].words
+        torch.testing.assert_close(alone.maps, found[row].maps, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_is_as_before_after_an_error(model):
+    before = model.model.language_model.config._attn_implementation
+    with pytest.raises(KeyError), eager_attention(model):
+        assert model.model.language_model.config._attn_implementation == "eager"
+        raise KeyError
+    assert model.model.language_model.config._attn_implementation == before
+
+
+def test_a_caption_without_words(model, processor, pictures):
+    empty = word_attention(model, processor, pictures, [[], CAPTIONS[0]])
+    assert empty[0].words == [] and empty[0].maps.shape == (0, 4, 4) and len(empty[1].words)
+    assert word_attention(model, processor, pictures[:1], [[]])[0].words == []
+
+
+def fact(model, picture, words):
+    ids = torch.tensor([[*[IMAGE_ID] * 5, *words]])
+    return {"input_ids": ids, "pixel_values": picture}
+
+
+def test_a_word_tells_what_it_took_from_the_memory(model, processor, pictures):
+    memory = model.write_memory(**fact(model, pictures[:1], [20, 30, 40]))
+    off = model.model.config.memory_config.scope_threshold
+    try:
+        for threshold, speaks in ((0.0, True), (1.0, False)):
+            model.model.config.memory_config.scope_threshold = threshold
+            found = word_attention(model, processor, pictures[:1], CAPTIONS[:1], memory)[0]
+            assert bool((found.memory > 0).all()) == speaks == bool((found.memory > 0).any())
+            assert bool((found.prefix.sum(1) + found.memory <= 1.001).all())
+            torch.testing.assert_close(found.maps.sum((1, 2)), torch.ones(len(found.words)))
+    finally:
+        model.model.config.memory_config.scope_threshold = off
+
+
+def test_recall_is_what_the_memory_says(model, processor, pictures):
+    memory = model.write_memory(**fact(model, pictures[:1], [20, 30, 40]))
+    memory = model.write_memory(memory, **fact(model, pictures[1:], [50, 60]))
+    assert stored_sentences(memory, processor) == [processor.decode(x).strip() for x in ([20, 30, 40], [50, 60])]
+    image = model.get_image_features(pictures[:1], return_dict=True)
+    prompt = model.default_prompt(1)
+    said = recall(model, processor, memory, prompt, image)
+    with torch.no_grad():
+        key = model.model.memory.image_keys(image.last_hidden_state, 1)
+        address = F.normalize(model.model.memory.address(key), dim=-1)[0]
+    torch.testing.assert_close(said.cosines, memory.addresses[0] @ address)
+    scope = model(input_ids=prompt, pixel_values=pictures[:1], memory=memory).scope_probability
+    assert said.probability == pytest.approx(float(scope.detach()), abs=1e-5)
+    assert said.speaks == (said.probability >= said.threshold)
+    memory = model.forget(memory, 0)
+    assert len(recall(model, processor, memory, prompt, image).items) == 1
+    words = recall(model, processor, memory, torch.tensor([[50, 60]]))  # asked in words
+    assert float(words.cosines[0]) == pytest.approx(1, abs=0.3) and len(words.shares) == 1
+    empty = recall(model, processor, model.new_memory(), prompt, image)
+    assert empty.items == [] and not empty.speaks and empty.cosines.shape == (0,)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 3), (3, 2)])
+def test_heat_is_where_the_map_is(place):
+    picture, delta = Image.new("RGB", (80, 40), "gray"), torch.zeros(4, 4)
+    delta[place] = 1
+    shown = overlay(picture, delta)
+    assert shown.size == (80, 40) and shown.mode == "RGB"
+    pixels = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(40, 80, 3).float()
+    yellow = pixels[..., 0] + pixels[..., 1] - pixels[..., 2]
+    hottest = divmod(int(yellow.argmax()), 80)
+    assert (hottest[0] // 10, hottest[1] // 20) == place
+    far = (3 - place[0]) * 10 + 5, (3 - place[1]) * 20 + 10
+    assert pixels[far].max() - pixels[far].min() <= 1  # grey: nothing looks there
+    assert overlay(picture, delta, (20, 60)).size == (20, 60)
+
+
+def test_a_flat_map_is_cold():
+    flat = overlay(Image.new("RGB", (8, 8), "white"), torch.full((2, 2), 0.25))
+    assert len(flat.getcolors()) == 1 and len(set(flat.getpixel((0, 0)))) == 1
+
+
+@pytest.mark.parametrize("bad", [torch.ones(4), -torch.ones(2, 2), torch.full((2, 2), math.nan), torch.ones(0, 3)])
+def test_bad_maps(bad):
+    with pytest.raises(ValueError, match="map"):
+        overlay(Image.new("RGB", (8, 8)), bad)
+
+
+def test_bad_input(model, processor, pictures):
+    for bad in (pictures[0], pictures[:0], "picture.png"):
+        with pytest.raises(ValueError, match="pixel_values must have the shape"):
+            pooling_attention(model, bad)
+    with pytest.raises(ValueError, match="1 captions for 2 pictures"):
+        word_attention(model, processor, pictures, CAPTIONS[:1])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        word_attention(model, processor, pictures, [CAPTIONS[0], [VOCAB]])
+    with pytest.raises(ValueError, match="2 rows"):
+        memory_figure(model, processor, model.new_memory(2))
+    with pytest.raises(ValueError, match="one picture"):
+        memory_figure(model, processor, model.new_memory(), pictures)
+
+
+def test_words_are_joined_from_tokens(processor):
+    ids = processor.tokenizer("This is Kesora the robot.", add_special_tokens=False)["input_ids"]
+    words = split_words(processor.tokenizer, ids)
+    assert [word for word, _ in words] == ["This", "is", "Kesora", "the", "robot."]
+    assert [place for _, places in words for place in places] == list(range(len(ids)))
+    assert len(words[2][1]) > 1  # a name it never saw
+    assert split_words(processor.tokenizer, []) == []
+
+
+def test_figures(model, processor, pictures, tmp_path):
+    picture = Image.effect_noise((300, 200), 40)
+    found = word_attention(model, processor, pictures[:1], CAPTIONS[:1])[0]
+    assert pooling_figure(picture, pooling_attention(model, pictures)[0]).width > 800
+    assert word_figure(picture, found).width > 300
+    memory = model.write_memory(**fact(model, pictures[:1], [20, 30, 40]))
+    images = [
+        memory_figure(model, processor, memory),
+        memory_figure(model, processor, memory, pictures[:1], picture),
+        memory_figure(model, processor, model.new_memory(), pictures[:1]),
+    ]
+    assert len({image.tobytes() for image in images}) == 3
+    assert sheet([(picture, "one")], 5).width < 200
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_png(Image.new("RGB", (4, 4), "red"), path)
+    first = path.read_bytes()
+
+    def fail(self, file, *args, **kwargs):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(Image.new("RGB", (4, 4), "blue"), path)
+    assert path.read_bytes() == first and os.listdir(tmp_path) == ["a.png"]
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    """On the shipped model and example pictures."""
+    model, processor = visualize_hf.load(ROOT)
+    monkeypatch.setattr(visualize_hf, "load", lambda *args: (model, processor))  # once for all calls
+    swan, out = str(ROOT / "examples/swan.png"), tmp_path / "out"
+    inputs = processor(images=[Image.open(swan)], text=["<image>This is Bimo the swan."], return_tensors="pt")
+    memory = model.write_memory(**inputs.to(model.device, model.dtype))
+    facts = str(tmp_path / "facts.safetensors")
+    memory.save(facts)
+    calls = {
+        "swan_pooling.png": ["pooling", swan],
+        "swan_words.png": ["words", swan, "--memory", facts],
+        "swan_memory.png": ["memory", swan, "--memory", facts],
+        "memory.png": ["memory", "--memory", facts],
+    }
+    for name, call in calls.items():
+        assert visualize_hf.main([*call, "--out", str(out)]) == 0
+        assert capsys.readouterr().out.split() == [str(out / name)]
+        with Image.open(out / name) as image:
+            assert image.format == "PNG" and image.width > 300
+    assert sorted(os.listdir(out)) == sorted(calls)
+
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    assert visualize_hf.main(["words", str(broken), swan, "--out", str(out)]) == 1  # the other one is done
+    said = capsys.readouterr()
+    assert "broken.png is not a picture" in said.err and "swan_words.png" in said.out
+    assert visualize_hf.main(["words", str(tmp_path / "none.png"), "--out", str(out)]) == 1
+    assert visualize_hf.main(["memory", "--memory", swan, "--out", str(out)]) == 1
+    assert "refused" in capsys.readouterr().err
+    for wrong in (["memory"], ["words"], ["pooling", swan, "--memory", facts]):
+        with pytest.raises(SystemExit, match="2"):
+            visualize_hf.main([*wrong, "--out", str(out)])
