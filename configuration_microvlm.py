@@ -4,8 +4,24 @@ A variant is a config, not a code path: `configs/microvlm-m.json` (BitNet b1.58 
 and `configs/microvlm-nano.json` (what ships) differ in numbers only.
 """
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+import transformers
+from packaging.version import Version
+
+TRANSFORMERS = "5.23", "6"  # the lowest supported version, and the first that is not: as in pyproject.toml
+
+
+def check_transformers(found: str) -> None:
+    """Raise ImportError for a version of transformers that is not supported."""
+    lowest, end = (Version(version).release for version in TRANSFORMERS)
+    if not lowest <= Version(found).release < end:
+        wanted = f">={TRANSFORMERS[0]},<{TRANSFORMERS[1]}"
+        raise ImportError(f"MicroVLM needs transformers {wanted}, found {found}: pip install 'transformers{wanted}'")
+
+
+check_transformers(transformers.__version__)  # before names are imported that other versions do not have
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 
 AUTO_MAP = {
     "AutoConfig": "configuration_microvlm.MicroVLMConfig",

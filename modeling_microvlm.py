@@ -31,6 +31,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -151,22 +152,6 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temp
     similarity = image_embeds.float() @ text_embeds.float().mT / temperature  # (R, R)
     target = torch.arange(len(similarity), device=similarity.device)
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.mT, target)) / 2
-
-
-def keep_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of (B, T, D) that get logits, as transformers' `slice_logits_to_keep` picks them, which 5.20 does not have.
-
-    Args:
-        keep: so many at the end, 0 for all; positions, the same for all rows (n) or row by row (B, n); or a mask (B, T).
-
-    Returns:
-        (B, n, D); of a mask (positions in all, D).
-    """
-    if isinstance(keep, int):
-        return hidden_states[:, slice(-keep, None)]
-    if keep.ndim == 1:
-        return hidden_states[:, keep]
-    return hidden_states[keep] if keep.dtype == torch.bool else hidden_states.take_along_dim(keep[..., None], 1)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -866,7 +851,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         # contiguous: a sliced (B, T, D) goes through a batched product, five times slower into a large vocabulary on a CPU
-        hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep).contiguous()
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous()
         if isinstance(self.lm_head, nn.Linear):
             hidden_states = hidden_states.to(self.lm_head.weight.dtype)  # a packed decoder gives float32
         logits = self.lm_head(hidden_states)
