@@ -4,8 +4,9 @@
 
 Needs finetune_trainer.py beside it, and peft. The output folder holds the trained part only and loads onto its base:
 
-    base = AutoModelForImageTextToText.from_pretrained("MODEL", trust_remote_code=True)
-    PeftModel.from_pretrained(base.dequantize(), "runs/finetune_lora")    # without dequantize() if it is not packed, as nano is
+    model = AutoModelForImageTextToText.from_pretrained("MODEL", trust_remote_code=True, dtype=torch.float32)
+    model = model.dequantize().float()  # if it is packed, as nano is
+    model.load_adapter("runs/finetune_lora")
 
 A branch can be added to the weights if the layer is plain, as in V; OUTPUT/merged is then a whole checkpoint. nano's and M's
 decoders are ternary: a layer rounds its weights in every pass and would round the branch away, so there it stays a branch.
