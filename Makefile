@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow compat release lint bench clean
 
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
@@ -24,6 +24,12 @@ test: $(VENV)/.test lint  ## everything but the slow checks
 
 test-slow: $(VENV)/.test  ## torch.compile and other checks that take minutes
 	$(PY) -m pytest -m slow
+
+compat: $(VENV)/.test  ## the fast tests with the lowest and the newest supported transformers, where they differ from the installed
+	$(PY) scripts/compat.py
+
+release: $(VENV)/.ready  ## what a Hub repo receives, checked and loaded, in dist/microvlm; RELEASE="--tag v1.0.1 ...": more options
+	$(PY) scripts/release.py dist/microvlm $(RELEASE)
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .

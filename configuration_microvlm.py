@@ -4,7 +4,13 @@ A variant is a config, not a code path: `configs/microvlm-m.json` (BitNet b1.58 
 and `configs/microvlm-nano.json` (what ships) differ in numbers only.
 """
 
+import math
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 
 TRANSFORMERS = "5.23", "6"  # the lowest supported version, and the first that is not: as in pyproject.toml
@@ -30,6 +36,62 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_microvlm.MicroVLMForConditionalGeneration",
 }
 
+LARGEST_SIZE = 2**24  # of a whole number in our own sections
+# of those that transformers and timm count up to while they build, before anything can fail
+LARGEST = {"num_hidden_layers": 1000, "depth": 1000, "num_labels": 100_000, "num_classes": 100_000}
+LEAST = {
+    "ben_cohen_steps": 0,
+    "fusion_num_layers": 0,
+    "image_token_id": -1,
+}  # the last is checked against the vocabulary
+
+
+@contextmanager
+def refusing(section: str) -> Iterator[None]:
+    """Errors that some operation fell over while `section` was used, as a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError, MemoryError, StrictDataclassError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise ValueError(f"{section} gives no model: {type(error).__name__}: {error}") from error
+
+
+def check_fields(config: PreTrainedConfig, section: str) -> None:
+    """Raise a ValueError that names the first of the class's own fields whose value is not of its type: whole numbers are
+    from 1 (or `LEAST`) to `LARGEST_SIZE`, other numbers finite."""
+    for name, kind in type(config).__annotations__.items():
+        if name.endswith("_config"):
+            continue
+        value, kinds = getattr(config, name), typing.get_args(kind) or (kind,)
+        kinds = (kind,) if typing.get_origin(kind) is list else kinds
+        if not any(fits(value, k, LEAST.get(name, 1)) for k in kinds):
+            words = " or ".join("null" if k is type(None) else k.__name__ if k in PLAIN else str(k) for k in kinds)
+            raise ValueError(f"{section}{name} must be {words}, in range, got {value!r}.")
+
+
+PLAIN = (int, float, bool, str, list)
+
+
+def fits(value, kind: type, least: int) -> bool:
+    if kind is int:
+        return type(value) is int and least <= value <= LARGEST_SIZE
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(x, typing.get_args(kind)[0], 0) for x in value)
+    return isinstance(value, kind)
+
+
+def check_counts(dictionary: dict, section: str) -> None:
+    """Raise a ValueError where a number in `LARGEST` is none, negative or too large."""
+    for name, largest in LARGEST.items():
+        value = dictionary.get(name)
+        if value is not None and not (isinstance(value, int) and 0 <= value <= largest):
+            raise ValueError(f"{section}{name} must be a whole number of at most {largest}, got {value!r}.")
+
 
 class MicroVLMAdapterConfig(PreTrainedConfig):
     """How 196 patches become 25 prefix tokens.
@@ -54,6 +116,10 @@ class MicroVLMAdapterConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     dropout: float = 0.1
     hidden_act: str = "gelu"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_fields(self, "adapter_config.")
 
 
 class MicroVLMMemoryConfig(PreTrainedConfig):
@@ -117,6 +183,7 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
             self.max_items = 4 * self.num_slots
         if self.num_content_slots is None:
             self.num_content_slots = self.num_memory_tokens
+        check_fields(self, "memory_config.")
         for name, known in (
             ("addressing", ("pseudoinverse", "ben_cohen", "gaussian")),
             ("write_method", ("sequential", "direct")),
@@ -147,6 +214,8 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
                 raise ValueError(
                     f"memory_config.{name} must be a number or pairs [facts, probability], got {threshold}."
                 )
+            if not all(fits(number, float, 0) for pair in threshold for number in pair):
+                raise ValueError(f"memory_config.{name} must hold finite numbers, got {threshold}.")
             facts, values = zip(*threshold)
             if facts[0] < 0 or any(a >= b for a, b in zip(facts, facts[1:])):
                 raise ValueError(f"memory_config.{name} must be in rising order of facts, got {threshold}.")
@@ -174,6 +243,12 @@ class MicroVLMAlignmentConfig(PreTrainedConfig):
     fusion_num_layers: int = 2
     fusion_num_attention_heads: int = 8
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_fields(self, "alignment_config.")
+        if not self.temperature > 0:
+            raise ValueError(f"alignment_config.temperature must be positive, got {self.temperature}.")
+
 
 class MicroVLMQuantizationConfig(PreTrainedConfig):
     """Quantisation-aware training. (`quantization_config` is transformers' own name, for weights that are stored packed.)
@@ -193,6 +268,10 @@ class MicroVLMQuantizationConfig(PreTrainedConfig):
     ternary_weights: str = "absmean"
     activation_bits: int | None = 8
     group_size: int | str = "tensor"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_fields(self, "qat_config.")
 
 
 class MicroVLMConfig(PreTrainedConfig):
@@ -252,17 +331,28 @@ class MicroVLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        check_counts(kwargs, "")
+        for name in self.sub_configs_defaults:
+            section = getattr(self, name)
+            if section is not None and not isinstance(section, (dict, PreTrainedConfig)):
+                raise ValueError(f"{name} must be an object of names and values, got {section!r}.")
+            if isinstance(section, dict):
+                check_counts(section, f"{name}.")
+                if isinstance(section.get("model_args"), dict):
+                    check_counts(section["model_args"], f"{name}.model_args.")
         if isinstance(self.text_config, dict):
             text_type = self.text_config.get("model_type", "qwen2")
-            if text_type not in CONFIG_MAPPING:
+            if not isinstance(text_type, str) or text_type not in CONFIG_MAPPING:
                 raise ValueError(
                     f"text_config.model_type is {text_type!r}, which this version of transformers does not know. "
                     "Use the model_type of a causal decoder such as 'qwen2', 'bitnet' or 'llama'."
                 )
-        super().__post_init__(**kwargs)
-        if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
-        self._check_sizes()
+        with refusing("the configuration"):
+            super().__post_init__(**kwargs)
+            if self.tie_word_embeddings is None:
+                self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+            check_fields(self, "")
+            self._check_sizes()
 
     def _check_sizes(self) -> None:
         adapter, text = self.adapter_config, self.text_config

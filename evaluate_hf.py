@@ -750,6 +750,7 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid #8885; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #8883; text-align: right; white-space: nowrap; }
+th { white-space: normal; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
 .plots, .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid #8885; border-radius: 8px; overflow: hidden; }

@@ -37,7 +37,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cache_microvlm import MemoryCache, memory_mask
-from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig
+from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, refusing
 from .decoder_microvlm import PackedDecoder
 from .kernels_microvlm import kernel_threads
 from .memory_microvlm import (
@@ -354,15 +354,18 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                     "its head is more than one linear map, which MicroVLM does not support."
                 )
         hidden_size = config.text_config.hidden_size
-        self.vision_tower = MicroVLMVisionTower._from_config(config.vision_config)
+        with refusing("vision_config"):
+            self.vision_tower = MicroVLMVisionTower._from_config(config.vision_config)
         vision_width = self.vision_tower.timm_model.num_features
         if vision_width != config.adapter_config.vision_hidden_size:
             raise ValueError(
                 f"adapter_config.vision_hidden_size is {config.adapter_config.vision_hidden_size}, but "
                 f"{config.vision_config.architecture} has features of width {vision_width}."
             )
-        self.adapter = MicroVLMAdapter(config.adapter_config, hidden_size)
-        self.language_model = AutoModel.from_config(config.text_config)
+        with refusing("adapter_config"):
+            self.adapter = MicroVLMAdapter(config.adapter_config, hidden_size)
+        with refusing("text_config"):
+            self.language_model = AutoModel.from_config(config.text_config)
         self.alignment = MicroVLMAlignment(hidden_size, config.alignment_config.projection_size)
         self.fusion = None
         if config.use_fusion:
@@ -378,13 +381,14 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             )
             self.scope = ScopeNet(config.memory_config)
         if config.qat_config.ternary_modules:
-            replace_with_ternary(
-                self,
-                config.qat_config.ternary_modules,
-                ternary_weights=config.qat_config.ternary_weights == "absmean",
-                activation_bits=config.qat_config.activation_bits,
-                group_size=config.qat_config.group_size,
-            )
+            with refusing("qat_config"):
+                replace_with_ternary(
+                    self,
+                    config.qat_config.ternary_modules,
+                    ternary_weights=config.qat_config.ternary_weights == "absmean",
+                    activation_bits=config.qat_config.activation_bits,
+                    group_size=config.qat_config.group_size,
+                )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -7,6 +7,8 @@ RGB on white, resized to 224 x 224 and normalised as the vision tower wants it. 
 
 import base64
 import os
+import re
+import struct
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
@@ -29,19 +31,20 @@ AUTO_MAP = {
 
 def open_picture(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Picture as upright RGB, its size checked before its pixels are decoded. See `fetch_picture` and `to_rgb`."""
-    return to_rgb(fetch_picture(source), max_pixels)
+    return to_rgb(fetch_picture(source, max_pixels), max_pixels)
 
 
-def fetch_picture(source: str | os.PathLike) -> Image.Image:
+def fetch_picture(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Read the bytes and the header of a picture; decode nothing, leave nothing open.
 
     Args:
         source: a path, a `file:`, `http:`, `https:` or `data:` URL, or the bare base64 text of a picture.
+        max_pixels: the limit for the pictures inside an icon file, of which Pillow decodes one as it opens the file.
 
     Raises:
         FileNotFoundError: no such file.
         OSError: a file or a URL that cannot be read.
-        ValueError: not a picture that Pillow can read.
+        ValueError: not a picture that Pillow can read, or an icon that holds a picture with too many pixels.
     """
     source = os.fspath(source)
     name = source if len(source) <= 200 else f"{source[:60]}... ({len(source)} characters)"
@@ -61,6 +64,13 @@ def fetch_picture(source: str | os.PathLike) -> Image.Image:
             data = base64.b64decode("".join(source.split()), validate=True)
         except ValueError:
             raise missing from None
+    if data.startswith((b"\0\0\1\0", b"icns")):
+        for match in re.finditer(rb"\x89PNG\r\n\x1a\n....IHDR(....)(....)", data, re.DOTALL):
+            width, height = (struct.unpack(">I", side)[0] for side in match.groups())
+            if width * height > max_pixels:
+                raise ValueError(
+                    f"{name} holds a picture of {width} x {height} pixels, the limit is {max_pixels} in all."
+                )
     try:
         picture = Image.open(BytesIO(data))
     except UnidentifiedImageError as error:
@@ -120,12 +130,31 @@ def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: values that are not finite.
     """
-    values, tops = values.astype(np.float64), (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
-    largest = values.max()
-    if not np.isfinite(values).all():
+    if not values.size:
+        raise ValueError("it holds no values.")
+    flat, out = values.reshape(-1), np.empty(values.size, np.uint8)
+    parts = [slice(start, start + 2**20) for start in range(0, flat.size, 2**20)]  # in float64, eight bytes a value
+    if not all(np.isfinite(flat[part]).all() for part in parts):
         raise ValueError("it holds values that are not finite numbers.")
+    largest = np.float64(flat.max())
+    tops = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
     top = next((top for top in tops if largest <= top), largest)
-    return (values.clip(0) / top * 255).round().astype(np.uint8)
+    for part in parts:
+        out[part] = (flat[part].astype(np.float64).clip(0) / top * 255).round()
+    return out.reshape(values.shape)
+
+
+def check_array(image: np.ndarray | torch.Tensor) -> None:
+    """Raise ValueError where an array or tensor is no picture: not of numbers, without pixels, or not finite."""
+    is_tensor = isinstance(image, torch.Tensor)
+    numbers = not image.is_complex() if is_tensor else image.dtype.kind in "buif"
+    if not numbers or image.ndim not in (2, 3) or 0 in image.shape:
+        raise ValueError(
+            f"an array of {image.dtype} with the shape {tuple(image.shape)} is no picture: it takes whole or real numbers, "
+            "(height, width) or three axes, none of them empty."
+        )
+    if not (torch.isfinite(image) if is_tensor else np.isfinite(image)).all():
+        raise ValueError("an array of pixels holds values that are not finite numbers.")
 
 
 class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
@@ -167,7 +196,7 @@ class MicroVLMImageProcessor(TorchvisionBackend):
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(x) for x in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return fetch_picture(image_url_or_urls)
+            return fetch_picture(image_url_or_urls, self.max_pixels)
         images = super().fetch_images(image_url_or_urls)
         return images[None] if getattr(images, "ndim", 3) == 2 else images  # a gray array (height, width)
 
@@ -183,7 +212,9 @@ class MicroVLMImageProcessor(TorchvisionBackend):
             max_pixels = max_pixels or self.max_pixels
             check_size(image, max_pixels)
             image = to_rgb(image, max_pixels) if do_convert_rgb else image
-        elif isinstance(image, np.ndarray):
+        elif isinstance(image, (np.ndarray, torch.Tensor)):
+            check_array(image)
+        if isinstance(image, np.ndarray):
             image = scale_to_8_bit(image) if image.dtype == np.uint16 else image
             image = np.require(image, requirements="CW")  # torch takes neither read-only arrays nor bgr[..., ::-1]
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
@@ -230,6 +261,8 @@ class MicroVLMProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """Opens pictures and wraps a single text; rows without any picture (`[]`, `[[], []]`) count as no pictures."""
+        if text is not None and not isinstance(text, (str, list, tuple)):
+            raise TypeError(f"`text` must be a text or a list of texts, got {type(text).__name__}.")
         images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if isinstance(images, list) and not any(len(row) if isinstance(row, list) else True for row in images):
             images = None
@@ -239,6 +272,11 @@ class MicroVLMProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, **kwargs)
         if text is None:
             return
+        for number, row in enumerate(text):
+            try:
+                row.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text {number} is not valid Unicode: {error}.") from error
         if not text:
             raise ValueError("`text` is an empty list: give one text or a list with at least one.")
         if isinstance(images, list) and all(isinstance(row, list) for row in images):

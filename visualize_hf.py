@@ -273,7 +273,7 @@ def overlay(picture: Image.Image, map: torch.Tensor, size: tuple[int, int] | Non
     map = F.interpolate(map[None, None], (picture.height, picture.width), mode="bilinear")[0, 0]
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
     dim = 0.55 * pixels.float().mean(-1, keepdim=True) + 30
-    share = 0.85 * map.unsqueeze(-1).sqrt()
+    share = 0.85 * map.unsqueeze(-1)
     mixed = (1 - share) * dim + share * heat(0.3 + 0.7 * map)
     return Image.frombytes("RGB", picture.size, mixed.round().clamp(0, 255).byte().numpy().tobytes())
 
@@ -299,9 +299,12 @@ def sheet(cells: list[tuple[Image.Image, str]], columns: int, cell: int = CELL) 
 
 
 def pooling_figure(picture: Image.Image, maps: torch.Tensor) -> Image.Image:
-    """The picture, the mean of all maps and every query's map (P, h, w), on one sheet."""
-    small = thumbnail(to_rgb(picture), CELL)
-    cells = [(small, "picture"), (overlay(small, maps.mean(0)), f"mean of {len(maps)}")]
+    """The picture, the mean of all maps and every query's map (P, h, w), on one sheet. Below the mean, how far the queries are apart: the
+    share of its attention that a query puts elsewhere than the mean does, on average; 0 where all look alike.
+    """
+    small, mean = thumbnail(to_rgb(picture), CELL), maps.mean(0)
+    apart = (maps - mean).abs().sum((1, 2)).mean() / 2
+    cells = [(small, "picture"), (overlay(small, mean), f"mean of {len(maps)}\n{apart:.1%} apart")]
     return sheet(cells + [(overlay(small, m), f"token {i}") for i, m in enumerate(maps)], 9)
 
 
@@ -364,6 +367,7 @@ def memory_figure(
         query.barh(places - 0.2, said.cosines, 0.4, label="cosine with the query")
         query.barh(places + 0.2, said.shares, 0.4, label="share in what is read")
         query.set_ylim(len(items) - 0.4, -0.6)
+        query.set_xlim(right=1.5)  # room for the picture
         query.set_title(
             f"The memory {'speaks' if said.speaks else 'is silent'}: probability {said.probability:.2f}, "
             f"threshold {said.threshold:.2f}"
@@ -372,7 +376,7 @@ def memory_figure(
         if items:
             query.legend(fontsize=8, loc="lower right")
         if picture is not None:
-            inset = query.inset_axes((0.8, 0.62, 0.18, 0.36))
+            inset = query.inset_axes((0.76, 0.6, 0.22, 0.38))
             inset.imshow(thumbnail(to_rgb(picture), 150))
             inset.set_axis_off()
     data = BytesIO()

@@ -75,8 +75,9 @@ def write_random(config: MicroVLMConfig, folder: str | Path) -> None:
 
 
 def load(folder: str | Path) -> PreTrainedModel:
-    """A checkpoint as its users open it, in the dtype it is stored in."""
-    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    """A checkpoint as its users open it, in the dtype it is stored in; packed weights unpacked, for the bare model's are plain."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    return model.dequantize() if getattr(model, "is_quantized", False) else model
 
 
 def write_text_model(model: PreTrainedModel, folder: str | Path) -> None:

@@ -71,7 +71,7 @@ def refuse(event, arguments):
         raise RuntimeError(f"the network was used while loading: {event} {arguments[-1]}")
 sys.addaudithook(refuse)
 
-import torch
+import torch, transformers
 from transformers import AutoModel, AutoProcessor, pipeline
 
 folder, taught_picture = Path(sys.argv[1]), sys.argv[2]
@@ -110,7 +110,7 @@ with tempfile.TemporaryDirectory() as copy:
     if changed := [name for name in tensors if not torch.equal(kept[name], tensors[name])]:
         sys.exit(f"the saved copy has other values: {changed[0]}")
     expect("caption of the saved copy", say(again, AutoProcessor.from_pretrained(copy, trust_remote_code=True), known), caption)
-print(json.dumps({"caption": caption, "taught": FACT}))
+print(json.dumps({"caption": caption, "taught": FACT, "transformers": transformers.__version__}))
 """
 
 
@@ -341,8 +341,11 @@ def fresh_environment(folder: Path) -> Path:
     return python
 
 
-def load(folder: Path, python: Path | str, scratch: Path) -> dict:
+def load(folder: Path, python: Path | str, scratch: Path, variables: dict[str, str] | None = None) -> dict:
     """Load a release in another process, offline, from another working directory; what it said.
+
+    Args:
+        variables: of the process's environment, besides.
 
     Raises:
         ReleaseError: the last line that the process wrote to stderr.
@@ -353,6 +356,7 @@ def load(folder: Path, python: Path | str, scratch: Path) -> dict:
     ours = ("PYTHONPATH", "HF_MODULES_CACHE", "HF_HUB_CACHE", "HF_TOKEN")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= variables or {}
     before = sorted(folder.rglob("*"))
     done = subprocess.run(
         [python, "-c", LOAD, str(folder.resolve()), taught, known],

@@ -1,13 +1,20 @@
 """The scores on cases counted by hand, captions in batches, and the command on a tiny checkpoint."""
 
+import base64
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import torch
+import yaml
 from conftest import IMAGE_ID, ROOT
+from huggingface_hub import EvalResult, ModelCard
 from toy_data import CAPTIONS, pairs, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
 
 import evaluate_hf
@@ -112,7 +119,7 @@ def test_command(tmp_path):
     model, data = toy_checkpoint(tmp_path / "model"), write_parquet(tmp_path / "toy.parquet", pairs())
     json_file = tmp_path / "scores.json"
     command = [sys.executable, str(ROOT / "evaluate_hf.py"), "--model", str(model), "--data", str(data)]
-    command += ["--limit", "6", "--batch-size", "4", "--show", "2", "--json", str(json_file)]
+    command += ["--limit", "6", "--batch-size", "4", "--show", "2", "--json", str(json_file), "--no-meteor"]
     run = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "home")}
     )
@@ -120,14 +127,20 @@ def test_command(tmp_path):
     lines = run.stdout.splitlines()
     assert [line.split("<- ")[1] for line in lines[:2]] == [repr(c) for c in CAPTIONS[:2]]
     assert lines[2] == f"{data} (6 pictures)"
-    assert lines[3].split() == ["exact", "word", "F1", "CIDEr", "distinct"]
-    scores = json.loads(json_file.read_text())[str(data)]
-    assert scores["pictures"] == 6
-    for line, name in zip(lines[4:], ("model", "shuffled"), strict=True):
-        assert set(scores[name]) == {"exact", "word_f1", "cider", "distinct"}
-        assert line.split() == [name, *(f"{value:.3f}" for value in scores[name].values())]
-    assert scores["model"]["distinct"] == scores["shuffled"]["distinct"] > 0
-    assert not list(tmp_path.glob("*.tmp"))
+    head = ["exact", "word", "F1", "CIDEr", "distinct", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR"]
+    assert lines[3].split() == head
+    entry = json.loads(json_file.read_text())[str(data)]
+    assert entry["pictures"] == 6
+    order = ["exact", "word_f1", "cider", "distinct", *(f"bleu_{n}" for n in range(1, 5)), "rouge_l", "meteor"]
+    for line, name in zip(lines[4:6], ("model", "shuffled"), strict=True):
+        values = ["–" if entry[name][key] is None else f"{entry[name][key]:.3f}" for key in order]
+        assert set(entry[name]) == set(order) and line.split() == [name, *values]
+    assert entry["model"]["distinct"] == entry["shuffled"]["distinct"] > 0
+    assert entry["not_measured"]["meteor"] == "--no-meteor"
+    assert set(entry) == {"pictures", "model", "shuffled", "language", "retrieval", "size", "not_measured"}
+    assert [line.split()[0] for line in lines[6:9]] == ["language", "retrieval", "size"]
+    assert "  not measured: meteor: --no-meteor" in lines
+    assert os.listdir(tmp_path) and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_nearest_neighbours():
@@ -151,7 +164,433 @@ def test_yardstick_copies_the_caption_of_the_closest_picture(monkeypatch, tmp_pa
     use_cache(monkeypatch, tmp_path / "cache")
     for train, exact in ((data, 1.0), (half, 0.5)):
         json_file = tmp_path / f"{train.stem}.json"
-        command = ["evaluate_hf.py", "--model", str(model), "--data", str(data), "--json", str(json_file)]
-        monkeypatch.setattr(sys, "argv", [*command, "--yardstick", str(train)])
-        evaluate_hf.main()
+        command = ["--model", str(model), "--data", str(data), "--json", str(json_file), "--no-meteor"]
+        assert evaluate_hf.main([*command, "--metrics", "captions", "--yardstick", str(train)]) == 0
         assert json.loads(json_file.read_text())[str(data)]["nearest_neighbour"]["exact"] == exact
+
+
+# ------------------------------------------------------------------------------------------------------ scores against references
+
+
+def test_bleu_and_rouge_by_hand():
+    """Two pairs; corpus counts: 5 of 6 words, 2 of 4 pairs of words, 1 of 2 triples; candidate 6 words, references 7."""
+    scores = evaluate_hf.ngram_scores(["A red square!", "blue big disc"], ["a red square on", "big disc blue"])
+    brevity = math.exp(1 - 7 / 6)
+    precision = (6 / 6, 3 / 4, 1 / 2)
+    for n in (1, 2, 3):
+        expected = brevity * math.prod(precision[:n]) ** (1 / n)
+        assert scores[f"bleu_{n}"] == pytest.approx(expected, rel=1e-6)
+    assert scores["bleu_4"] < 1e-2  # no four words in a row
+    f = lambda p, r: (1 + 1.2**2) * p * r / (r + 1.2**2 * p)  # noqa: E731
+    assert scores["rouge_l"] == pytest.approx((f(3 / 3, 3 / 4) + f(2 / 3, 2 / 3)) / 2)
+    perfect = evaluate_hf.ngram_scores(["one two three four"], ["One two, three four."])
+    assert perfect["rouge_l"] == 1 and perfect["bleu_4"] == pytest.approx(1, abs=1e-4)
+
+
+def test_captions_that_say_nothing_are_scored():
+    scores, missing = evaluate_hf.caption_scores({"model": (["", ""], ["a cat", "!"])}, with_meteor=False)
+    assert scores["model"]["bleu_1"] < 1e-6 and scores["model"]["exact"] == 0.5
+    assert missing == {"meteor": "--no-meteor"} and scores["model"]["meteor"] is None
+
+
+def test_meteor_without_java_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    scores, missing = evaluate_hf.caption_scores({"model": (["a", "b"], ["a", "c"])})
+    assert "no java" in missing["meteor"] and scores["model"]["meteor"] is None and scores["model"]["exact"] == 0.5
+
+
+def test_a_java_program_that_fails_is_a_reason(monkeypatch, tmp_path):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho 'Error: this is no Java' >&2\nexit 1\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    evaluate_hf.meteor_scorer.cache_clear()
+    with pytest.raises(RuntimeError, match="METEOR's Java program failed: Error: this is no Java"):
+        evaluate_hf.meteor(["a"], ["a"])
+    assert evaluate_hf.meteor_scorer.cache_info().currsize == 0  # the next call starts another
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program, there is no java here")
+def test_meteor():
+    """Equal sentences: precision, recall 1 and one chunk of n words, a penalty of 0.6 (1 / n) ^ 0.2 in version 1.5's English task."""
+    same = evaluate_hf.meteor(["a large dog runs home"], ["A large dog runs home."])
+    less = evaluate_hf.meteor(["a large dog"], ["a large dog runs home"])
+    assert evaluate_hf.meteor(["", "zzz"], ["a dog", "cat"]) == 0 < less < same <= 1
+    assert evaluate_hf.meteor(["home runs dog large a"], ["a large dog runs home"]) < same  # order counts
+
+
+def test_perplexity_is_that_of_a_loop_over_the_tokens(rows):
+    model, processor = toy_model(), toy_processor()
+    forced = evaluate_hf.teacher_forced(model, processor, rows, batch_size=3)
+    total, tokens = [], []
+    prompt, eos = model.default_prompt(1)[0].tolist(), processor.tokenizer.eos_token_id
+    for row in rows:
+        picture, caption = evaluate_hf.decode_row(row, processor.image_processor)
+        pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+        line, answer = list(prompt), [*processor.tokenizer(caption, add_special_tokens=False)["input_ids"], eos]
+        nats = 0.0
+        for token in answer:  # one pass per token, nothing padded, nothing shifted
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([line]), pixel_values=pixel_values).logits[0, -1].double()
+            nats -= float(logits.log_softmax(-1)[token])
+            line.append(token)
+        total.append(nats)
+        tokens.append(len(answer))
+    torch.testing.assert_close(forced["loss"], torch.tensor(total, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+    assert forced["tokens"].tolist() == tokens
+    scores = evaluate_hf.language_scores(forced["loss"], forced["tokens"], CAPTIONS)
+    assert scores["perplexity"] == pytest.approx(math.exp(sum(total) / sum(tokens)), rel=1e-4)
+    assert scores["lm_loss"] == pytest.approx(sum(total) / sum(tokens), rel=1e-4)
+    length = sum(len(c.encode()) for c in CAPTIONS)
+    assert scores["bits_per_byte"] == pytest.approx(sum(total) / math.log(2) / length, rel=1e-4)
+    from quantize_hf import perplexity
+
+    assert scores["perplexity"] == pytest.approx(perplexity(model, processor, rows, 8), rel=1e-4)
+
+
+def test_alignment_embeddings_are_those_of_training(rows):
+    """In batches and padded, they are the forward pass's with labels on the caption."""
+    model, processor = toy_model(), toy_processor()
+    forced = evaluate_hf.teacher_forced(model, processor, rows, batch_size=3)
+    collator = evaluate_hf.CaptionCollator(processor, model.default_prompt(1)[0].tolist())
+    with torch.no_grad():
+        out = model(**collator(list(rows)), return_alignment=True)
+    for name in ("image_embeds", "text_embeds"):
+        torch.testing.assert_close(forced[name], getattr(out, name), rtol=1e-4, atol=1e-5)
+    assert "image_embeds" not in evaluate_hf.teacher_forced(model, processor, rows.select(range(2)), align=False)
+
+
+def test_retrieval_against_counting_in_float64():
+    g = torch.Generator().manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(12, 6, generator=g), dim=-1) for _ in range(2))
+    image = torch.nn.functional.normalize(image + text, dim=-1)
+    scores, missing = evaluate_hf.retrieval_scores(toy_model(), image, text)
+    assert not missing and scores["pairs"] == 12
+    similarity = (image.double() @ text.double().T).numpy()
+    for name, matrix in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        places = [sorted(row, reverse=True).index(row[i]) for i, row in enumerate(matrix)]
+        assert 0 < max(places)
+        for k in (1, 5, 10):
+            assert scores[f"{name}_recall_at_{k}"] == pytest.approx(sum(p < k for p in places) / 12)
+    temperature = toy_model().config.alignment_config.temperature
+    nats = 0.0
+    for matrix in (similarity / temperature, similarity.T / temperature):
+        nats += sum(math.log(sum(math.exp(x) for x in row)) - row[i] for i, row in enumerate(matrix)) / 24
+    assert scores["alignment_loss"] == pytest.approx(nats, rel=1e-5)
+    assert scores["chance_loss"] == pytest.approx(math.log(12))
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_retrieval_among_few_pictures_says_what_is_trivial(number):
+    unit = torch.nn.functional.normalize(torch.randn(number, 4), dim=-1)
+    scores, missing = evaluate_hf.retrieval_scores(toy_model(), unit, unit)
+    for k in (1, 5, 10):
+        assert (scores[f"image_to_text_recall_at_{k}"] is None) == (k >= number) == (f"recall at {k}" in missing)
+    assert (scores["alignment_loss"] is None) == (number == 1)
+
+
+def test_scope_curve_holds_auroc_and_equal_error_rate():
+    """The area under the report's curve is the benchmark's AUROC, its crossing with the other diagonal the equal error rate."""
+    known, unrelated = torch.tensor([0.9, 0.8, 0.8, 0.3]), torch.tensor([0.1, 0.3, 0.5, 0.85])
+    x, y = evaluate_hf.roc(known, unrelated)
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1) and x == sorted(x) and y == sorted(y)
+    area = sum((b - a) * (c + d) / 2 for a, b, c, d in zip(x, x[1:], y, y[1:]))
+    recall = evaluate_hf.benchmark("memory_recall")
+    wins = sum((p > n) + 0.5 * (p == n) for p in known.tolist() for n in unrelated.tolist()) / 16
+    assert area == pytest.approx(wins) == pytest.approx(recall.auroc(known, unrelated))
+    assert min(abs(1 - b - a) for a, b in zip(x, y)) == pytest.approx(0)
+    assert [a for a, b in zip(x, y) if abs(1 - b - a) < 1e-6] == [pytest.approx(0.25)]
+    assert recall.equal_error_rate(known, unrelated) == pytest.approx(0.25)
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+MEMORY = {"num_slots": 16, "num_content_slots": 8, "max_content_tokens": 16, "num_memory_tokens": 8, "max_items": 32}
+KINDS = ["square", "circle", "square", "bar", "circle", "circle", "blue", "square"]
+
+
+class Page(HTMLParser):
+    """What a page says, and what it loads."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.words, self.pictures, self.links, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        if tag == "img":
+            self.pictures.append(attrs["src"])
+        self.links += [attrs[name] for name in ("href", "src") if name in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def command(model, *data, **options) -> list[str]:
+    out = ["--model", str(model), "--data", *map(str, data), "--no-meteor"]
+    for name, value in options.items():
+        out += [
+            f"--{name.replace('_', '-')}",
+            *([] if value is True else map(str, value if isinstance(value, list) else [value])),
+        ]
+    return out
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    """Everything, on two sets, by a model with a memory: the folder with scores.json, scores.md, report.html, README.md."""
+    folder = tmp_path_factory.mktemp("full")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_cache(monkeypatch, folder / "cache")
+        model = toy_checkpoint(folder / "model", use_memory=True, memory_config=MEMORY)
+        a = write_parquet(folder / "validation_a.parquet", pairs(concept=KINDS))
+        b = write_parquet(folder / "test_b.parquet", pairs(5))
+        (folder / "README.md").write_bytes(
+            b"---\r\nlicense: mit # mine\r\ntags: [a,  b]\r\n---\r\n# Toy\r\n\r\nText.\r\n"
+        )
+        files = {"json": "scores.json", "markdown": "scores.md", "html": "report.html", "card": "README.md"}
+        options = {name: folder / file for name, file in files.items()}
+        arguments = command(
+            model, a, b, metrics=list(evaluate_hf.GROUPS), facts=[1, 2, 64], queries=2, examples=2, **options
+        )
+        assert evaluate_hf.main(arguments) == 0
+    return folder
+
+
+def test_every_group_is_in_every_output(full_run):
+    results = json.loads((full_run / "scores.json").read_text())
+    assert [entry["pictures"] for entry in results.values()] == [8, 5]
+    page = Page((full_run / "report.html").read_text())
+    tables = (full_run / "scores.md").read_text()
+    for entry in results.values():
+        assert entry["speed"]["tokens_per_second"] > 0 and entry["speed"]["first_token_seconds"] > 0
+        assert [memory["facts"] for memory in entry["memory"]] == [1, 2]
+        assert "there are only" in entry["not_measured"]["memory of 64 facts"]
+        assert "half of one fact" in entry["not_measured"]["forgetting of 1 fact"]
+        for memory in entry["memory"]:
+            assert 0 <= memory["recall_view"] <= 1 and memory["memory_kl"] > 0
+            assert (memory["forgotten"] is None) == (memory["facts"] == 1)
+        assert entry["memory"][1]["memory_kl"] > entry["memory"][0]["memory_kl"]
+        for title, labels, columns in evaluate_hf.blocks(entry):
+            assert f"## {title}\n" in tables and title in page.words
+            for values in columns.values():
+                for key, label in labels.items():
+                    assert label in page.words and label in tables
+                    assert (
+                        evaluate_hf.shown(values.get(key)) in page.words
+                        and evaluate_hf.shown(values.get(key)) in tables
+                    )
+
+
+def test_the_report_needs_no_other_file_and_shows_captions_beside_references(full_run):
+    text = (full_run / "report.html").read_text()
+    page = Page(text)
+    assert not page.open and 'name="viewport"' in text
+    assert page.links and all(link.startswith("data:image/") for link in page.links)
+    plots = [base64.b64decode(p.split(",")[1]) for p in page.pictures if p.startswith("data:image/svg+xml")]
+    assert len(plots) == 10  # of each set: captions, losses, recall, ROC, probabilities
+    for plot in plots:
+        assert ElementTree.fromstring(plot).tag.endswith("svg")
+    assert {CAPTIONS[0], CAPTIONS[4], CAPTIONS[2]} <= set(page.words)  # evenly over 8, and over 5
+    assert page.words.count("Examples") == 2
+
+
+def test_the_table_of_markdown_is_a_table(full_run):
+    for part in (full_run / "scores.md").read_text().split("## ")[1:]:
+        lines = [line for line in part.splitlines() if line.startswith("|")]
+        assert len({line.count("|") - line.count("\\|") for line in lines}) == 1 and len(lines) > 2
+
+
+def test_the_card_gets_a_model_index_and_keeps_the_rest(full_run):
+    raw = (full_run / "README.md").read_bytes()
+    start, end = b"---\r\nlicense: mit # mine\r\ntags: [a,  b]\r\n", b"---\r\n# Toy\r\n\r\nText.\r\n"
+    assert raw.startswith(start + b"model-index:\r\n") and raw.endswith(end)
+    assert raw.count(b"\n") == raw.count(b"\r\n")
+    card = ModelCard.load(full_run / "README.md")
+    assert card.data.model_name == "Toy" and card.data.license == "mit"
+    results = json.loads((full_run / "scores.json").read_text())
+    for path, entry in results.items():
+        name = os.path.basename(path)
+        found = {r.metric_type: r for r in card.data.eval_results if r.dataset_name == name}
+        assert found["exact"].metric_value == round(entry["model"]["exact"], 6)
+        assert found["perplexity"].metric_value == pytest.approx(entry["language"]["perplexity"], abs=1e-6)
+        assert found["memory_2_recall_view"].metric_value == round(entry["memory"][1]["recall_view"], 6)
+        assert found["exact"].metric_args == {"pictures": entry["pictures"]}
+        assert found["exact"].dataset_split == ("validation" if name.startswith("validation") else "test")
+        assert "meteor" not in found and "text_to_image_recall_at_10" not in found  # not measured: not zero
+
+
+def sample(**values) -> dict:
+    entry = {
+        "pictures": 4,
+        "not_measured": {},
+        "language": {"lm_loss": 1.0, "perplexity": math.e, "bits_per_byte": 2.0, "tokens": 9},
+    }
+    return {"data/validation.parquet": entry | values}
+
+
+def test_a_second_run_replaces(tmp_path):
+    card, captions = tmp_path / "README.md", dict.fromkeys(evaluate_hf.CAPTION_LABELS, 0.5)
+    card.write_text("# Bird\n\n---\n\nA rule above.\n")
+    first = evaluate_hf.card_with(str(card), sample(model=captions), ["captions", "language"], "x")
+    assert first.endswith("---\n# Bird\n\n---\n\nA rule above.\n")
+    card.write_text(first)
+    assert evaluate_hf.card_with(str(card), sample(model=captions), ["captions", "language"], "x") == first
+    worse = sample(model=captions | {"exact": 0.25, "meteor": None})
+    card.write_text(evaluate_hf.card_with(str(card), worse, ["captions", "language"], "x"))
+    values = {r.metric_type: r.metric_value for r in ModelCard.load(card).data.eval_results}
+    assert len(values) == len(ModelCard.load(card).data.eval_results) == 12
+    assert values["exact"] == 0.25 and "meteor" not in values  # what is no longer measured goes
+    card.write_text(evaluate_hf.card_with(str(card), sample(), ["language"], "x"))
+    kept = {r.metric_type for r in ModelCard.load(card).data.eval_results}
+    assert {"exact", "cider", "perplexity"} <= kept  # another group's figures stay
+
+
+def test_other_results_of_a_card_stay(tmp_path):
+    card = tmp_path / "README.md"
+    other = EvalResult("image-text-to-text", "flickr", "Flickr", "exact", 0.9)
+    own = EvalResult(
+        "image-text-to-text",
+        "data/validation.parquet",
+        "data/validation.parquet",
+        "speed_of_light",
+        3.0,
+        dataset_split="validation",
+    )
+    index = yaml.safe_dump({"model-index": evaluate_hf.eval_results_to_model_index("Named", [other, own])})
+    card.write_text(f"---\nlicense: mit\n{index}# a comment\nlanguage: en\n---\n# Heading\n")
+    text = evaluate_hf.card_with(str(card), sample(), ["language"], "x")
+    assert "\n# a comment\nlanguage: en\n---\n# Heading\n" in text and text.startswith(
+        "---\nlicense: mit\nmodel-index:\n"
+    )
+    card.write_text(text)
+    data = ModelCard.load(card).data
+    assert data.model_name == "Named"
+    assert {(r.dataset_type, r.metric_type) for r in data.eval_results} >= {
+        ("flickr", "exact"),
+        (own.dataset_type, "speed_of_light"),
+    }
+    assert len(data.eval_results) == 5
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("---\na: [1\n---\n", "is not YAML"),
+        ("---\n- a\n---\n", "is not a mapping"),
+        ("---\nmodel-index:\n- nothing: 1\n---\n", "is not of the Hub's form"),
+        ("---\n{license: mit}\n---\n", "model-index|YAML|while parsing"),
+    ],
+)
+def test_a_card_that_cannot_be_edited_is_refused(tmp_path, text, message):
+    card = tmp_path / "README.md"
+    card.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        evaluate_hf.card_with(str(card), sample(), ["language"], "x")
+    assert card.read_text() == text
+
+
+def test_two_sets_of_one_name_are_refused():
+    results = {"/a/x.parquet": sample()["data/validation.parquet"], "/b/x.parquet": sample()["data/validation.parquet"]}
+    with pytest.raises(ValueError, match="2 data sets would both be called x.parquet"):
+        evaluate_hf.card_results(results)
+
+
+def test_without_memory_and_alignment_the_reason_is_said(monkeypatch, tmp_path, capsys):
+    use_cache(monkeypatch, tmp_path / "cache")
+    model, processor = toy_model(), toy_processor()
+    model.model.alignment = None
+    rows = load_rows(str(write_parquet(tmp_path / "toy.parquet", pairs(3))))
+    options = evaluate_hf.parse_arguments(command("unused", "x", metrics=["retrieval", "memory", "language"]))
+    result, _ = evaluate_hf.evaluate(model, processor, rows, options)
+    assert "no memory" in result["not_measured"]["memory"] and not result["memory"]
+    assert "no alignment heads" in result["not_measured"]["retrieval"] and "retrieval" not in result
+    assert result["language"]["perplexity"] > 1
+    evaluate_hf.print_result("toy", result)
+    assert "not measured: memory: the checkpoint has no memory" in capsys.readouterr().out
+    assert "no alignment heads" in evaluate_hf.markdown({"toy": result})
+    assert "no alignment heads" in evaluate_hf.html_section("toy", result, [], [])
+
+
+def test_one_picture_is_enough(monkeypatch, tmp_path):
+    use_cache(monkeypatch, tmp_path / "cache")
+    model, data = toy_checkpoint(tmp_path / "model"), write_parquet(tmp_path / "one.parquet", pairs(1))
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "html")}
+    assert evaluate_hf.main(command(model, data, **files)) == 0
+    entry = json.loads(files["json"].read_text())[str(data)]
+    assert {"cider", "shuffled", "recall at 1", "alignment_loss"} <= set(entry["not_measured"])
+    assert entry["model"]["cider"] is None and "shuffled" not in entry and entry["language"]["tokens"] > 1
+    assert Page(files["html"].read_text()).words
+
+
+def test_a_packed_checkpoint_is_scored(monkeypatch, tmp_path):
+    from quantize_hf import pack, quantization_of
+
+    use_cache(monkeypatch, tmp_path / "cache")
+    model, data = toy_model("bitnet"), write_parquet(tmp_path / "toy.parquet", pairs())
+    parameters = sum(p.numel() for p in model.parameters())
+    modules = {r"model\.language_model\.layers\.\d+\..*_proj": {"format": "ternary", "group_size": "row"}}
+    pack(model, quantization_of(model).PackedConfig(modules))
+    model.save_pretrained(tmp_path / "model")
+    toy_processor().save_pretrained(tmp_path / "model")
+    scores, report = tmp_path / "scores.json", tmp_path / "report.html"
+    assert evaluate_hf.main(command(tmp_path / "model", data, json=scores, html=report, examples=1)) == 0
+    entry = json.loads(scores.read_text())[str(data)]
+    assert entry["size"]["parameters"] == parameters
+    assert entry["size"]["weights_bytes"] == (tmp_path / "model/model.safetensors").stat().st_size
+    assert entry["size"]["bits_per_parameter"] < 32 and entry["language"]["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--metrics", "taste"], "invalid choice: 'taste'"),
+        (["--limit", "0"], "whole number of at least 1"),
+        (["--facts", "-1"], "whole number of at least 1"),
+        (["--html", "nowhere/report.html"], "there is no folder"),
+        (["--metrics", "size", "--yardstick", "x.parquet"], "--yardstick needs the group captions"),
+    ],
+)
+def test_wrong_arguments_are_said_at_once(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate_hf.main(["--data", "x.parquet", *arguments])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_data_that_is_not_there_is_said_before_a_model_is_loaded(monkeypatch, tmp_path, capsys):
+    use_cache(monkeypatch, tmp_path / "cache")
+    empty = write_parquet(tmp_path / "toy.parquet", pairs())
+    card = tmp_path / "card.md"
+    card.write_text("---\na: [\n---\n")
+    for arguments, message in (
+        (["--data", "nowhere.parquet"], "nowhere.parquet does not exist"),
+        (["--data", "owner/name"], "needs --limit"),
+        (["--data", "picture.bmp"], "expected a .parquet file"),
+        (["--data", str(empty), "--card", str(card)], "is not YAML"),
+        (["--data", str(empty), "--card", str(tmp_path / "none.md")], "none.md"),
+    ):
+        assert evaluate_hf.main(["--model", str(tmp_path / "no model"), *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("evaluate_hf.py: ") and message in error
+
+
+def test_an_unreadable_row_ends_the_command(monkeypatch, tmp_path, capsys):
+    use_cache(monkeypatch, tmp_path / "cache")
+    bad = pairs()
+    bad[5]["image"]["bytes"] = b"no picture"
+    data = write_parquet(tmp_path / "bad.parquet", bad)
+    model = toy_checkpoint(tmp_path / "model")
+    assert evaluate_hf.main(command(model, data, metrics="language", json=tmp_path / "s.json")) == 1
+    assert "row toy-5: picture cannot be read" in capsys.readouterr().err and not (tmp_path / "s.json").exists()
+
+
+def test_examples_lie_evenly():
+    assert evaluate_hf.examples_of(4, 8) == [0, 2, 4, 6] and evaluate_hf.examples_of(9, 3) == [0, 1, 2]
+    assert len(set(evaluate_hf.examples_of(12, 1369))) == 12

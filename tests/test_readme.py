@@ -10,7 +10,12 @@ import pytest
 from conftest import ROOT
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "examples/README.md"])
-ELSEWHERE = ("make ", "python app.py")  # CI's own commands; a page that waits for visitors (tests/test_app.py)
+ELSEWHERE = (
+    "make ",
+    "source ",
+    "pip install ",
+    "python app.py",
+)  # CI's own; a page that waits for visitors (tests/test_app.py)
 
 
 def blocks(text: str) -> list[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""Tasks of lmms-eval on pictures that ship with this repo."""
