@@ -37,7 +37,8 @@ CSS = """
 .gradio-container, body { overflow-wrap: anywhere; }
 #caption textarea, #answer textarea { font-size: 1.15rem; }
 .said table { width: 100%; border-collapse: collapse; }
-.said td, .said th { padding: .2rem .4rem; text-align: left; border-bottom: 1px solid var(--border-color-primary); }
+.said td, .said th { padding: .2rem .4rem; text-align: left; border: 0 !important; }
+.said tr { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
 .said td + td, .said th + th { text-align: right; white-space: nowrap; }
 .said .quiet { opacity: .65; }
 .said .speaks td:first-child, .said b { color: var(--primary-600); }
@@ -207,8 +208,9 @@ def build(model, processor) -> gr.Blocks:
         put = gr.Button("Ask", elem_id="ask")
         answer = gr.Textbox(label="Answer", interactive=False, lines=1, max_lines=4, elem_id="answer")
         answer_said = gr.HTML("", elem_id="answer_said", elem_classes="said")
+        gr.Markdown("#### Where each word looks")
         maps = gr.Gallery(
-            label="Where each word looks",
+            show_label=False,
             columns=3,
             height="auto",
             object_fit="contain",

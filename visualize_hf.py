@@ -293,7 +293,7 @@ def sheet(cells: list[tuple[Image.Image, str]], columns: int, cell: int = CELL) 
         x, y = GAP + column * (cell + GAP), GAP + row * (cell + TEXT + GAP)
         small = thumbnail(picture, cell)
         page.paste(small, (x + (cell - small.width) // 2, y + cell - small.height))
-        lines = [line if len(line) <= cell // 7 else f"{line[: cell // 7 - 3]}..." for line in label.split("\n")[:2]]
+        lines = [line if len(line) <= cell // 6 else f"{line[: cell // 6 - 3]}..." for line in label.split("\n")[:2]]
         draw.multiline_text((x, y + cell + 2), "\n".join(lines), fill="black", font=font, spacing=2)
     return page
 
