@@ -49,6 +49,7 @@ FILES = (
     "examples/LICENSES.md",
 )
 SUFFIXES = {".safetensors", ".json", ".jinja", ".py", ".md", ".png", ".jpg", ".txt"} | {""}  # LICENSE has none
+PICTURES = ("examples/elephant.png", "examples/swan.png")  # of `load`: to caption, and to teach
 PICKLES = (
     *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)),
     b"PK\x03\x04",
@@ -200,7 +201,7 @@ def build(root: Path, folder: Path, repo_id: str, revision: str, repository: str
     if missing:
         raise ReleaseError("\n".join(f"{name} is missing" for name in missing))
     card = pinned((root / "README.md").read_text(encoding="utf-8"), repo_id, revision)
-    names = {*FILES, *code_files(root), *pictures_of(card)}
+    names = {*FILES, *PICTURES, *code_files(root), *pictures_of(card)}
     if missing := sorted(name for name in names if not (root / name).is_file()):
         raise ReleaseError("\n".join(f"{name} is missing" for name in missing))
     for name in sorted(names):
@@ -350,7 +351,7 @@ def load(folder: Path, python: Path | str, scratch: Path, variables: dict[str, s
     Raises:
         ReleaseError: the last line that the process wrote to stderr.
     """
-    known, taught = "examples/elephant.png", "examples/swan.png"
+    known, taught = PICTURES
     home, work = scratch / "home", scratch / "work"
     work.mkdir(parents=True)
     ours = ("PYTHONPATH", "HF_MODULES_CACHE", "HF_HUB_CACHE", "HF_TOKEN")
