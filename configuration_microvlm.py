@@ -86,7 +86,10 @@ def fits(value, kind: type, least: int) -> bool:
 
 
 def check_counts(dictionary: dict, section: str) -> None:
-    """Raise a ValueError where a number in `LARGEST` is none, negative or too large."""
+    """Raise a ValueError where a number in `LARGEST` is none, negative or too large, or `dtype` is not a name."""
+    dtype = dictionary.get("dtype")
+    if not (dtype is None or isinstance(dtype, str) or type(dtype).__name__ == "dtype"):
+        raise ValueError(f"{section}dtype must be the name of one, got {dtype!r}.")
     for name, largest in LARGEST.items():
         value = dictionary.get(name)
         if value is not None and not (isinstance(value, int) and 0 <= value <= largest):
@@ -331,7 +334,7 @@ class MicroVLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        check_counts(kwargs, "")
+        check_counts({"dtype": self.dtype, **kwargs}, "")
         for name in self.sub_configs_defaults:
             section = getattr(self, name)
             if section is not None and not isinstance(section, (dict, PreTrainedConfig)):

@@ -32,6 +32,8 @@ from .kernels_microvlm import (
 )
 
 QUANT_METHOD = "microvlm"
+# of numbers and scales, as safetensors calls them
+STORED_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 EPS = 1e-5  # floor of every scale, as in BitNet's reference code
 
 
@@ -685,12 +687,20 @@ class PackedQuantizer(HfQuantizer):
         code = code_of(model)
         new = code.replace_with_packed(model, code.PackedConfig(self.quantization_config.modules), dtype)
         expected = {f"{name}.{key}": t for name, module in new.items() for key, t in module.state_dict().items()}
+        missing = set(expected) if checkpoint_files else set()
         for file in checkpoint_files or []:
             with safe_open(file, framework="pt") as tensors:
-                for name in expected.keys() & set(tensors.keys()):
-                    shape = tuple(tensors.get_slice(name).get_shape())
+                for name in sorted(expected.keys() & set(tensors.keys())):
+                    stored = tensors.get_slice(name)
+                    shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
                     if shape != tuple(expected[name].shape):
                         raise ValueError(f"{name} has the shape {shape}, expected {tuple(expected[name].shape)}.")
+                    want = dtype if name.endswith(".bias") else STORED_DTYPES[expected[name].dtype]
+                    if dtype != want:
+                        raise ValueError(f"{name} is stored as {dtype}, expected {want}.")
+                missing -= set(tensors.keys())
+        if missing:
+            raise ValueError(f"{min(missing)} is missing in the packed checkpoint.")
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         code = code_of(model)

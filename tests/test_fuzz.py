@@ -1,0 +1,358 @@
+"""Property tests of what comes from outside: pictures, processor inputs, configs, packed checkpoints, memory files; and round trips.
+
+`benchmarks/robustness.py` has the mutations and the judgement; here they run on a small budget, hypothesis chooses the cases, and every bug
+that was found this way has a case of its own.
+"""
+
+import copy
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_config, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from microvlm import quantization_microvlm as quantization
+from microvlm.configuration_microvlm import LARGEST_SIZE
+from microvlm.memory_microvlm import MemoryState
+from microvlm.processing_microvlm import open_picture, scale_to_8_bit
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from toy_data import toy_processor
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import robustness  # noqa: E402
+
+small = settings(deadline=None, derandomize=True, max_examples=100, database=None)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Every kind of case, made once."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = robustness.KINDS[name](tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def check(kind, seed: int) -> None:
+    outcome, what = robustness.attempt(kind, f"test-{seed}")
+    assert outcome != "other", what
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return toy_processor()
+
+
+# ---- mutated files and inputs
+
+
+@pytest.mark.parametrize(
+    "name,examples", [("pictures", 100), ("processor", 60), ("memory", 60), ("configs", 20), ("packed", 8)]
+)
+def test_mutations_are_accepted_or_refused(name, examples, kinds):
+    @settings(small, max_examples=examples)
+    @given(SEEDS)
+    def run(seed):
+        check(kinds(name), seed)
+
+    run()
+
+
+@pytest.mark.slow
+def test_ten_times_as_many(tmp_path):
+    options = [
+        "--cases",
+        "1000",
+        "--soak",
+        "60",
+        "--seed",
+        "1",
+        "--slope",
+        "1000",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    assert robustness.main(options) == 0
+    results = {r["kind"]: r for r in json.loads((tmp_path / "out.json").read_text())}
+    assert results.keys() == {*robustness.KINDS, "soak"}
+    for name, kind in robustness.KINDS.items():
+        r = results[name]
+        assert r["cases"] == round(1000 * kind.share) == r["accepted"] + sum(r["refused"].values())
+        assert r["accepted"] and r["refused"]
+    assert results["soak"]["captions"] == 60 and results["soak"]["writes"] == 6
+
+
+def test_the_judge_tells_a_refusal_from_a_fall(kinds):
+    class Falls:
+        types = (ValueError,)
+
+        def __init__(self, action):
+            self.case = lambda rng: action()
+
+        def explain(self, error):
+            return None
+
+    def refuse():
+        raise ValueError("no.")
+
+    assert robustness.attempt(Falls(refuse), "0") == ("refused", "ValueError")
+    for action in (lambda: int("x"), lambda: {}["x"], lambda: [][0]):
+        assert robustness.attempt(Falls(action), "0")[0] == "other"
+    assert robustness.attempt(Falls(lambda: None), "0") == ("accepted", "")
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+)
+OWN = ("adapter_config", "memory_config", "alignment_config", "qat_config")
+FIELDS = [(s, f) for s in OWN for f in type(getattr(tiny_config(), s)).__annotations__]
+
+
+@settings(small, max_examples=150)
+@given(st.sampled_from(FIELDS), VALUES)
+def test_a_config_of_any_value_is_kept_or_refused_by_name(field, value):
+    section, name = field
+    try:
+        config = tiny_config(use_memory=True, **{section: tiny_config().to_dict()[section] | {name: value}})
+    except ValueError as error:
+        assert section in str(error) or name in str(error)
+    else:
+        kept = getattr(getattr(config, section), name)
+        assert kept == value or value is None
+
+
+NUMBERS = st.sampled_from([np.uint8, np.uint16, np.int32, np.float32, np.float64, np.bool_])
+SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple)
+
+
+@small
+@given(st.data())
+def test_an_array_gives_pixels_or_a_refusal(processor, data):
+    array = data.draw(arrays.arrays(data.draw(NUMBERS), data.draw(SHAPES)))
+    as_tensor = array.dtype != np.uint16 and data.draw(st.booleans())
+    try:
+        pixels = processor.image_processor([torch.from_numpy(array) if as_tensor else array], return_tensors="pt")
+    except ValueError as error:
+        assert str(error)
+    else:
+        values = pixels["pixel_values"]
+        assert values.shape == (1, 3, 32, 32) and values.dtype == torch.float32 and torch.isfinite(values).all()
+
+
+# ---- round trips
+
+
+@small
+@given(st.integers(1, 40), st.integers(1, 40), SEEDS)
+def test_trits_come_back(rows, columns, seed):
+    values = torch.randint(-1, 2, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    packed = quantization.pack_trits(values)
+    assert packed.shape == (rows, -(-columns // 5))
+    assert torch.equal(quantization.unpack_trits(packed, columns), values)
+
+
+def regression(addresses: torch.Tensor, contents: torch.Tensor, noise: float):
+    """Posterior mean and covariance of all observations at once, by the textbook formula."""
+    precision = torch.eye(addresses.shape[1], dtype=torch.float64) + addresses.mT @ addresses / noise
+    covariance = torch.linalg.inv(precision)
+    return covariance @ addresses.mT @ contents / noise, covariance
+
+
+STEPS = st.lists(st.booleans() | st.integers(0, 20), min_size=1, max_size=14)
+
+
+@small
+@given(STEPS, SEEDS)
+def test_any_writes_and_forgets_are_a_regression_on_what_is_left(steps, seed):
+    draw = torch.Generator().manual_seed(seed)
+    state, kept = MemoryState.new(1, 8, 12, 0.01, 50, 5), []
+    for step in steps:
+        if isinstance(step, bool) or not kept:
+            address = torch.nn.functional.normalize(torch.randn(1, 1, 8, generator=draw), dim=-1)
+            content = torch.randn(1, 1, 12, generator=draw)
+            state = state.write(address, content, method="direct" if step else "sequential")
+            kept.append((address[0, 0].double(), content[0, 0].double()))
+        else:
+            state = state.forget(step % len(kept))
+            kept.pop(step % len(kept))
+    empty = torch.zeros(0, 8, dtype=torch.float64), torch.zeros(0, 12, dtype=torch.float64)
+    mean, covariance = regression(*(torch.stack(x) for x in zip(*kept)) if kept else empty, 0.01)
+    assert (state.mean[0] - mean).abs().max() < 1e-6 and (state.covariance[0] - covariance).abs().max() < 1e-6
+    for _ in kept:
+        state = state.forget(0)
+    fresh = MemoryState.new(1, 8, 12, 0.01, 50, 5)
+    assert all(torch.equal(getattr(state, name), getattr(fresh, name)) for name in MemoryState.TENSORS)
+
+
+@settings(small, max_examples=40)
+@given(rows=st.integers(1, 3), items=st.integers(0, 6), seed=SEEDS)
+def test_a_memory_comes_back_from_its_file(tmp_path_factory, rows, items, seed):
+    state = robustness.small_memory(rows, items, seed)
+    path = tmp_path_factory.mktemp("memory") / "facts.safetensors"
+    state.save(path)
+    back = MemoryState.load(path, MemoryState.new(1, 8, 12, 0.01, 6, 5, "fingerprint"))
+    assert all(torch.equal(getattr(back, name), getattr(state, name)) for name in MemoryState.TENSORS)
+    assert back.labels == state.labels
+
+
+@settings(small, max_examples=30)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["RGB", "L", "P", "RGBA"])),
+        min_size=1,
+        max_size=4,
+    ),
+    SEEDS,
+)
+def test_a_batch_of_pictures_is_its_pictures(processor, sizes, seed):
+    noise = np.random.default_rng(seed)
+    pictures = [
+        Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode) for w, h, mode in sizes
+    ]
+    texts = [f"<image>{'a red ' * n}square" for n in range(len(pictures))]
+    batch = processor(images=[[p] for p in pictures], text=texts, padding=True, return_tensors="pt")
+    for row, (picture, text) in enumerate(zip(pictures, texts)):
+        single = processor(images=picture, text=text, return_tensors="pt")
+        assert torch.equal(batch["pixel_values"][row], single["pixel_values"][0])
+        words = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        assert torch.equal(words, single["input_ids"][0])
+
+
+# ---- bugs that were found this way
+
+
+@pytest.mark.parametrize("kind", ["ICO", "ICNS"])
+def test_the_picture_inside_an_icon_is_measured_before_it_is_decoded(tmp_path, kind):
+    path = tmp_path / "bomb.ico"
+    path.write_bytes(robustness.ico_around(robustness.png_bomb(8100, 0, 8), kind))
+    robustness.reset_peak()
+    before = robustness.memory_now()
+    with pytest.raises(
+        ValueError, match="bomb.ico holds a picture of 8100 x 8100 pixels, the limit is 64000000 in all.$"
+    ):
+        open_picture(path)
+    assert robustness.memory_now("VmHWM") - before < 20  # decoded it takes 66 MB
+
+
+def test_an_icon_within_the_limit_is_opened(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.ico")
+    assert open_picture(tmp_path / "a.ico").getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_sixteen_bits_take_no_float_copy_of_the_picture():
+    values = np.arange(16_000_000, dtype=np.uint32).reshape(4000, 4000).astype(np.uint16)
+    robustness.reset_peak()
+    before = robustness.memory_now()
+    out = scale_to_8_bit(values)
+    assert robustness.memory_now("VmHWM") - before < 100  # in float64 at once: 128 MB, several times
+    some = values[::997]
+    assert np.array_equal(out[::997], (some.astype(np.float64) / 65535 * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.full((8, 8, 3), np.nan, dtype=np.float32),
+        np.full((3, 8, 8), np.inf),
+        np.zeros((8, 8, 3), dtype=np.complex64),
+        np.full((8, 8, 3), "7"),
+        np.zeros((8, 0, 3)),
+        np.zeros((3, 0, 0), dtype=np.uint8),
+    ],
+    ids=["nan", "inf", "complex", "text", "no columns", "nothing"],
+)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_arrays_that_are_no_pictures_are_refused(processor, array, tensor):
+    if tensor and array.dtype.kind == "U":
+        pytest.skip("torch has no texts")
+    picture = torch.from_numpy(array) if tensor else array
+    with pytest.raises(ValueError, match="is no picture|not finite|empty|size 0|mean must have|channel"):
+        processor.image_processor([picture], return_tensors="pt")
+
+
+@pytest.mark.parametrize("text", [3, 2.5, True, {"text": "a"}, object(), b"<image>"])
+def test_what_is_no_text_is_refused(processor, text):
+    with pytest.raises(TypeError, match="^`text` must be a text or a list of texts, got "):
+        processor(text=text)
+
+
+def test_half_a_character_is_refused(processor):
+    with pytest.raises(ValueError, match="^text 1 is not valid Unicode: "):
+        processor(text=["a", "\ud800"], padding=True)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"text_config": 3}, "text_config must be an object of names and values, got 3."),
+        ({"text_config": {"model_type": ["qwen2"]}}, "text_config.model_type is ['qwen2'], which this version"),
+        ({"text_config": {"model_type": "qwen2", "num_hidden_layers": 2**31}}, "text_config.num_hidden_layers must be a whole number"),
+        ({"vision_config": {"num_classes": 10**12}}, "vision_config.num_classes must be a whole number of at most 100000"),
+        ({"vision_config": {"model_args": {"depth": 10**12}}}, "vision_config.model_args.depth must be a whole number"),
+        ({"num_labels": 10**12}, "num_labels must be a whole number of at most 100000, got 1000000000000."),
+        ({"adapter_config": {"num_prefix_tokens": -25}}, "adapter_config.num_prefix_tokens must be int, in range, got -25."),
+        ({"adapter_config": {"num_prefix_tokens": "25"}}, "adapter_config.num_prefix_tokens must be int, in range, got '25'."),
+        ({"memory_config": {"num_slots": LARGEST_SIZE + 1}}, "memory_config.num_slots must be int, in range, got"),
+        ({"memory_config": {"gray_weight": "x"}}, "memory_config.gray_weight must be float, in range, got 'x'."),
+        ({"memory_config": {"scope_threshold": [[1, "x"]]}}, "memory_config.scope_threshold must hold finite numbers"),
+        ({"qat_config": {"ternary_modules": 7}}, "qat_config.ternary_modules must be list[str] or null, in range, got 7."),
+        ({"alignment_config": {"temperature": 0}}, "alignment_config.temperature must be positive, got 0."),
+        ({"default_prompt_ids": 4}, "default_prompt_ids must be list[int] or null, in range, got 4."),
+        ({"dtype": [1]}, "dtype must be the name of one, got [1]."),
+        ({"dtype": "cuda:7"}, "the configuration gives no model: AttributeError: "),
+    ],
+)  # fmt: skip
+def test_impossible_configs_are_refused_by_name(change, message):
+    with pytest.raises(ValueError) as error:
+        tiny_config(**change)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "section,change",
+    [
+        ("text_config", {"hidden_act": "no such function"}),
+        ("text_config", {"intermediate_size": -5}),
+        ("adapter_config", {"hidden_act": "no such function"}),
+        ("qat_config", {"ternary_modules": ["("]}),
+    ],
+)
+def test_a_section_that_builds_nothing_is_named(section, change):
+    with pytest.raises(ValueError, match=f"^{section} gives no model: "):
+        tiny_model(**{section: copy.deepcopy(tiny_config().to_dict()[section]) | change})
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda t, name: t.pop(name), "{} is missing in the packed checkpoint."),
+        (lambda t, name: t.update({name: t[name].float()}), "{} is stored as F32, expected U8."),
+    ],
+    ids=["missing", "dtype"],
+)
+def test_a_packed_tensor_that_is_missing_or_of_another_type_is_refused(tmp_path, change, message):
+    folder = robustness.small_packed(tmp_path / "small")
+    tensors, name = load_file(folder / "model.safetensors"), "model.language_model.layers.0.self_attn.q_proj.weight"
+    change(tensors, name)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+    assert str(error.value) == message.format(name)
+
+
+def test_mutations_are_the_same_for_the_same_seed():
+    data = bytes(range(256)) * 4
+    assert (
+        robustness.mutate_bytes(data, random.Random("a")) == robustness.mutate_bytes(data, random.Random("a")) != data
+    )
