@@ -328,7 +328,7 @@ def fresh_environment(folder: Path) -> Path:
     """A virtual environment with the runtime dependencies; returns its Python.
 
     Raises:
-        ReleaseError: pip's last lines.
+        ReleaseError: pip's last line.
     """
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
@@ -338,7 +338,7 @@ def fresh_environment(folder: Path) -> Path:
         text=True,
     )
     if done.returncode:
-        raise ReleaseError(f"the dependencies cannot be installed: {' '.join(done.stderr.split()[-40:])}")
+        raise ReleaseError(f"the dependencies cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     return python
 
 
