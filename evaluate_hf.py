@@ -46,7 +46,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import cached_file
 
 from caption import positive, replacing
-from data_microvlm import CaptionCollator, decode_row, load_rows
+from data_microvlm import CaptionCollator, caption_noun, decode_row, load_rows, make_names, text_ids
 
 ROOT = Path(__file__).resolve().parent
 GROUPS = ("captions", "language", "retrieval", "memory", "speed", "size")
@@ -184,6 +184,7 @@ def meteor(candidates: list[str], references: list[str]) -> float:
         if scorer.lock.locked():  # its end would wait for it
             scorer.lock.release()
         scorer.meteor_p.kill()
+        scorer.meteor_p.stdin = BytesIO()  # closed again when the scorer goes
         lines = scorer.meteor_p.stderr.read().decode(errors="replace").strip().splitlines()
         raise RuntimeError(f"METEOR's Java program failed: {lines[-1] if lines else error}") from error
 
@@ -296,6 +297,19 @@ def benchmark(name: str):
     return importlib.import_module(name)
 
 
+@cache
+def longest_name(tokenizer) -> str:
+    """Of the names that facts may have, the one with the most tokens."""
+    names = make_names(2 * benchmark("memory_recall").TRAINING_NAMES)
+    return max(zip(names, text_ids(tokenizer, [f" {name}" for name in names])), key=lambda pair: len(pair[1]))[0]
+
+
+def fact_fits(model, tokenizer, caption: str) -> bool:
+    """Whether "This is Bimo the <what the caption names>." can be stored, whatever the name."""
+    fact = text_ids(tokenizer, f"This is {longest_name(tokenizer)} the {caption_noun(caption)}.")
+    return len(fact) < model.config.memory_config.max_content_tokens  # the end token too
+
+
 @torch.no_grad()
 def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tuple[list[dict], dict[int, dict], dict]:
     """Figures of `measure` in benchmarks/memory_recall.py for memories of several sizes, and the KL terms.
@@ -310,6 +324,10 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
     recall, missing, out, scopes = benchmark("memory_recall"), {}, [], {}
     if len(rows) > MEMORY_POOL:
         rows = rows.select(range(MEMORY_POOL))
+    fits = [i for i, caption in enumerate(rows["caption"]) if fact_fits(model, processor.tokenizer, caption)]
+    if len(fits) < len(rows):
+        missing[f"memory of {len(rows) - len(fits)} pictures"] = "their caption is too long for a fact"
+        rows = rows.select(fits)
     if "concept" not in rows.column_names:
         rows = rows.add_column("concept", [normalise(caption) for caption in rows["caption"]])
     bench, most = recall.Bench(model, processor, rows), model.config.memory_config.max_items
@@ -734,10 +752,13 @@ def card_with(path: str, results: dict[str, dict], groups, name: str) -> str:
         block = yaml_dump(index, sort_keys=False, line_break=line_end)
         place = INDEX.search(old)
         new_front = old[: place.start()] + block + old[place.end() :] if place else old + block
-        text = text[: front.start(3)] + new_front + text[front.end(3) :]
-        if yaml.safe_load(new_front) != data | index:
-            raise ValueError(f"the model-index of {path} is written in a way that cannot be replaced: use block style.")
-        return text
+        try:
+            good = yaml.safe_load(new_front) == data | index
+        except yaml.YAMLError:
+            good = False
+        if not good:
+            raise ValueError(f"a model-index cannot be written into the metadata of {path}: use YAML in block style.")
+        return text[: front.start(3)] + new_front + text[front.end(3) :]
     return f"---\n{yaml_dump(index, sort_keys=False)}---\n{text}"
 
 
