@@ -605,14 +605,21 @@ class PackedConfig(QuantizationConfigMixin):
     Args:
         modules: regular expression on a module's dotted name, matched whole -> entries of `Scheme`; the first that matches counts. A module that
             none matches stays as it is.
+        order: the expressions in the order in which they are tried, as config.json sorts the names of `modules`; default: theirs.
 
     Raises:
-        ValueError: an entry that `Scheme` refuses.
+        ValueError: an entry that `Scheme` refuses, or an order of other expressions.
     """
 
-    def __init__(self, modules: dict[str, dict], **kwargs):
+    def __init__(self, modules: dict[str, dict], order: list[str] | None = None, **kwargs):
         self.quant_method = QUANT_METHOD
-        self.modules = modules
+        if order is not None and sorted(order) != sorted(modules):
+            raise ValueError(
+                "quantization_config.order must hold every expression of quantization_config.modules once."
+            )
+        self.modules = {pattern: modules[pattern] for pattern in order or modules}
+        if list(self.modules) != sorted(self.modules):
+            self.order = list(self.modules)
         self.schemes()
 
     def schemes(self) -> dict[str, Scheme]:

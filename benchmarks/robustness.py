@@ -414,6 +414,8 @@ class Packed:
         self.nano = nano
         self.state = {path: load_file(path / "model.safetensors") for path in (self.small, nano) if path}
         self.model_class = modeling.MicroVLMForConditionalGeneration
+        for path in self.state:
+            self.open(path)
 
     def case(self, rng: random.Random) -> None:
         source = self.nano if self.nano and rng.random() < 0.1 else self.small

@@ -147,7 +147,8 @@ def test_an_array_gives_pixels_or_a_refusal(processor, data):
         assert str(error)
     else:
         values = pixels["pixel_values"]
-        assert values.shape == (1, 3, 32, 32) and values.dtype == torch.float32 and torch.isfinite(values).all()
+        pictures = len(array) if array.ndim == 4 else 1  # four axes are a batch
+        assert values.shape == (pictures, 3, 32, 32) and values.dtype == torch.float32 and torch.isfinite(values).all()
 
 
 # ---- round trips
@@ -349,6 +350,18 @@ def test_a_packed_tensor_that_is_missing_or_of_another_type_is_refused(tmp_path,
     with pytest.raises(ValueError) as error:
         robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
     assert str(error.value) == message.format(name)
+
+
+def test_patterns_keep_their_order_in_config_json(tmp_path):
+    folder = robustness.small_packed(tmp_path / "small")  # up_proj comes before the .*_proj that would match it too
+    saved = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert list(saved["modules"]) != saved["order"] and sorted(saved["modules"]) == sorted(saved["order"])
+    model = robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+    assert model.model.language_model.layers[0].mlp.up_proj.scheme.group_size == 16
+    assert model.model.language_model.layers[0].mlp.down_proj.scheme.format == "int4"
+    with pytest.raises(ValueError, match="^quantization_config.order must hold every expression"):
+        quantization.PackedConfig({"a": {}}, order=["b"])
+    assert not hasattr(quantization.PackedConfig({"a": {}, "b": {}}), "order")  # sorted already: nothing to keep
 
 
 def test_mutations_are_the_same_for_the_same_seed():
