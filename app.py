@@ -36,7 +36,8 @@ CSS = """
 .gradio-container { max-width: 46rem !important; margin: auto !important; }
 .gradio-container, body { overflow-wrap: anywhere; }
 #caption textarea, #answer textarea { font-size: 1.15rem; }
-.said table { width: 100%; border-collapse: collapse; }
+#maps .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+.said table { width: 100%; border-collapse: collapse; border: 0 !important; }
 .said td, .said th { padding: .2rem .4rem; text-align: left; border: 0 !important; }
 .said tr { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
 .said td + td, .said th + th { text-align: right; white-space: nowrap; }
@@ -118,7 +119,7 @@ class Page:
             words = word_attention(self.model, self.processor, pixel_values, [ids], memory)[0]
             small, maps = thumbnail(picture, MAP_SIZE), []
             for word, heat, recalled in zip(words.words, words.maps, words.memory):
-                label = f"{word} ({recalled:.0%} memory)" if said.speaks else word
+                label = f"{word} {recalled:.0%}" if said.speaks else word
                 maps.append((overlay(small, heat), label))
             yield text, table(said), maps
 
@@ -208,7 +209,7 @@ def build(model, processor) -> gr.Blocks:
         put = gr.Button("Ask", elem_id="ask")
         answer = gr.Textbox(label="Answer", interactive=False, lines=1, max_lines=4, elem_id="answer")
         answer_said = gr.HTML("", elem_id="answer_said", elem_classes="said")
-        gr.Markdown("#### Where each word looks")
+        gr.Markdown("#### Where each word looks\nIn per cent, how much of it came from the memory.")
         maps = gr.Gallery(
             show_label=False,
             columns=3,
