@@ -22,6 +22,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, Unpack
 
 DEFAULT_MAX_PIXELS = 64_000_000  # 8000 x 8000
+LARGEST_VALUE = 1e30  # of a pixel in an array of floats; beyond it float32 overflows on the way
 DOWNLOAD_TIMEOUT = 60  # seconds
 AUTO_MAP = {
     "AutoImageProcessor": "processing_microvlm.MicroVLMImageProcessor",
@@ -153,8 +154,19 @@ def check_array(image: np.ndarray | torch.Tensor) -> None:
             f"an array of {image.dtype} with the shape {tuple(image.shape)} is no picture: it takes whole or real numbers, "
             "(height, width) or three axes, none of them empty."
         )
-    if not (torch.isfinite(image) if is_tensor else np.isfinite(image)).all():
-        raise ValueError("an array of pixels holds values that are not finite numbers.")
+    finite = bool((torch.isfinite(image) if is_tensor else np.isfinite(image)).all())
+    if not finite or abs(float(image.max())) > LARGEST_VALUE or abs(float(image.min())) > LARGEST_VALUE:
+        raise ValueError("an array of pixels holds values that are not finite numbers, or out of all range.")
+
+
+def as_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """Whole numbers of another type as uint8 where they fit, else as float32: torchvision resizes neither int32 nor int64."""
+    if isinstance(image, torch.Tensor):
+        whole = image.dtype != torch.uint8 and not image.is_floating_point()
+        to = torch.uint8 if whole and 0 <= image.min() and image.max() <= 255 else torch.float32
+        return image.to(to) if whole else image
+    whole = image.dtype != np.uint8 and image.dtype.kind in "bui"
+    return image.astype(np.uint8 if 0 <= image.min() and image.max() <= 255 else np.float32) if whole else image
 
 
 class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
@@ -213,9 +225,13 @@ class MicroVLMImageProcessor(TorchvisionBackend):
             check_size(image, max_pixels)
             image = to_rgb(image, max_pixels) if do_convert_rgb else image
         elif isinstance(image, (np.ndarray, torch.Tensor)):
+            if image.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch cannot compare them
+                image = image.to(torch.int64)
             check_array(image)
-        if isinstance(image, np.ndarray):
-            image = scale_to_8_bit(image) if image.dtype == np.uint16 else image
+        if isinstance(image, torch.Tensor):
+            image = as_uint8(image)
+        elif isinstance(image, np.ndarray):
+            image = scale_to_8_bit(image) if image.dtype == np.uint16 else as_uint8(image)
             image = np.require(image, requirements="CW")  # torch takes neither read-only arrays nor bgr[..., ::-1]
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
