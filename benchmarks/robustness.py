@@ -501,7 +501,8 @@ class MemoryFiles:
             while int(again.counts[row]):
                 again = again.forget(0, row)
         fresh = MemoryState.new(R, 8, 12, 0.01, 6, 5, "fingerprint")
-        assert torch.equal(again.mean, fresh.mean) and torch.equal(again.covariance, fresh.covariance)
+        for name in ("mean", "covariance"):  # a file may be off by as little as what is checked against its receipts
+            torch.testing.assert_close(getattr(again, name), getattr(fresh, name), rtol=0, atol=2e-6)
 
     def explain(self, error: BaseException) -> str | None:
         return None
