@@ -1,4 +1,4 @@
-"""Put a trained checkpoint at the root of a folder as a Hub repo receives it: bf16 weights, config, processor, tokenizer.
+"""Put a trained checkpoint at the root of a folder as a Hub repo receives it: weights (bf16, or packed as they are), config, processor, tokenizer.
 
     python scripts/publish.py runs/nano_stage1b .
 
@@ -6,6 +6,7 @@ Everything is written beside the target first and renamed, so a failure leaves t
 """
 
 import argparse
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -28,6 +29,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=target) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        tokenizer = Path(folder, "tokenizer_config.json")
+        options = json.loads(tokenizer.read_text())
+        options.pop("local_files_only", None)  # how it was read here, offline
+        tokenizer.write_text(json.dumps(options, indent=2) + "\n")
         for path in sorted(Path(folder).iterdir()):
             if path.suffix != ".py":  # the code of the target is the newer one
                 path.chmod(0o644)
