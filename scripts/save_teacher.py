@@ -1,6 +1,6 @@
 """EfficientNet-Lite0, the teacher of nano's vision tower, as a folder that compose_hf.py reads.
 
-    python scripts/save_teacher.py runs/efficientnet_lite0
+python scripts/save_teacher.py runs/efficientnet_lite0
 """
 
 import json

@@ -1,6 +1,6 @@
 """A checkpoint with another vision tower of the same architecture; adapter, memory and decoder stay and have to be trained on.
 
-    python scripts/swap_vision.py runs/nano_memory runs/nano_vision3/model.safetensors runs/nano_start
+python scripts/swap_vision.py runs/nano_memory runs/nano_vision3/model.safetensors runs/nano_start
 """
 
 import argparse

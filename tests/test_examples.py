@@ -16,7 +16,7 @@ from datasets import Image
 from safetensors.torch import load_file
 from torch import nn
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from data_microvlm import CaptionCollator, load_rows
 
