@@ -407,7 +407,9 @@ def timings(bench: Bench, row, repeats: int = 7) -> dict[str, float]:
         with torch.inference_mode():
             clock("read", read, written)
         clock("forget", model.forget, written, BATCH)
-        tuned = get_peft_model(copy.deepcopy(model).float(), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+        plain = copy.deepcopy(model)
+        plain = plain.dequantize() if getattr(plain, "is_quantized", False) else plain
+        tuned = get_peft_model(plain.float(), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
         optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=1e-3)
         clock("20 LoRA steps", steps, tuned, optimizer)
     return {name: median(values) for name, values in times.items()}
