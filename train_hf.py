@@ -898,7 +898,9 @@ def load_model(recipe: dict[str, Any]):
     config = change_config(AutoConfig.from_pretrained(recipe["model"], **source), recipe.get("config", {}))
     if recipe.get("attn_implementation"):
         source["attn_implementation"] = recipe["attn_implementation"]
-    packed = getattr(config, "quantization_config", None) is not None
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    packed = stored.get("quant_method") == "microvlm"  # bitsandbytes' weights stay as they are
     if (quantization := recipe.get("quantization")) is not None:
         if packed:
             raise ValueError(

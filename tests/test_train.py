@@ -396,7 +396,7 @@ def test_what_the_seeds_freeze():
 def test_stage_2_starts_where_a_stage_1_ends():
     recipes = {path.stem: load_recipe(str(path)) for path in RECIPES}
     ends = {recipe["training"]["output_dir"] for name, recipe in recipes.items() if "stage1" in name}
-    starts = {name: recipe["model"] for name, recipe in recipes.items() if "stage2" in name}
+    starts = {name: recipe["model"] for name, recipe in recipes.items() if "stage2" in name and "nano" not in name}
     assert starts and set(starts.values()) <= ends
 
 
