@@ -75,9 +75,8 @@ def write_random(config: MicroVLMConfig, folder: str | Path) -> None:
 
 
 def load(folder: str | Path) -> PreTrainedModel:
-    """A checkpoint as its users open it, in the dtype it is stored in; packed weights unpacked, for the bare model's are plain."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
-    return model.dequantize() if getattr(model, "is_quantized", False) else model
+    """A checkpoint as its users open it, in the dtype it is stored in."""
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
 
 
 def write_text_model(model: PreTrainedModel, folder: str | Path) -> None:
@@ -215,6 +214,8 @@ def benchmark(name: str, folder: str | Path, repeats: int, new_tokens: int) -> s
     """Measure the checkpoint in `folder` against its own language model: a heading, load times and the table."""
     with tempfile.TemporaryDirectory() as text_folder:
         load_seconds, model = seconds(lambda: load(folder))
+        if getattr(model, "is_quantized", False):  # packed: the bare model's weights are plain
+            model = model.dequantize().eval()
         write_text_model(model, text_folder)
         text_load_seconds, text_model = seconds(lambda: load_text_model(text_folder))
     lend_layers(model, text_model)
