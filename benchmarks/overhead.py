@@ -215,7 +215,7 @@ def benchmark(name: str, folder: str | Path, repeats: int, new_tokens: int) -> s
     with tempfile.TemporaryDirectory() as text_folder:
         load_seconds, model = seconds(lambda: load(folder))
         if getattr(model, "is_quantized", False):  # packed: the bare model's weights are plain
-            model = model.dequantize().eval()
+            model = model.dequantize(torch.float32).eval()
         write_text_model(model, text_folder)
         text_load_seconds, text_model = seconds(lambda: load_text_model(text_folder))
     lend_layers(model, text_model)
