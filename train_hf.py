@@ -912,7 +912,7 @@ def load_model(recipe: dict[str, Any]):
         source["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=skip, **quantization)
     model = AutoModelForImageTextToText.from_pretrained(recipe["model"], config=config, dtype=torch.float32, **source)
     if packed:
-        model = model.dequantize().float()
+        model = model.dequantize(torch.float32)
         print(f"{recipe['model']} is packed: its weights were unpacked to train", flush=True)
     for module in model.modules():
         if hasattr(

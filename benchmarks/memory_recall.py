@@ -408,8 +408,8 @@ def timings(bench: Bench, row, repeats: int = 7) -> dict[str, float]:
             clock("read", read, written)
         clock("forget", model.forget, written, BATCH)
         plain = copy.deepcopy(model)
-        plain = plain.dequantize() if getattr(plain, "is_quantized", False) else plain
-        tuned = get_peft_model(plain.float(), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+        plain = plain.dequantize(torch.float32) if getattr(plain, "is_quantized", False) else plain.float()
+        tuned = get_peft_model(plain, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
         optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=1e-3)
         clock("20 LoRA steps", steps, tuned, optimizer)
     return {name: median(values) for name, values in times.items()}

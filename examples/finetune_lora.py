@@ -5,7 +5,7 @@
 Needs finetune_trainer.py beside it, and peft. The output folder holds the trained part only and loads onto its base:
 
     model = AutoModelForImageTextToText.from_pretrained("MODEL", trust_remote_code=True, dtype=torch.float32)
-    model = model.dequantize().float()  # if it is packed, as nano is
+    model = model.dequantize(torch.float32)  # if it is packed, as nano is
     model.load_adapter("runs/finetune_lora")
 
 A branch can be added to the weights if the layer is plain, as in V; OUTPUT/merged is then a whole checkpoint. nano's and M's

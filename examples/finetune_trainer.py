@@ -67,7 +67,7 @@ def describe(model, processor, prompt: str, image) -> str:
 def load(name: str):
     """The model in float32, where small steps are not rounded away; packed weights do not train: they are unpacked."""
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
-    return model.dequantize().float() if getattr(model, "is_quantized", False) else model
+    return model.dequantize(torch.float32) if getattr(model, "is_quantized", False) else model
 
 
 def train(model, processor, options: argparse.Namespace) -> Trainer:
