@@ -3,10 +3,11 @@
 DeiT (arXiv 2012.12877) distils a vision transformer from a convnet. There is no ImageNet here, so the teacher's *features* are
 the target instead of its 1,000 class probabilities, which gives 100 + 1 targets per picture instead of one:
 
-- dense: the teacher's 10 x 10 feature map of the whole picture, sampled at the place every patch of the (rotated, scaled,
-  shifted) crop came from; the teacher runs once per picture, not once per step;
+- dense: the teacher's feature map of the whole picture (10 x 10, or 7 x 7 with `teacher_size: 224`), sampled at the place every
+  patch of the (rotated, scaled, shifted) crop came from; the teacher runs once per picture, not once per step;
 - pooled: its standardised pooled feature, asked of the CLS token and of the mean patch token whatever the augmentation was;
-- labels: the concept (one of N) and the words of the caption (many of M).
+- labels: the concept (one of N) and the words of the caption (many of M). Rows without a concept (`unlabelled_file`, of which a
+  run takes `unlabelled_rows`) have the teacher's targets only.
 
 Training runs at 112 x 112 (49 patches, four times as fast as 224 x 224). A second run can start from the weights and heads of a
 first (`init`), with Muon on the blocks' matrices (`optimizer: muon`). Teacher maps are cached beside the output, keyed by what
@@ -34,6 +35,7 @@ import yaml
 from datasets import Image
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_microvlm import change_colors, change_style, load_rows, random_affine  # noqa: E402
@@ -56,7 +58,7 @@ def load_teacher() -> nn.Module:
 
 @torch.inference_mode()
 def teacher_features(images: torch.Tensor, size: int = 320, batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feature maps (N, 320, 10, 10) and pooled features (N, 1280), float16, of pictures (N, 3, H, W) uint8."""
+    """Feature maps (N, 320, size / 32, size / 32), and pooled features (N, 1280) at 224 x 224, float16, of pictures (N, 3, H, W) uint8."""
     teacher = load_teacher()
     maps, pooled = [], []
     for start in range(0, len(images), batch):
@@ -65,8 +67,11 @@ def teacher_features(images: torch.Tensor, size: int = 320, batch: int = 32) -> 
             x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
             x = x.contiguous(memory_format=torch.channels_last)
             m = teacher.blocks(teacher.bn1(teacher.conv_stem(x)))
-            small = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
-            p = teacher.forward_head(teacher.forward_features(small), pre_logits=True)
+            if size == 224:
+                last = teacher.bn2(teacher.conv_head(m))
+            else:
+                last = teacher.forward_features(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
+            p = teacher.forward_head(last, pre_logits=True)
         maps.append(m.half().contiguous())
         pooled.append(p.half())
     return torch.cat(maps), torch.cat(pooled)
@@ -76,23 +81,35 @@ def square(picture, size: int) -> np.ndarray:
     return np.asarray(picture.convert("RGB").resize((size, size), resample=3))
 
 
-def load_split(path: str | list[str], size: int, include_copyleft: bool) -> tuple[torch.Tensor, list[dict]]:
-    """Pictures (N, 3, size, size) uint8 and their rows without the picture."""
-    pictures, rows = [], []
-    for row in load_rows(path, exclude_copyleft=not include_copyleft).cast_column("image", Image()):
-        pictures.append(square(row.pop("image"), size))
+def load_split(path: str | list[str], size: int, include_copyleft: bool, sample: int | None = None, seed: int = 0):
+    """Pictures (N, 3, size, size) uint8 and their rows without the picture; with `sample`, so many rows drawn by `seed`."""
+    source = load_rows(path, exclude_copyleft=not include_copyleft).cast_column("image", Image())
+    if sample is not None:
+        source = source.shuffle(seed=seed).select(range(min(sample, len(source))))
+    pictures, rows = torch.empty(len(source), 3, size, size, dtype=torch.uint8), []
+    for i, row in enumerate(source):
+        pictures[i] = torch.from_numpy(square(row.pop("image"), size)).permute(2, 0, 1)
         rows.append(row)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), rows
+    return pictures, rows
 
 
-def cached_teacher_features(images: torch.Tensor, rows: list[dict], folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def resized(images: torch.Tensor, size: int, batch: int = 512) -> torch.Tensor:
+    """Pictures (N, 3, H, W) uint8 at another size."""
+    parts = (F.interpolate(x.float(), size=(size, size), mode="bilinear", antialias=True) for x in images.split(batch))
+    return torch.cat([part.round().to(torch.uint8) for part in parts])
+
+
+def cached_teacher_features(
+    images: torch.Tensor, rows: list[dict], folder: Path, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`teacher_features`, kept in `folder` under a name made of what they depend on."""
-    key = hashlib.sha256(repr([r["id"] for r in rows]).encode() + str(images.sum().item()).encode()).hexdigest()[:16]
+    made_of = repr(([r["id"] for r in rows], int(images.sum(dtype=torch.int64)), size))
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     cache = folder / f"teacher_{key}.pt"
     if cache.exists():
         return torch.load(cache, weights_only=True)
     started = time.time()
-    features = teacher_features(images)
+    features = teacher_features(images, size)
     torch.save(features, cache.with_suffix(".tmp"))
     cache.with_suffix(".tmp").replace(cache)
     print(f"teacher features of {len(images)} pictures in {time.time() - started:.0f} s", flush=True)
@@ -150,6 +167,17 @@ def embed(model: Student, images: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat(out)
 
 
+def first_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights to begin from: a run of this script, or the tower of a checkpoint of MicroVLM, packed or not."""
+    if (folder / "state.pt").exists():
+        return torch.load(folder / "state.pt", weights_only=True)["model"]
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    if getattr(model.config, "quantization_config", None) is not None:
+        model = model.dequantize(torch.float32)
+    tower = model.model.vision_tower.timm_model.state_dict()
+    return {f"backbone.{name}": weight for name, weight in tower.items()}
+
+
 def nearest_neighbour_exact(train_x, train_rows, val_x, val_rows) -> float:
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
     a, b = F.normalize((train_x - mean) / std, dim=-1), F.normalize((val_x - mean) / std, dim=-1)
@@ -166,18 +194,28 @@ def main() -> None:
     torch.manual_seed(recipe["seed"])
     g = torch.Generator().manual_seed(recipe["seed"])
 
-    images, rows = load_split(recipe["train_file"], 256, include_copyleft=False)
-    val_images, val_rows = load_split(recipe["validation_file"], 256, include_copyleft=True)
-    print(f"{len(images)} training pictures, {len(val_images)} validation pictures", flush=True)
+    side = recipe.get("picture_size", 256)
+    images, rows = load_split(recipe["train_file"], side, include_copyleft=False)
+    labelled = len(rows)
+    if recipe.get("unlabelled_file"):
+        more = load_split(recipe["unlabelled_file"], side, False, recipe["unlabelled_rows"], recipe["seed"])
+        images, rows = torch.cat([images, more[0]]), rows + more[1]
+        del more
+    val_images, val_rows = load_split(recipe["validation_file"], side, include_copyleft=True)
+    print(
+        f"{labelled} training pictures, {len(images) - labelled} without words, {len(val_images)} validation pictures",
+        flush=True,
+    )
 
-    maps, pooled = cached_teacher_features(images, rows, out)
+    maps, pooled = cached_teacher_features(images, rows, out, recipe.get("teacher_size", 320))
     map_mean, map_std = maps.float().mean((0, 2, 3)), maps.float().std((0, 2, 3)) + 1e-4
     pool_mean, pool_std = pooled.float().mean(0), pooled.float().std(0) + 1e-4
 
-    concepts = {c: i for i, c in enumerate(sorted({r["concept"] for r in rows}))}
+    concepts = {c: i for i, c in enumerate(sorted({r["concept"] for r in rows[:labelled]}))}
     counts = Counter(w for r in rows for w in set(caption_words(r["caption"])))
     words = {w: i for i, w in enumerate(sorted(w for w, n in counts.items() if n >= 3))}
-    concept_ids = torch.tensor([concepts[r["concept"]] for r in rows])
+    concept_ids = torch.tensor([concepts.get(r["concept"], -100) for r in rows])
+    concept_ids[labelled:] = -100  # no label
     word_targets = torch.zeros(len(rows), len(words))
     for i, r in enumerate(rows):
         for w in caption_words(r["caption"]):
@@ -185,7 +223,7 @@ def main() -> None:
                 word_targets[i, words[w]] = 1
 
     model = Student(len(concepts), len(words), recipe["drop_path"])
-    small = F.interpolate(images.float(), size=(144, 144), mode="bilinear", antialias=True).round().to(torch.uint8)
+    small = resized(images, 144)
     muon = recipe.get("optimizer") == "muon"
     matrices = [p for p in model.backbone.blocks.parameters() if muon and p.ndim == 2]
     taken = set(matrices)
@@ -209,8 +247,10 @@ def main() -> None:
         g.manual_seed(recipe["seed"] + done)
         print(f"resumed at step {done}", flush=True)
     elif recipe.get("init"):
-        first = torch.load(Path(recipe["init"]) / "state.pt", weights_only=True)["model"]
-        new = [k for k, v in model.state_dict().items() if first[k].shape != v.shape]  # heads of other labels
+        first = first_weights(Path(recipe["init"]))
+        new = [
+            k for k, v in model.state_dict().items() if k not in first or first[k].shape != v.shape
+        ]  # heads of other labels
         if any(k.startswith("backbone.") for k in new):
             raise ValueError(f"{recipe['init']} is another vision tower: {', '.join(new)} differ in shape.")
         model.load_state_dict({k: v for k, v in first.items() if k not in new}, strict=False)
@@ -253,13 +293,14 @@ def main() -> None:
 
         with torch.autocast("cpu", torch.bfloat16):
             dense, from_cls, from_mean, concept, word = forward(x)
+        known = concept_ids[idx] != -100
         losses = {
             "dense": F.smooth_l1_loss(dense.float(), target),
             "pooled": F.smooth_l1_loss(from_cls.float(), target_pooled)
             + F.smooth_l1_loss(from_mean.float(), target_pooled),
             "concept": F.cross_entropy(concept.float(), concept_ids[idx], label_smoothing=0.1),
             "words": F.binary_cross_entropy_with_logits(word.float(), word_targets[idx], reduction="none")
-            .sum(-1)
+            .sum(-1)[known]
             .mean(),
         }
         loss = sum(recipe["weights"][k] * v for k, v in losses.items())
@@ -278,8 +319,8 @@ def main() -> None:
             sums = Counter()
         if (step + 1) % recipe["save_steps"] == 0 or step + 1 == total:
             save(step + 1)
-            train_x, val_x = embed(model, images, size), embed(model, val_images, size)
-            score = nearest_neighbour_exact(train_x, rows, val_x, val_rows)
+            train_x, val_x = embed(model, images[:labelled], size), embed(model, val_images, size)
+            score = nearest_neighbour_exact(train_x, rows[:labelled], val_x, val_rows)
             log.append({"step": step + 1, "size": size, "nearest_neighbour_concept": score})
             print(
                 f"step {step + 1}: nearest neighbour has the right concept for {score:.3f} of validation_seen",

@@ -17,6 +17,8 @@ def main() -> None:
     parser.add_argument("out")
     options = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, trust_remote_code=True, dtype=torch.float32)
+    if getattr(model.config, "quantization_config", None) is not None:
+        model = model.dequantize(torch.float32)
     processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
     model.model.vision_tower.timm_model.load_state_dict(load_file(options.vision))
     model.save_pretrained(options.out)
