@@ -88,7 +88,7 @@ def load_split(path: str | list[str], size: int, include_copyleft: bool, sample:
         source = source.shuffle(seed=seed).select(range(min(sample, len(source))))
     pictures, rows = torch.empty(len(source), 3, size, size, dtype=torch.uint8), []
     for i, row in enumerate(source):
-        pictures[i] = torch.from_numpy(square(row.pop("image"), size)).permute(2, 0, 1)
+        pictures[i] = torch.from_numpy(square(row.pop("image"), size).copy()).permute(2, 0, 1)
         rows.append(row)
     return pictures, rows
 
@@ -103,7 +103,7 @@ def cached_teacher_features(
     images: torch.Tensor, rows: list[dict], folder: Path, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`teacher_features`, kept in `folder` under a name made of what they depend on."""
-    made_of = repr(([r["id"] for r in rows], int(images.sum(dtype=torch.int64)), size))
+    made_of = repr(([r["id"] for r in rows], int(images.numpy().sum(dtype=np.int64)), size))
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     cache = folder / f"teacher_{key}.pt"
     if cache.exists():
