@@ -694,17 +694,19 @@ class PackedQuantizer(HfQuantizer):
         code = code_of(model)
         new = code.replace_with_packed(model, code.PackedConfig(self.quantization_config.modules), dtype)
         expected = {f"{name}.{key}": t for name, module in new.items() for key, t in module.state_dict().items()}
-        missing = set(expected) if checkpoint_files else set()
+        state, missing = model.state_dict(), set(expected) if checkpoint_files else set()
         for file in checkpoint_files or []:
             with safe_open(file, framework="pt") as tensors:
-                for name in sorted(expected.keys() & set(tensors.keys())):
-                    stored = tensors.get_slice(name)
+                for name in sorted(state.keys() & set(tensors.keys())):
+                    stored, target = tensors.get_slice(name), state[name]
                     shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                    if shape != tuple(expected[name].shape):
-                        raise ValueError(f"{name} has the shape {shape}, expected {tuple(expected[name].shape)}.")
-                    want = dtype if name.endswith(".bias") else STORED_DTYPES[expected[name].dtype]
-                    if dtype != want:
-                        raise ValueError(f"{name} is stored as {dtype}, expected {want}.")
+                    if name in expected and shape != tuple(target.shape):
+                        raise ValueError(f"{name} has the shape {shape}, expected {tuple(target.shape)}.")
+                    if name in expected and not name.endswith(".bias"):
+                        if dtype != (want := STORED_DTYPES[target.dtype]):
+                            raise ValueError(f"{name} is stored as {dtype}, expected {want}.")
+                    elif target.is_floating_point() and not dtype.startswith(("F", "BF")):  # transformers casts those
+                        raise ValueError(f"{name} is stored as {dtype}, expected a floating point type.")
                 missing -= set(tensors.keys())
         if missing:
             raise ValueError(f"{min(missing)} is missing in the packed checkpoint.")

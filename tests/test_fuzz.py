@@ -294,8 +294,8 @@ def test_a_picture_whose_orientation_cannot_be_read_is_shown_as_it_is_stored(pro
     picture = with_broken_exif(tmp_path)
     with pytest.raises(SyntaxError, match="not a TIFF file"):
         picture.getexif()
-    for given in (with_broken_exif(tmp_path), open_picture(tmp_path / "a.png"), str(tmp_path / "a.png")):
-        pixels = processor(images=given, return_tensors="pt")["pixel_values"][0]  # (3, 32, 32)
+    for image in (with_broken_exif(tmp_path), open_picture(tmp_path / "a.png"), str(tmp_path / "a.png")):
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]  # (3, 32, 32)
         assert pixels[:, 16, 4].tolist() == [1, -1, -1] and pixels[:, 16, 28].tolist() == [1, 1, 1]
 
 
@@ -399,6 +399,33 @@ def test_a_packed_tensor_that_is_missing_or_of_another_type_is_refused(tmp_path,
     with pytest.raises(ValueError) as error:
         robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
     assert str(error.value) == message.format(name)
+
+
+@pytest.mark.parametrize(
+    "name,dtype,stored",
+    [
+        ("model.language_model.norm.weight", torch.int64, "I64"),
+        ("model.vision_tower.timm_model.patch_embed.proj.bias", torch.uint8, "U8"),
+        ("model.language_model.layers.0.self_attn.q_proj.bias", torch.bool, "BOOL"),  # of a packed layer
+    ],
+)
+def test_a_weight_that_is_not_packed_is_stored_in_floating_point(tmp_path, name, dtype, stored):
+    folder = robustness.small_packed(tmp_path / "small")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+    assert str(error.value) == f"{name} is stored as {stored}, expected a floating point type."
+
+
+def test_floating_point_weights_of_another_type_are_cast(tmp_path):
+    folder = robustness.small_packed(tmp_path / "small")
+    tensors, name = load_file(folder / "model.safetensors"), "model.language_model.norm.weight"
+    tensors[name] = tensors[name].double()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+    assert model.model.language_model.norm.weight.dtype == torch.float32
 
 
 def test_patterns_keep_their_order_in_config_json(tmp_path):
