@@ -132,6 +132,26 @@ def test_a_config_of_any_value_is_kept_or_refused_by_name(field, value):
         assert kept == value or value is None
 
 
+QUANTIZATION = {
+    "modules": {
+        r"model\..*_proj": {"format": "ternary", "group_size": 16},
+        r"model\.embed": {"format": "int4", "group_size": "row", "scale_type": "float16", "frequent_rows": 10},
+    },
+    "order": [r"model\.embed", r"model\..*_proj"],
+}
+
+
+@settings(small, max_examples=300)
+@given(SEEDS)
+def test_any_quantization_config_is_taken_or_refused(seed):
+    try:
+        config = quantization.PackedConfig(**robustness.mutate_json(QUANTIZATION, random.Random(seed)))
+    except ValueError as error:
+        assert str(error)
+    else:
+        json.dumps(config.to_dict())
+
+
 NUMBERS = st.sampled_from([np.uint8, np.uint16, np.int32, np.float32, np.float64, np.bool_])
 SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple)
 
@@ -438,6 +458,25 @@ def test_patterns_keep_their_order_in_config_json(tmp_path):
     with pytest.raises(ValueError, match="^quantization_config.order must hold every expression"):
         quantization.PackedConfig({"a": {}}, order=["b"])
     assert not hasattr(quantization.PackedConfig({"a": {}, "b": {}}), "order")  # sorted already: nothing to keep
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"modules": 3}, "quantization_config.modules must be an object of expressions with an object each, got 3."),
+        ({"modules": {"a": None}}, "quantization_config.modules must be an object of expressions with an object each, got"),
+        ({}, "quantization_config.modules must be an object of expressions with an object each, got None."),
+        ({"modules": {"(": {}}}, "quantization_config.modules: '(' is not a regular expression: "),
+        ({"modules": {"a": {"format": []}}}, "format must be one of "),
+        ({"modules": {"a": {"frequent_rows": "10"}}}, "frequent_rows must be a whole number, got '10'."),
+        ({"modules": {"a": {}}, "order": [1]}, "quantization_config.order must hold every expression"),
+        ({"modules": {"a": {}}, "order": 7}, "quantization_config.order must hold every expression"),
+    ],
+)  # fmt: skip
+def test_an_impossible_quantization_config_is_refused_by_name(change, message):
+    with pytest.raises(ValueError) as error:
+        quantization.PackedConfig(**change)
+    assert str(error.value).startswith(message)
 
 
 def test_mutations_are_the_same_for_the_same_seed():
