@@ -37,8 +37,15 @@ AUTO_MAP = {
 }
 
 LARGEST_SIZE = 2**24  # of a whole number in our own sections
-# of those that transformers and timm count up to while they build, before anything can fail
-LARGEST = {"num_hidden_layers": 1000, "depth": 1000, "num_labels": 100_000, "num_classes": 100_000}
+# of those that are counted up to, in our sections and while transformers and timm build, before anything can fail
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "depth": 1000,
+    "num_labels": 100_000,
+    "num_classes": 100_000,
+    "fusion_num_layers": 1000,
+    "ben_cohen_steps": 1000,
+}
 LEAST = {
     "ben_cohen_steps": 0,
     "fusion_num_layers": 0,
@@ -61,13 +68,13 @@ def refusing(section: str) -> Iterator[None]:
 
 def check_fields(config: PreTrainedConfig, section: str) -> None:
     """Raise a ValueError that names the first of the class's own fields whose value is not of its type: whole numbers are
-    from 1 (or `LEAST`) to `LARGEST_SIZE`, other numbers finite."""
+    from 1 (or `LEAST`) to `LARGEST_SIZE` (or `LARGEST`), other numbers finite."""
     for name, kind in type(config).__annotations__.items():
         if name.endswith("_config"):
             continue
         value, kinds = getattr(config, name), typing.get_args(kind) or (kind,)
         kinds = (kind,) if typing.get_origin(kind) is list else kinds
-        if not any(fits(value, k, LEAST.get(name, 1)) for k in kinds):
+        if not any(fits(value, k, LEAST.get(name, 1), LARGEST.get(name, LARGEST_SIZE)) for k in kinds):
             words = " or ".join("null" if k is type(None) else k.__name__ if k in PLAIN else str(k) for k in kinds)
             raise ValueError(f"{section}{name} must be {words}, in range, got {value!r}.")
 
@@ -75,9 +82,9 @@ def check_fields(config: PreTrainedConfig, section: str) -> None:
 PLAIN = (int, float, bool, str, list)
 
 
-def fits(value, kind: type, least: int) -> bool:
+def fits(value, kind: type, least: int, largest: int = LARGEST_SIZE) -> bool:
     if kind is int:
-        return type(value) is int and least <= value <= LARGEST_SIZE
+        return type(value) is int and least <= value <= largest
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     if typing.get_origin(kind) is list:
@@ -86,10 +93,14 @@ def fits(value, kind: type, least: int) -> bool:
 
 
 def check_counts(dictionary: dict, section: str) -> None:
-    """Raise a ValueError where a number in `LARGEST` is none, negative or too large, or `dtype` is not a name."""
+    """Raise a ValueError where a number in `LARGEST` is none, negative or too large, `dtype` is not a name, or
+    `quantization_config` not an object."""
     dtype = dictionary.get("dtype")
     if not (dtype is None or isinstance(dtype, str) or type(dtype).__name__ == "dtype"):
         raise ValueError(f"{section}dtype must be the name of one, got {dtype!r}.")
+    quantization = dictionary.get("quantization_config")
+    if not (quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict")):
+        raise ValueError(f"{section}quantization_config must be an object of names and values, got {quantization!r}.")
     for name, largest in LARGEST.items():
         value = dictionary.get(name)
         if value is not None and not (isinstance(value, int) and 0 <= value <= largest):

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, Unpack
@@ -24,6 +24,16 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processo
 DEFAULT_MAX_PIXELS = 64_000_000  # 8000 x 8000
 LARGEST_VALUE = 1e30  # of a pixel in an array of floats; beyond it float32 overflows on the way
 DOWNLOAD_TIMEOUT = 60  # seconds
+# how the picture is turned back, by its EXIF orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 AUTO_MAP = {
     "AutoImageProcessor": "processing_microvlm.MicroVLMImageProcessor",
     "AutoProcessor": "processing_microvlm.MicroVLMProcessor",
@@ -101,6 +111,18 @@ def name_of(picture: Image.Image) -> str:
     return getattr(picture, "source", None) or getattr(picture, "filename", None) or "The picture"
 
 
+def turn_upright(picture: Image.Image) -> Image.Image:
+    """`picture` as its EXIF orientation says; as it is stored where that cannot be read, which is what viewers show."""
+    picture.load()
+    try:
+        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise
+    except Exception:  # on broken EXIF Pillow raises whatever it falls over; the pixels are whole
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
 def to_rgb(picture: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Any Pillow picture as RGB: upright, transparency on white, more than 8 bits scaled to 8, animations at the frame
     they stand at (the first one of a file).
@@ -111,13 +133,15 @@ def to_rgb(picture: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.
     check_size(picture, max_pixels)
     name = name_of(picture)
     try:
-        picture = ImageOps.exif_transpose(picture)
+        picture = turn_upright(picture)
         if picture.mode == "F" or picture.mode.startswith("I"):
             picture = Image.fromarray(scale_to_8_bit(np.asarray(picture)))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+        picture = picture.convert("RGB")  # a new picture, RGB too
+        picture.info = {}  # with the orientation, which would turn it once more
+        return picture
     except MemoryError:
         raise
     except Exception as error:
@@ -204,9 +228,23 @@ class MicroVLMImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls):
-        """Pictures for paths, URLs and base64, nested as given; not decoded, as `process_image` checks their size."""
+        """Pictures for paths, URLs and base64, nested as given; not decoded, as `process_image` checks their size.
+
+        Raises:
+            ValueError: pictures in one list with lists of pictures, or with arrays of several.
+        """
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(x) for x in image_url_or_urls]
+            images = [self.fetch_images(x) for x in image_url_or_urls]
+            kinds = {
+                "lists" if isinstance(x, list) else "batches" if getattr(x, "ndim", 3) == 4 else "pictures"
+                for x in images
+            }
+            if len(kinds) > 1:  # transformers would take the rows of a picture for pictures
+                raise ValueError(
+                    f"`images` has {' and '.join(sorted(kinds))} side by side: give pictures alone, one list of pictures per "
+                    "text, or arrays of several pictures alone."
+                )
+            return images
         if isinstance(image_url_or_urls, (str, os.PathLike)):
             return fetch_picture(image_url_or_urls, self.max_pixels)
         images = super().fetch_images(image_url_or_urls)

@@ -334,7 +334,7 @@ class Scheme:
 
     def __post_init__(self):
         for name in ("format", "frequent_format"):
-            if getattr(self, name) not in FORMATS:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in FORMATS:
                 raise ValueError(f"{name} must be one of {', '.join(FORMATS)}, got {getattr(self, name)!r}.")
         if self.group_size not in ("tensor", "row") and not (isinstance(self.group_size, int) and self.group_size > 0):
             raise ValueError(f"group_size must be 'tensor', 'row' or a number of columns, got {self.group_size!r}.")
@@ -342,6 +342,8 @@ class Scheme:
             raise ValueError(f"activation_bits must be 8 or null, got {self.activation_bits!r}.")
         if self.scale_type not in ("float16", "float32"):
             raise ValueError(f"scale_type must be float16 or float32, got {self.scale_type!r}.")
+        if type(self.frequent_rows) is not int or self.frequent_rows < 0:
+            raise ValueError(f"frequent_rows must be a whole number, got {self.frequent_rows!r}.")
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -608,12 +610,25 @@ class PackedConfig(QuantizationConfigMixin):
         order: the expressions in the order in which they are tried, as config.json sorts the names of `modules`; default: theirs.
 
     Raises:
-        ValueError: an entry that `Scheme` refuses, or an order of other expressions.
+        ValueError: no such object, an entry that `Scheme` refuses, or an order of other expressions.
     """
 
-    def __init__(self, modules: dict[str, dict], order: list[str] | None = None, **kwargs):
+    def __init__(self, modules: dict[str, dict] | None = None, order: list[str] | None = None, **kwargs):
         self.quant_method = QUANT_METHOD
-        if order is not None and sorted(order) != sorted(modules):
+        if not isinstance(modules, dict) or not all(isinstance(values, dict) for values in modules.values()):
+            raise ValueError(
+                f"quantization_config.modules must be an object of expressions with an object each, got {modules!r}."
+            )
+        for pattern in modules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"quantization_config.modules: {pattern!r} is not a regular expression: {error}."
+                ) from error
+        if order is not None and not (
+            isinstance(order, list) and all(isinstance(p, str) for p in order) and sorted(order) == sorted(modules)
+        ):
             raise ValueError(
                 "quantization_config.order must hold every expression of quantization_config.modules once."
             )
@@ -694,17 +709,19 @@ class PackedQuantizer(HfQuantizer):
         code = code_of(model)
         new = code.replace_with_packed(model, code.PackedConfig(self.quantization_config.modules), dtype)
         expected = {f"{name}.{key}": t for name, module in new.items() for key, t in module.state_dict().items()}
-        missing = set(expected) if checkpoint_files else set()
+        state, missing = model.state_dict(), set(expected) if checkpoint_files else set()
         for file in checkpoint_files or []:
             with safe_open(file, framework="pt") as tensors:
-                for name in sorted(expected.keys() & set(tensors.keys())):
-                    stored = tensors.get_slice(name)
+                for name in sorted(state.keys() & set(tensors.keys())):
+                    stored, target = tensors.get_slice(name), state[name]
                     shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                    if shape != tuple(expected[name].shape):
-                        raise ValueError(f"{name} has the shape {shape}, expected {tuple(expected[name].shape)}.")
-                    want = dtype if name.endswith(".bias") else STORED_DTYPES[expected[name].dtype]
-                    if dtype != want:
-                        raise ValueError(f"{name} is stored as {dtype}, expected {want}.")
+                    if name in expected and shape != tuple(target.shape):
+                        raise ValueError(f"{name} has the shape {shape}, expected {tuple(target.shape)}.")
+                    if name in expected and not name.endswith(".bias"):
+                        if dtype != (want := STORED_DTYPES[target.dtype]):
+                            raise ValueError(f"{name} is stored as {dtype}, expected {want}.")
+                    elif target.is_floating_point() and not dtype.startswith(("F", "BF")):  # transformers casts those
+                        raise ValueError(f"{name} is stored as {dtype}, expected a floating point type.")
                 missing -= set(tensors.keys())
         if missing:
             raise ValueError(f"{min(missing)} is missing in the packed checkpoint.")

@@ -66,6 +66,7 @@ MemoryState = modeling.MemoryState
 PROMPT = "<|user|><image><|assistant|>"
 REFUSALS = (ValueError, TypeError, OSError, SafetensorError)
 LIMIT = 6 << 30  # bytes that a process may take before it gets a MemoryError, which counts as other
+STACK = "stack.txt"
 RAISES = ("raise", "reraise")  # how the line of an error raised on purpose begins
 
 
@@ -836,7 +837,13 @@ def work(connection, name: str, folder: str, extra: dict) -> None:
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)  # libtiff and others write there
     faulthandler.disable()
-    kind = KINDS[name](Path(folder), **extra)
+    stack = open(Path(folder) / STACK, "w")
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)  # for cases that hang
+    try:
+        kind = KINDS[name](Path(folder), **extra)
+    except Exception:
+        connection.send(traceback.format_exc())
+        return
     connection.send("ready")
     while (seed := connection.recv()) is not None:
         reset_peak()
@@ -868,14 +875,19 @@ def run_kind(name: str, cases: int, seed: int, seconds: float, **extra) -> dict:
                 theirs.close()
                 if not ours.poll(300):
                     raise TimeoutError(f"the process for {name} does not start.")
-                ours.recv()
+                if (answer := ours.recv()) != "ready":
+                    raise RuntimeError(f"{name} fell over before its first case:\n{answer}")
             begun = time.perf_counter()
             ours.send(f"{name}-{seed}-{number}")
             try:
                 if not ours.poll(seconds):
                     result["hangs"] += 1
                     print(f"{name}: case {number} takes longer than {seconds} s", file=sys.stderr)
+                    os.kill(worker.pid, signal.SIGUSR1)
+                    time.sleep(1)  # it writes where it is
+                    print((Path(folder) / STACK).read_text(), file=sys.stderr)
                     worker.kill()
+                    worker.join()
                     worker = first = None
                     continue
                 outcome, what, peak, resident = ours.recv()
@@ -914,6 +926,7 @@ def soak(captions: int, seed: int = 0, checkpoint: Path | None = None, every: in
         resident memory at the samples and its slope over the last 80 %, MB per 1,000 captions; whether the captions of the example
         pictures are the same at the end; how far the memory is from a fresh one when one fact is left, and when none is.
     """
+    every = min(every, max(1, captions // 10))  # a slope needs more than one sample
     rng = random.Random(seed)
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     paths = sorted((ROOT / "examples").glob("*.png"))

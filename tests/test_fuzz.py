@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as arrays
 from microvlm import quantization_microvlm as quantization
 from microvlm.configuration_microvlm import LARGEST_SIZE
 from microvlm.memory_microvlm import MemoryState
-from microvlm.processing_microvlm import open_picture, scale_to_8_bit
+from microvlm.processing_microvlm import open_picture, scale_to_8_bit, to_rgb
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy_data import toy_processor
@@ -130,6 +130,26 @@ def test_a_config_of_any_value_is_kept_or_refused_by_name(field, value):
     else:
         kept = getattr(getattr(config, section), name)
         assert kept == value or value is None
+
+
+QUANTIZATION = {
+    "modules": {
+        r"model\..*_proj": {"format": "ternary", "group_size": 16},
+        r"model\.embed": {"format": "int4", "group_size": "row", "scale_type": "float16", "frequent_rows": 10},
+    },
+    "order": [r"model\.embed", r"model\..*_proj"],
+}
+
+
+@settings(small, max_examples=300)
+@given(SEEDS)
+def test_any_quantization_config_is_taken_or_refused(seed):
+    try:
+        config = quantization.PackedConfig(**robustness.mutate_json(QUANTIZATION, random.Random(seed)))
+    except ValueError as error:
+        assert str(error)
+    else:
+        json.dumps(config.to_dict())
 
 
 NUMBERS = st.sampled_from([np.uint8, np.uint16, np.int32, np.float32, np.float64, np.bool_])
@@ -282,6 +302,50 @@ def test_arrays_that_are_no_pictures_are_refused(processor, array, tensor):
         processor.image_processor([picture], return_tensors="pt")
 
 
+def with_broken_exif(folder) -> Image.Image:
+    """A picture whose orientation data has no beginning, and whose pixels are whole."""
+    picture = Image.new("RGB", (16, 8), "white")
+    picture.paste("red", (0, 0, 8, 8))
+    picture.save(folder / "a.png", exif=b"Exif\0\0H\xc7\x8d\xe6\xa5\xa0\xd9u")
+    return Image.open(folder / "a.png")
+
+
+def test_a_picture_whose_orientation_cannot_be_read_is_shown_as_it_is_stored(processor, tmp_path):
+    picture = with_broken_exif(tmp_path)
+    with pytest.raises(SyntaxError, match="not a TIFF file"):
+        picture.getexif()
+    for image in (with_broken_exif(tmp_path), open_picture(tmp_path / "a.png"), str(tmp_path / "a.png")):
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]  # (3, 32, 32)
+        assert pixels[:, 16, 4].tolist() == [1, -1, -1] and pixels[:, 16, 28].tolist() == [1, 1, 1]
+
+
+def test_an_opened_picture_is_turned_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture = Image.new("RGB", (16, 8), "white")
+    picture.paste("red", (0, 0, 8, 8))
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    once = open_picture(tmp_path / "a.jpg")
+    assert np.array_equal(np.asarray(to_rgb(once)), np.asarray(once)) and once.getpixel((13, 4))[1] < 50
+
+
+@pytest.mark.parametrize(
+    "images,kinds",
+    [
+        (lambda red, batch: [batch, red], "batches and pictures"),
+        (lambda red, batch: [batch, np.zeros((3, 8, 8), np.uint8)], "batches and pictures"),
+        (lambda red, batch: [red, [red]], "lists and pictures"),
+        (lambda red, batch: [[red, batch]], "batches and pictures"),
+        (lambda red, batch: [(red,), torch.from_numpy(batch)], "batches and lists"),
+    ],
+)
+def test_pictures_beside_several_are_refused(processor, images, kinds):
+    images = images(Image.new("RGB", (8, 8), "red"), np.zeros((2, 3, 8, 8), np.uint8))
+    for call in (processor, processor.image_processor):
+        with pytest.raises(ValueError, match=f"^`images` has {kinds} side by side: give pictures alone"):
+            call(images=images, return_tensors="pt")
+
+
 @pytest.mark.parametrize("text", [3, 2.5, True, {"text": "a"}, object(), b"<image>"])
 def test_what_is_no_text_is_refused(processor, text):
     with pytest.raises(TypeError, match="^`text` must be a text or a list of texts, got "):
@@ -310,6 +374,11 @@ def test_half_a_character_is_refused(processor):
         ({"qat_config": {"ternary_modules": 7}}, "qat_config.ternary_modules must be list[str] or null, in range, got 7."),
         ({"alignment_config": {"temperature": 0}}, "alignment_config.temperature must be positive, got 0."),
         ({"default_prompt_ids": 4}, "default_prompt_ids must be list[int] or null, in range, got 4."),
+        ({"alignment_config": {"fusion_num_layers": 2_000_000}}, "alignment_config.fusion_num_layers must be a whole number of at most 1000"),
+        ({"memory_config": {"ben_cohen_steps": 2**24}}, "memory_config.ben_cohen_steps must be a whole number of at most 1000"),
+        ({"quantization_config": 0.5}, "quantization_config must be an object of names and values, got 0.5."),
+        ({"quantization_config": "x"}, "quantization_config must be an object of names and values, got 'x'."),
+        ({"text_config": {"quantization_config": []}}, "text_config.quantization_config must be an object of names and values, got []."),
         ({"dtype": [1]}, "dtype must be the name of one, got [1]."),
         ({"dtype": "cuda:7"}, "the configuration gives no model: AttributeError: "),
     ],
@@ -352,6 +421,33 @@ def test_a_packed_tensor_that_is_missing_or_of_another_type_is_refused(tmp_path,
     assert str(error.value) == message.format(name)
 
 
+@pytest.mark.parametrize(
+    "name,dtype,stored",
+    [
+        ("model.language_model.norm.weight", torch.int64, "I64"),
+        ("model.vision_tower.timm_model.patch_embed.proj.bias", torch.uint8, "U8"),
+        ("model.language_model.layers.0.self_attn.q_proj.bias", torch.bool, "BOOL"),  # of a packed layer
+    ],
+)
+def test_a_weight_that_is_not_packed_is_stored_in_floating_point(tmp_path, name, dtype, stored):
+    folder = robustness.small_packed(tmp_path / "small")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+    assert str(error.value) == f"{name} is stored as {stored}, expected a floating point type."
+
+
+def test_floating_point_weights_of_another_type_are_cast(tmp_path):
+    folder = robustness.small_packed(tmp_path / "small")
+    tensors, name = load_file(folder / "model.safetensors"), "model.language_model.norm.weight"
+    tensors[name] = tensors[name].double()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+    assert model.model.language_model.norm.weight.dtype == torch.float32
+
+
 def test_patterns_keep_their_order_in_config_json(tmp_path):
     folder = robustness.small_packed(tmp_path / "small")  # up_proj comes before the .*_proj that would match it too
     saved = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -362,6 +458,25 @@ def test_patterns_keep_their_order_in_config_json(tmp_path):
     with pytest.raises(ValueError, match="^quantization_config.order must hold every expression"):
         quantization.PackedConfig({"a": {}}, order=["b"])
     assert not hasattr(quantization.PackedConfig({"a": {}, "b": {}}), "order")  # sorted already: nothing to keep
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"modules": 3}, "quantization_config.modules must be an object of expressions with an object each, got 3."),
+        ({"modules": {"a": None}}, "quantization_config.modules must be an object of expressions with an object each, got"),
+        ({}, "quantization_config.modules must be an object of expressions with an object each, got None."),
+        ({"modules": {"(": {}}}, "quantization_config.modules: '(' is not a regular expression: "),
+        ({"modules": {"a": {"format": []}}}, "format must be one of "),
+        ({"modules": {"a": {"frequent_rows": "10"}}}, "frequent_rows must be a whole number, got '10'."),
+        ({"modules": {"a": {}}, "order": [1]}, "quantization_config.order must hold every expression"),
+        ({"modules": {"a": {}}, "order": 7}, "quantization_config.order must hold every expression"),
+    ],
+)  # fmt: skip
+def test_an_impossible_quantization_config_is_refused_by_name(change, message):
+    with pytest.raises(ValueError) as error:
+        quantization.PackedConfig(**change)
+    assert str(error.value).startswith(message)
 
 
 def test_mutations_are_the_same_for_the_same_seed():
