@@ -22,11 +22,10 @@ from data_microvlm import decode_row, load_rows  # noqa: E402
 @torch.inference_mode()
 def spread(adapter, patches: torch.Tensor, logits: float) -> float:
     """Change `q_proj` of an adapter in place for patch features (N, patches, vision width); returns the factor."""
-    x = adapter.fc2(adapter.act(adapter.fc1((patches - adapter.patch_mean) / adapter.patch_std)))
     heads = lambda t: t.unflatten(-1, (adapter.num_heads, adapter.head_dim)).transpose(-3, -2)  # noqa: E731
-    queries = adapter.query_tokens
+    queries, keys = adapter.query_tokens, adapter.k_proj(adapter.project(patches))
     apart = (queries - queries.mean(0)) @ adapter.q_proj.weight.T
-    differences = heads(apart) @ heads(adapter.k_proj(x)).mT / adapter.head_dim**0.5  # (N, heads, P, patches)
+    differences = heads(apart) @ heads(keys).mT / adapter.head_dim**0.5  # (N, heads, P, patches)
     differences = differences - differences.mean(-1, keepdim=True)  # what all patches share, the softmax takes away
     factor = logits / float(differences.square().mean().sqrt())
     adapter.q_proj.bias += (1 - factor) * (queries.mean(0) @ adapter.q_proj.weight.T)
