@@ -192,14 +192,16 @@ class MicroVLMAdapter(nn.Module):
         self.patch_mean.copy_(flat.mean(0))
         self.patch_std.copy_(flat.std(0).clamp(min=1e-4))
 
+    def project(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patch features, standardised and through the MLP: what the queries read, (N, patches, D)."""
+        x = (patches - self.patch_mean) / self.patch_std
+        return self.fc2(self.dropout(self.act(self.fc1(x))))
+
     def forward(
         self, patches: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the prefix tokens (N, P, D) and, if asked, the attention (N, heads, P, patches)."""
-        N = patches.shape[0]
-        x = (patches - self.patch_mean) / self.patch_std
-        x = self.fc2(self.dropout(self.act(self.fc1(x))))  # (N, patches, D)
-
+        N, x = patches.shape[0], self.project(patches)
         split = lambda t: t.view(t.shape[0], -1, self.num_heads, self.head_dim).transpose(1, 2)  # noqa: E731
         q = split(self.q_proj(self.query_tokens).unsqueeze(0)).expand(N, -1, -1, -1)  # (N, heads, P, head_dim)
         k, v = split(self.k_proj(x)), split(self.v_proj(x))  # (N, heads, patches, head_dim)

@@ -25,6 +25,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from caption import replacing
 from data_microvlm import CaptionCollator, load_rows, text_ids
 from evaluate_hf import caption_rows, score
 
@@ -217,9 +218,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{'same caption':<24}{'':>12}{sum(same) / len(same):>12.4f}")
         results["same captions"] = sum(same) / len(same)
     if options.json:
-        temporary = Path(options.json).with_suffix(".tmp")
-        temporary.write_text(json.dumps(results | {"bytes": files}, indent=1))
-        temporary.replace(options.json)
+        with replacing(options.json, "w") as file:
+            file.write(json.dumps(results | {"bytes": files}, indent=1))
 
 
 if __name__ == "__main__":

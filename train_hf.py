@@ -45,6 +45,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_utils import has_length
 
+from compose_hf import quantization
 from data_microvlm import (
     CaptionCollator,
     EpisodeCollator,
@@ -900,8 +901,8 @@ def load_model(recipe: dict[str, Any]):
         source["attn_implementation"] = recipe["attn_implementation"]
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
-    packed = stored.get("quant_method") == "microvlm"  # bitsandbytes' weights stay as they are
-    if (quantization := recipe.get("quantization")) is not None:
+    packed = stored.get("quant_method") == quantization.QUANT_METHOD  # bitsandbytes' weights stay as they are
+    if (in_4_bits := recipe.get("quantization")) is not None:
         if packed:
             raise ValueError(
                 f"{recipe['model']} is packed: unpack it with model.dequantize(), save that, and give its folder to `quantization`."
@@ -909,7 +910,7 @@ def load_model(recipe: dict[str, Any]):
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
         skip = unquantized_modules(empty, recipe["trainable"])
-        source["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=skip, **quantization)
+        source["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=skip, **in_4_bits)
     model = AutoModelForImageTextToText.from_pretrained(recipe["model"], config=config, dtype=torch.float32, **source)
     if packed:
         model = model.dequantize(torch.float32)

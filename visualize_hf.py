@@ -2,9 +2,10 @@
 
     python visualize_hf.py pooling examples/swan.png --out pictures      # where each of the prefix tokens looks
     python visualize_hf.py words examples/*.png --out pictures           # where the words of a caption come from
+    python visualize_hf.py words examples/*.png --contrast --out pictures    # where each looks more and less than the others
     python visualize_hf.py memory examples/swan.png --memory facts.safetensors --out pictures
 
-A PNG per picture, named after it: swan_pooling.png, swan_words.png, swan_memory.png; `memory` without pictures writes memory.png. With
+A PNG per picture, named after it: swan_pooling.png, swan_words.png, swan_contrast.png, swan_memory.png; `memory` without pictures writes memory.png. With
 --memory, `words` lets the memory speak and says how much every word took from it. Files are written under another name and renamed.
 
 Exit code: 0; 1, something could not be read, written or found; 2, wrong arguments.
@@ -32,6 +33,8 @@ ROOT = Path(__file__).resolve().parent
 # from cold to hot, evenly spaced
 HEAT = torch.tensor([(0, 0, 60), (50, 0, 150), (190, 30, 120), (250, 120, 20), (255, 240, 80)], dtype=torch.float32)
 
+LESS, MORE = torch.tensor([(30, 110, 255), (255, 90, 0)], dtype=torch.float32)  # of a signed map
+
 
 @dataclass
 class WordAttention:
@@ -48,6 +51,12 @@ class WordAttention:
     maps: torch.Tensor
     prefix: torch.Tensor
     memory: torch.Tensor
+
+    def contrast(self) -> torch.Tensor:
+        """How much more of its attention a word gives to a patch than the caption's words do on average, (W, h, w): over the patches a map
+        sums to 0, and over the words a patch does. A word's sum of what is positive is the share of its attention that lies elsewhere than the mean's.
+        """
+        return self.maps - self.maps.mean(0)
 
 
 @dataclass
@@ -260,21 +269,51 @@ def overlay(picture: Image.Image, map: torch.Tensor, size: tuple[int, int] | Non
     Raises:
         ValueError: a map that is not (h, w), is negative or not finite.
     """
+    map = check_map(map)
+    if (map < 0).any():
+        raise ValueError("a map must not be negative: overlay_signed takes such.")
+    low, high = map.aminmax()
+    map = (map - low) / (high - low) if high > low else torch.zeros_like(map)
+    return _paint(picture, map, lambda map: heat(0.3 + 0.7 * map), size)
+
+
+def overlay_signed(
+    picture: Image.Image, map: torch.Tensor, most: float, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """A signed map over the picture it belongs to, RGB: orange where it is positive, blue where negative, grey where 0.
+
+    Args:
+        map: (h, w), over the whole picture.
+        most: the value, of either sign, of full colour; several maps with the same one can be compared.
+        size: of the result, (width, height) in pixels; default: the picture's.
+
+    Raises:
+        ValueError: a map that is not (h, w) or not finite.
+    """
+    map = check_map(map)
+    map = map / most if most else map
+    return _paint(picture, map, lambda map: torch.where(map.unsqueeze(-1) > 0, MORE, LESS), size)
+
+
+def check_map(map: torch.Tensor) -> torch.Tensor:
     if map.ndim != 2 or not map.numel():
         raise ValueError(f"a map has the shape (h, w), got {tuple(map.shape)}.")
     map = map.detach().float().cpu()
-    if not torch.isfinite(map).all() or (map < 0).any():
-        raise ValueError("a map must be finite and not negative.")
+    if not torch.isfinite(map).all():
+        raise ValueError("a map must be finite.")
+    return map
+
+
+def _paint(picture: Image.Image, map: torch.Tensor, colours, size: tuple[int, int] | None) -> Image.Image:
+    """A dim grey picture, and over it the colours (height, width, 3) of a map in [-1, 1], the stronger the farther from 0."""
     picture = to_rgb(picture, max(DEFAULT_MAX_PIXELS, picture.width * picture.height))
     picture = picture.resize(size, Image.Resampling.BICUBIC) if size else picture
-    low, high = map.aminmax()
-    map = (map - low) / (high - low) if high > low else torch.zeros_like(map)
     # bilinear: a patch is hottest in its middle, and nothing overshoots
     map = F.interpolate(map[None, None], (picture.height, picture.width), mode="bilinear")[0, 0]
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
     dim = 0.55 * pixels.float().mean(-1, keepdim=True) + 30
-    share = 0.85 * map.unsqueeze(-1)
-    mixed = (1 - share) * dim + share * heat(0.3 + 0.7 * map)
+    share = 0.85 * map.abs().clamp(max=1).unsqueeze(-1)
+    mixed = (1 - share) * dim + share * colours(map)
     return Image.frombytes("RGB", picture.size, mixed.round().clamp(0, 255).byte().numpy().tobytes())
 
 
@@ -315,6 +354,18 @@ def word_figure(picture: Image.Image, attention: WordAttention) -> Image.Image:
         share = f"picture {float(prefix.sum()):.0%}" + (f", memory {float(recalled):.0%}" if recalled else "")
         cells.append((overlay(small, m), f"{word}\n{share}"))
     return sheet([(small, "picture"), *cells], 6)
+
+
+def contrast_figure(picture: Image.Image, attention: WordAttention) -> Image.Image:
+    """The picture, and for every word where it looks more (orange) and less (blue) than the caption's words on average, in one scale for
+    the caption; below a word, the share of its attention that lies elsewhere than the mean's.
+    """
+    small, maps = thumbnail(to_rgb(picture), CELL), attention.contrast()
+    most = float(maps.abs().max()) if len(maps) else 0.0
+    shares = maps.clamp(min=0).sum((1, 2)).tolist()
+    words = zip(attention.words, maps, shares)
+    cells = [(overlay_signed(small, m, most), f"{word}\n{share:.1%} elsewhere") for word, m, share in words]
+    return sheet([(small, "orange: more than the\nmean word, blue: less"), *cells], 6)
 
 
 def memory_figure(
@@ -401,11 +452,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default=str(ROOT), metavar="FOLDER_OR_ID", help="default: this repo")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--memory", metavar="FILE", help="of teach.py, app.py or MemoryState.save")
+    parser.add_argument(
+        "--contrast", action="store_true", help="words: where each looks more and less than all on average"
+    )
     options = parser.parse_args(arguments)
     if options.what == "memory" and not options.memory:
         parser.error("memory takes --memory FILE")
     if options.what == "pooling" and options.memory:
         parser.error("pooling does not take --memory: the memory has no part in it")
+    if options.contrast and options.what != "words":
+        parser.error(f"{options.what} does not take --contrast: it compares words")
     if options.what != "memory" and not options.pictures:
         parser.error(f"{options.what} takes at least one picture")
     paths, missing = find_pictures(options.pictures)
@@ -427,12 +483,13 @@ def main(arguments: list[str] | None = None) -> int:
                 say(str(error))
                 failed += 1
                 continue
-            name = options.what if path is None else f"{Path(path).stem}_{options.what}"
+            what = "contrast" if options.contrast else options.what
+            name = what if path is None else f"{Path(path).stem}_{what}"
             while name in names:  # of the same name in another folder
                 name += "_"
             names.add(name)
             out = os.path.join(options.out, f"{name}.png")
-            save_png(draw(options.what, model, processor, memory, picture), out)
+            save_png(draw(what, model, processor, memory, picture), out)
             print(out, flush=True)
     except (OSError, ValueError, SafetensorError) as error:
         say(str(error))
@@ -446,8 +503,9 @@ def draw(what: str, model, processor, memory, picture: Image.Image | None) -> Im
         pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
     if what == "pooling":
         return pooling_figure(picture, pooling_attention(model, pixel_values)[0])
-    if what == "words":
-        return word_figure(picture, word_attention(model, processor, pixel_values, memory=memory)[0])
+    if what in ("words", "contrast"):
+        found = word_attention(model, processor, pixel_values, memory=memory)[0]
+        return word_figure(picture, found) if what == "words" else contrast_figure(picture, found)
     return memory_figure(model, processor, memory, pixel_values, picture)
 
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from parameters import markdown_table  # noqa: E402
 
+from caption import replacing  # noqa: E402
 from data_microvlm import load_rows  # noqa: E402
 from quantize_hf import pack, quality, quantization_of, token_counts  # noqa: E402
 
@@ -105,9 +106,8 @@ def main() -> None:
         results[name] = {"bytes": size} | scores | {"same": same}
         print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
         if options.json:
-            temporary = options.json.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=1))
-            temporary.replace(options.json)
+            with replacing(str(options.json), "w") as file:
+                file.write(json.dumps(results, indent=1))
     head = ["", "MB", "perplexity", "exact", "word F1", "CIDEr", "same"]
     keys = ("perplexity", "exact", "word_f1", "cider", "same")
     lines = [[name, f"{r['bytes'] / 1e6:.1f}", *(f"{r[key]:.3f}" for key in keys)] for name, r in results.items()]

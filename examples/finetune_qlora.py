@@ -26,24 +26,23 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 
 def load(name: str):
-    """The model with one part in NF4, safe to evaluate and then train; a packed one is unpacked first."""
+    """The model with one part in NF4, safe to evaluate and then train; a packed one is unpacked first, one in 4 bits stays as it is."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-    if getattr(config, "quantization_config", None) is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            finetune_trainer.load(name).save_pretrained(folder)
-            return load(folder)
-    ternary = config.qat_config.ternary_modules
-    part = "vision_tower" if ternary else "language_model"
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-        llm_int8_skip_modules=["lm_head", rf"model\.(?!{part}\.).*"],  # matched from the start of the whole name
-    )
-    model = AutoModelForImageTextToText.from_pretrained(
-        name, trust_remote_code=True, dtype=torch.float32, quantization_config=quantization
-    )
+    stored, source = config.to_dict().get("quantization_config") or {}, {}
+    if not stored.get("load_in_4bit"):
+        if stored:
+            with tempfile.TemporaryDirectory() as folder:
+                finetune_trainer.load(name).save_pretrained(folder)
+                return load(folder)
+        part = "vision_tower" if config.qat_config.ternary_modules else "language_model"
+        source["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+            llm_int8_skip_modules=["lm_head", rf"model\.(?!{part}\.).*"],  # matched from the start of the whole name
+        )
+    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32, **source)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # Where the CPU has AVX512-BF16, an evaluation would repack the weights for a kernel without gradients, and

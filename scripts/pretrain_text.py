@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, BitNetConfig, PreTrainedTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from compose_hf import quantization  # noqa: E402
 from data_microvlm import load_rows  # noqa: E402
-from quantization_microvlm import replace_with_ternary  # noqa: E402
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"]
 
@@ -127,7 +127,7 @@ def main() -> None:
     )
     torch.manual_seed(recipe["training"]["seed"])
     model = AutoModelForCausalLM.from_config(config)
-    replace_with_ternary(model, [r"model\.layers\..*_proj"])
+    quantization.replace_with_ternary(model, [r"model\.layers\..*_proj"])
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     trainer = Trainer(
         model=model,

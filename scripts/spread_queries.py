@@ -12,21 +12,21 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from caption import replacing  # noqa: E402
 from data_microvlm import decode_row, load_rows  # noqa: E402
 
 
 @torch.inference_mode()
 def spread(adapter, patches: torch.Tensor, logits: float) -> float:
     """Change `q_proj` of an adapter in place for patch features (N, patches, vision width); returns the factor."""
-    x = adapter.fc2(adapter.act(adapter.fc1((patches - adapter.patch_mean) / adapter.patch_std)))
     heads = lambda t: t.unflatten(-1, (adapter.num_heads, adapter.head_dim)).transpose(-3, -2)  # noqa: E731
-    queries = adapter.query_tokens
+    queries, keys = adapter.query_tokens, adapter.k_proj(adapter.project(patches))
     apart = (queries - queries.mean(0)) @ adapter.q_proj.weight.T
-    differences = heads(apart) @ heads(adapter.k_proj(x)).mT / adapter.head_dim**0.5  # (N, heads, P, patches)
+    differences = heads(apart) @ heads(keys).mT / adapter.head_dim**0.5  # (N, heads, P, patches)
     differences = differences - differences.mean(-1, keepdim=True)  # what all patches share, the softmax takes away
     factor = logits / float(differences.square().mean().sqrt())
     adapter.q_proj.bias += (1 - factor) * (queries.mean(0) @ adapter.q_proj.weight.T)
@@ -34,13 +34,13 @@ def spread(adapter, patches: torch.Tensor, logits: float) -> float:
     return factor
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--logits", type=float, default=1.0)
     parser.add_argument("--data", required=True)
     parser.add_argument("--pictures", type=int, default=64)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, trust_remote_code=True, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
     rows = load_rows(options.data, limit=options.pictures)
@@ -54,8 +54,8 @@ def main() -> None:
     for name in ("weight", "bias"):
         old = tensors[f"model.adapter.q_proj.{name}"]
         tensors[f"model.adapter.q_proj.{name}"] = getattr(model.model.adapter.q_proj, name).detach().to(old.dtype)
-    save_file(tensors, file.with_suffix(".tmp"), metadata={"format": "pt"})
-    file.with_suffix(".tmp").replace(file)
+    with replacing(str(file), "wb") as whole:
+        whole.write(save(tensors, metadata={"format": "pt"}))
     print(f"the queries of {options.checkpoint} are {factor:.1f} times as far apart")
 
 

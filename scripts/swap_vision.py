@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("vision", help="weights of the tower in timm's layout")
     parser.add_argument("out")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, trust_remote_code=True, dtype=torch.float32)
     if getattr(model.config, "quantization_config", None) is not None:
         model = model.dequantize(torch.float32)

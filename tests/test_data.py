@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_ID
@@ -31,6 +32,7 @@ from data_microvlm import (
     FeatureCollator,
     UnreadableRowError,
     cache_vision_features,
+    change_style,
     decode_row,
     is_copyleft,
     load_rows,
@@ -452,6 +454,52 @@ def test_augmentation_keeps_sides_and_range():
         assert 0 <= out.min() < out.max() <= 1
         assert (out[..., :8].mean((1, 2, 3)) < out[..., -8:].mean((1, 2, 3))).all()  # never flipped
     assert len(set(out.mean((1, 2, 3)).tolist())) == 64  # every picture in its own way
+
+
+def plain_styles(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Every form that `change_style` gives a picture (3, H, W), pixel by pixel in float64."""
+    x = x.astype(np.float64)
+    _, H, W = x.shape
+    at = lambda y, z: x[:, min(max(y, 0), H - 1), min(max(z, 0), W - 1)]  # noqa: E731  the border goes on
+    gray = lambda y, z: at(y, z).mean()  # noqa: E731
+    edge, lines, blurred = np.zeros((H, W)), np.zeros((H, W)), np.zeros_like(x)
+    for y in range(H):
+        for z in range(W):
+            slope = abs(gray(y, z + 1) - gray(y, z - 1)) + abs(gray(y + 1, z) - gray(y - 1, z))
+            edge[y, z] = min(4 * slope, 1)
+            blurred[:, y, z] = np.mean([at(y + i, z + j) for i in (-1, 0, 1) for j in (-1, 0, 1)], 0)
+    for y in range(H):
+        for z in range(W):
+            lines[y, z] = 1 - edge[max(y - 1, 0) : y + 2, max(z - 1, 0) : z + 2].max()
+    return {"as it was": x, "outlined": lines * x, "lines": np.stack([lines] * 3), "blurred": blurred}
+
+
+def style_counts(out: torch.Tensor, picture: torch.Tensor) -> dict[str, int]:
+    """How many of the pictures (B, 3, H, W) have which form of `picture`; every one has to have one."""
+    styles = plain_styles(picture.numpy())
+    found = {
+        n: int(((out - torch.from_numpy(s).float()).abs().amax((1, 2, 3)) < 1e-5).sum()) for n, s in styles.items()
+    }
+    assert sum(found.values()) == len(out)
+    return found
+
+
+def test_change_style_outlines_and_blurs_a_share_of_the_pictures(monkeypatch):
+    picture = torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) * 0.05 + 0.2
+    picture[:, 3:, 2:] += 0.5  # black lines here, faint ones elsewhere
+    pictures, before = picture.expand(2000, -1, -1, -1).contiguous(), torch.get_rng_state()
+    out = change_style(pictures, 0.2, torch.Generator().manual_seed(0))
+    assert torch.equal(out, change_style(pictures, 0.2, torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(pictures[1999], picture)
+    counts = style_counts(out, picture)
+    expected = {"as it was": 1200, "outlined": 300, "lines": 100, "blurred": 400}
+    assert all(abs(counts[name] - number) < 4 * number**0.5 for name, number in expected.items()), counts
+    assert torch.equal(change_style(pictures, 0.0), pictures)
+    monkeypatch.setattr(data_microvlm, "random_affine", lambda B, *limits: torch.eye(2, 3).expand(B, 2, 3))
+    torch.manual_seed(0)
+    augment = picture_augmentation(color=0, style=0.2)
+    counts = style_counts(augment(pictures[:500]), picture)
+    assert all(abs(counts[name] - number / 4) < 4 * (number / 4) ** 0.5 for name, number in expected.items()), counts
 
 
 # --- kept features of a frozen vision tower

@@ -16,7 +16,7 @@ from datasets import Image
 from safetensors.torch import load_file
 from torch import nn
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from data_microvlm import CaptionCollator, load_rows
 
@@ -246,6 +246,20 @@ def test_qlora_on_nano_rounds_the_vision_tower_alone(tmp_path, monkeypatch, caps
     assert all(f"base_model.model.{name}.lora_B.weight" in branches for name in rounded)
     before, after, _ = printed(out)
     assert after < before
+
+
+def test_qlora_takes_a_checkpoint_in_4_bits_as_it_is(toy, tmp_path):
+    """bitsandbytes' weights are no packed ones: they are not unpacked and rounded again. Here other layers are in 4 bits than it would choose."""
+    skip = ["lm_head", r"model\.(?!language_model\.layers\.1\.).*"]
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", llm_int8_skip_modules=skip)
+    source = {"trust_remote_code": True, "dtype": torch.float32}
+    made = AutoModelForImageTextToText.from_pretrained(toy["model"], quantization_config=config, **source)
+    made.save_pretrained(tmp_path / "4bit")
+    loaded = finetune_qlora.load(str(tmp_path / "4bit"))
+    rounded = {name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)}
+    assert len(rounded) == 7 and all(".layers.1." in name for name in rounded)
+    assert not changed(made, loaded)
+    assert not any(m.support_avx512bf16_for_cpu for m in loaded.modules() if isinstance(m, Linear4bit))
 
 
 def qlora_gradients(checkpoint: Path, batch, evaluate: bool, repack: bool = False) -> dict[str, torch.Tensor]:

@@ -12,9 +12,12 @@ from transformers import AutoProcessor
 
 import visualize_hf
 from visualize_hf import (
+    WordAttention,
+    contrast_figure,
     eager_attention,
     memory_figure,
     overlay,
+    overlay_signed,
     pooling_attention,
     pooling_figure,
     recall,
@@ -126,6 +129,23 @@ def test_words_look_where_the_decoder_does(model, processor, pictures):
         assert found[row].memory.abs().max() == 0
 
 
+def test_contrast_is_what_a_word_has_beyond_the_mean(model, processor, pictures, monkeypatch):
+    every_token = lambda tokenizer, ids: [(str(i), [place]) for place, i in enumerate(ids)]  # noqa: E731
+    monkeypatch.setattr(visualize_hf, "split_words", every_token)
+    found = word_attention(model, processor, pictures[:1], CAPTIONS[:1])[0]
+    maps, contrast = found.maps.double(), found.contrast()
+    assert len(found.words) > 2 and contrast.shape == maps.shape
+    for word in range(len(maps)):
+        others = sum(maps[i] for i in range(len(maps)) if i != word)
+        expected = maps[word] * (len(maps) - 1) / len(maps) - others / len(maps)
+        torch.testing.assert_close(contrast[word].double(), expected, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(contrast.mean(0), torch.zeros(4, 4), atol=1e-7, rtol=0)
+    torch.testing.assert_close(contrast.sum((1, 2)), torch.zeros(len(maps)), atol=1e-6, rtol=0)
+    assert contrast.abs().max() > 1e-3  # words differ
+    assert word_attention(model, processor, pictures[:1], [[17]])[0].contrast().abs().max() == 0  # one is its own mean
+    assert word_attention(model, processor, pictures[:1], [[]])[0].contrast().shape == (0, 4, 4)
+
+
 def test_words_sum_to_one_alone_as_in_a_batch(model, processor, pictures):
     before = model.model.language_model.config._attn_implementation
     found = word_attention(model, processor, pictures, max_new_tokens=6)
@@ -213,6 +233,20 @@ def test_a_flat_map_is_cold():
     assert len(flat.getcolors()) == 1 and len(set(flat.getpixel((0, 0)))) == 1
 
 
+def test_signs_have_colours_and_one_scale():
+    picture, map = Image.new("RGB", (40, 40), (100, 100, 100)), torch.zeros(4, 4)
+    map[0, 0], map[3, 3] = 0.5, -0.25
+    shown = overlay_signed(picture, map, 0.5)
+    more, less, nothing = (shown.getpixel(place) for place in ((0, 0), (39, 39), (0, 39)))
+    assert nothing == (85, 85, 85) and more[0] > 200 > 100 > more[2] and less[2] > nothing[2] > less[0]
+    assert more[0] - nothing[0] > 1.5 * (less[2] - nothing[2])  # half as far from 0
+    assert overlay_signed(picture, map, 1.0).getpixel((0, 0))[0] < more[0]
+    assert overlay_signed(picture, torch.zeros(4, 4), 0.0).getcolors() == [(1600, (85, 85, 85))]
+    for bad in (torch.ones(4), torch.full((2, 2), math.inf), torch.ones(0, 3)):
+        with pytest.raises(ValueError, match="map"):
+            overlay_signed(picture, bad, 1.0)
+
+
 @pytest.mark.parametrize("bad", [torch.ones(4), -torch.ones(2, 2), torch.full((2, 2), math.nan), torch.ones(0, 3)])
 def test_bad_maps(bad):
     with pytest.raises(ValueError, match="map"):
@@ -247,6 +281,9 @@ def test_figures(model, processor, pictures, tmp_path):
     found = word_attention(model, processor, pictures[:1], CAPTIONS[:1])[0]
     assert pooling_figure(picture, pooling_attention(model, pictures)[0]).width > 800
     assert word_figure(picture, found).width > 300
+    assert contrast_figure(picture, found).size == word_figure(picture, found).size
+    nothing = WordAttention([], torch.zeros(0, 4, 4), torch.zeros(0, 5), torch.zeros(0))
+    assert contrast_figure(picture, nothing).size == word_figure(picture, nothing).size
     memory = model.write_memory(**fact(model, pictures[:1], [20, 30, 40]))
     images = [
         memory_figure(model, processor, memory),
@@ -284,6 +321,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     calls = {
         "swan_pooling.png": ["pooling", swan],
         "swan_words.png": ["words", swan, "--memory", facts],
+        "swan_contrast.png": ["words", swan, "--contrast", "--memory", facts],
         "swan_memory.png": ["memory", swan, "--memory", facts],
         "memory.png": ["memory", "--memory", facts],
     }
@@ -302,6 +340,6 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert visualize_hf.main(["words", str(tmp_path / "none.png"), "--out", str(out)]) == 1
     assert visualize_hf.main(["memory", "--memory", swan, "--out", str(out)]) == 1
     assert "refused" in capsys.readouterr().err
-    for wrong in (["memory"], ["words"], ["pooling", swan, "--memory", facts]):
+    for wrong in (["memory"], ["words"], ["pooling", swan, "--memory", facts], ["pooling", swan, "--contrast"]):
         with pytest.raises(SystemExit, match="2"):
             visualize_hf.main([*wrong, "--out", str(out)])
