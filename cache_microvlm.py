@@ -9,6 +9,7 @@ import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .memory_microvlm import MemoryReadout
 
@@ -16,6 +17,19 @@ WRONG_ROWS = (
     "the memory was read for {} rows, the text has {}: "
     "batch_repeat_interleave or batch_select_indices the cache along with the text."
 )
+# transformers 5.24 calls the cache `cache`, in calls and in outputs; 5.23 `past_key_values`
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache of a call that takes it by either of its names.
+
+    Raises:
+        ValueError: it was given by both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("You cannot specify both cache and past_key_values: they are two names of one thing.")
+    return cache if past_key_values is None else past_key_values
 
 
 class GrowingLayer(DynamicLayer):
@@ -246,4 +260,4 @@ def memory_mask(
     return cache.extend_mask(mask)
 
 
-__all__ = ["GrowingLayer", "MemoryCache", "memory_mask"]
+__all__ = ["CACHE_NAME", "GrowingLayer", "MemoryCache", "memory_mask", "one_cache"]

@@ -324,6 +324,7 @@ class MicroVLMConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",
         "hidden_states",
         "attentions",
         "image_hidden_states",

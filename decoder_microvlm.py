@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache_microvlm import GrowingLayer, memory_mask
+from .cache_microvlm import CACHE_NAME, GrowingLayer, memory_mask, one_cache
 from .kernels_microvlm import (
     DTYPES,
     Attention,
@@ -297,15 +297,17 @@ class PackedDecoder:
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
     ) -> BaseModelOutputWithPast:
         """As the language model's own forward: (B, T, D) -> hidden states (B, T, D), float32.
 
         Plain dynamic layers of the cache are replaced by growing ones.
         """
         B, T, D = inputs_embeds.shape
-        dtype, cache = inputs_embeds.dtype, past_key_values
+        dtype, cache = inputs_embeds.dtype, one_cache(past_key_values, cache)
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = past_key_values = DynamicCache(config=self.config)
+            cache = DynamicCache(config=self.config)
+        returned = cache
         if isinstance(attention_mask, dict):  # of generate() with a static cache
             attention_mask = attention_mask["full_attention"]
         native = (
@@ -340,7 +342,7 @@ class PackedDecoder:
             for layer in self.layers:
                 x = layer(x, cos, sin, mask, cache, (B, T), dtype)
         x = F.rms_norm(x, (D,), self.norm.weight, self.norm.eps)
-        return BaseModelOutputWithPast(last_hidden_state=x.view(B, T, D), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=x.view(B, T, D), **{CACHE_NAME: returned})
 
     def native(self, x: torch.Tensor, turns: torch.Tensor, kept: Kept) -> torch.Tensor:
         """All layers over the tokens of one row: x (T, D), turns (T, d) -> (T, D), before the last norm."""

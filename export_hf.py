@@ -505,10 +505,10 @@ class Decoder(nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=DynamicCache(past_key_values),
             use_cache=True,
+            **{modeling.CACHE_NAME: DynamicCache(past_key_values)},
         )
-        present = [(layer.keys, layer.values) for layer in outputs.past_key_values.layers]
+        present = [(layer.keys, layer.values) for layer in getattr(outputs, modeling.CACHE_NAME).layers]
         return self.lm_head(outputs.last_hidden_state), present
 
 
@@ -708,8 +708,8 @@ def verify_onnx(model, folder: Path) -> list[str]:
             input_ids=token,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=out.past_key_values,
             use_cache=True,
+            **{modeling.CACHE_NAME: getattr(out, modeling.CACHE_NAME)},
         )
         embeds = sessions["embed_tokens"].run(None, {"input_ids": token.numpy()})[0]
     return lines

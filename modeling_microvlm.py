@@ -30,13 +30,13 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .cache_microvlm import MemoryCache, memory_mask
+from .cache_microvlm import CACHE_NAME, MemoryCache, memory_mask, one_cache
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, refusing
 from .decoder_microvlm import PackedDecoder
 from .kernels_microvlm import kernel_threads
@@ -101,7 +101,7 @@ class MicroVLMModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MicroVLMCausalLMOutputWithPast(ModelOutput):
+class MicroVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of `MicroVLMForConditionalGeneration`.
 
     Args:
@@ -121,11 +121,6 @@ class MicroVLMCausalLMOutputWithPast(ModelOutput):
         address_kl: of the queries' addresses from their prior, mean over rows (), per slot; with `memory`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     pooling_attentions: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
@@ -303,7 +298,7 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MicroVLMAdapter"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_sdpa = True
@@ -477,8 +472,10 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, MicroVLMImageFeatures] | None = None,
         memory_readout: MemoryReadout | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MicroVLMModelOutputWithPast:
+        past_key_values = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs:
@@ -531,7 +528,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: past_key_values},
                 **extra,
             )
         finally:
@@ -539,7 +536,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                 del layer._can_checkpoint_with_cache  # the class says no
         return MicroVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=None if kwargs.get("use_cache") is False else outputs.past_key_values,
+            **{CACHE_NAME: None if kwargs.get("use_cache") is False else getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=prefix,
@@ -792,6 +789,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         memory: MemoryState | None = None,
         memory_gate: str | torch.Tensor = "auto",
         memory_readout: MemoryReadout | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MicroVLMCausalLMOutputWithPast:
         """One pass.
@@ -800,6 +798,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             input_ids: (B, T); P placeholders `image_token_id` stand for a picture.
             pixel_values: pictures of all rows in order, (N, 3, height, width).
             attention_mask: (B, T), 0 on padding.
+            past_key_values, cache: two names of the text's cache, the second since transformers 5.24; outputs have the installed one's.
             labels: (B, T), -100 where no loss is wanted; shifted inside.
             logits_to_keep: only the last so many logits, 0 for all; or positions.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`; with `last_hidden_state` alone,
@@ -849,7 +848,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             memory_readout=memory_readout,
@@ -878,7 +877,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         return MicroVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -1171,6 +1170,9 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         Raises:
             ValueError: a memory of another model or of another number of rows.
         """
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         if memory is not None:
             input_ids = inputs if inputs is not None else kwargs.get("input_ids")
             pixel_values = kwargs.pop("pixel_values", None)
@@ -1203,19 +1205,20 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             return
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         readout = readout.repeat_interleave(copies) if copies > 1 else readout
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is None:  # use_cache=False: every step is a whole pass, and needs it again
             model_kwargs["memory_readout"] = readout
         elif isinstance(cache, MemoryCache):
             cache.attach(readout)
         else:
-            model_kwargs["past_key_values"] = MemoryCache(cache, readout)
+            model_kwargs[CACHE_NAME] = MemoryCache(cache, readout)
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        if isinstance(past_key_values, MemoryCache) and past_key_values.num_memory_tokens:
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **kwargs):
+        cache = one_cache(past_key_values, cache)
+        if isinstance(cache, MemoryCache) and cache.num_memory_tokens:
             return attention_mask  # the forward builds the mask, with the memory's columns
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
 
     def alignment_loss(self, outputs: MicroVLMCausalLMOutputWithPast) -> torch.Tensor | None:
         """InfoNCE of a forward with `return_alignment`, plus the matching loss when the fusion block ran; () or None without pairs."""
