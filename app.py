@@ -36,13 +36,21 @@ CSS = """
 .gradio-container { max-width: 46rem !important; margin: auto !important; }
 .gradio-container, body { overflow-wrap: anywhere; }
 #caption textarea, #answer textarea { font-size: 1.15rem; }
-#maps .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+#maps .grid-wrap { height: auto; max-height: none; min-height: 0; }
+#maps .grid-container { grid: auto-flow min-content / repeat(auto-fill, minmax(8rem, 1fr)) !important; }
+#maps .grid-container .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
+#maps .grid-container img { height: auto; aspect-ratio: 1; }
+#maps .caption-label { position: static; width: 100%; max-width: none; white-space: normal; text-align: left; }
+#maps .caption-label { font-size: .85rem; }
 .said table { width: 100%; border-collapse: collapse; border: 0 !important; }
 .said td, .said th { padding: .2rem .4rem; text-align: left; border: 0 !important; }
 .said tr { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
 .said td + td, .said th + th { text-align: right; white-space: nowrap; }
 .said .quiet { opacity: .65; }
 .said .speaks td:first-child, .said b { color: var(--primary-600); }
+@media (max-width: 30rem) {
+    #save, #load { padding-inline: .5rem; }
+}
 """
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
@@ -191,6 +199,7 @@ def build(model, processor) -> gr.Blocks:
             type="filepath",
             image_mode=None,
             label="Picture",
+            show_label=False,  # it would lie on the picture
             height=260,
             sources=["upload", "clipboard", "webcam"],
             elem_id="picture",
@@ -212,7 +221,6 @@ def build(model, processor) -> gr.Blocks:
         gr.Markdown("#### Where each word looks\nIn per cent, how much of it came from the memory.")
         maps = gr.Gallery(
             show_label=False,
-            columns=3,
             height="auto",
             object_fit="contain",
             interactive=False,

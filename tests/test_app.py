@@ -266,6 +266,8 @@ def test_in_a_browser(address, browser, tmp_path):
     expect(tab.get_by_text("cut.safetensors is refused")).to_be_hidden()
     wide = "[...document.querySelectorAll('.gradio-container *')].filter(e => e.getBoundingClientRect().right > 361).length"
     widths = tab.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]")
+    cut = "[...document.querySelectorAll('#maps .caption-label, #said td, #answer_said td')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
+    assert tab.locator("#maps .caption-label").count() == len(FACT.split()) and tab.evaluate(cut) == []
     screenshot(tab, "app_phone.png")
     assert widths == [360, 360], f"{tab.evaluate(wide)} elements are too wide"
     context.close()

@@ -95,6 +95,17 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tests_exist(page):
+    """Every test file and test that a page names, and for `pytest FILE -k "a or b"` a test for a and for b."""
+    text = page.read_text()
+    for file, name in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", text):
+        assert (ROOT / file).is_file() and (not name or f"def {name}(" in (ROOT / file).read_text()), f"{file}::{name}"
+    for file, words in re.findall(r'pytest (tests/\w+\.py) -k "([^"]+)"', text):
+        tests = " ".join(re.findall(r"def (test_\w+)", (ROOT / file).read_text()))
+        assert all(word in tests for word in words.split(" or ")), f"{file} -k {words}"
+
+
 def test_what_these_tests_find():
     """They read what is there."""
     assert blocks("a\n```bash\nls\n```\n") == [("bash", "ls\n")]
