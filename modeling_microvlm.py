@@ -565,7 +565,8 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
 
     @property
     def _is_checkpointing(self) -> bool:
-        return self.training and getattr(self.language_model, "gradient_checkpointing", False)
+        on = self.training and getattr(self.language_model, "gradient_checkpointing", False)
+        return on and (CACHE_NAME == "past_key_values" or torch.is_grad_enabled())  # 5.23 does without gradients, too
 
     def _attach(self, readout: MemoryReadout, cache: Cache | None, use_cache: bool | None) -> tuple[MemoryCache, bool]:
         """The cache of this pass with the memory in it, and whether it keeps the text."""
@@ -582,7 +583,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                     )
             return MemoryCache.read_only(len(layers), readout), False
         if checkpointing:
-            raise ValueError("gradient checkpointing with a memory needs a pass without past_key_values.")
+            raise ValueError("gradient checkpointing with a memory needs a pass without a cache.")
         if not isinstance(cache, MemoryCache):
             return MemoryCache(cache, readout), use_cache
         cache.attach(readout)
@@ -848,7 +849,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=one_cache(past_key_values, cache),
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             memory_readout=memory_readout,

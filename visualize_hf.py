@@ -269,7 +269,7 @@ def overlay(picture: Image.Image, map: torch.Tensor, size: tuple[int, int] | Non
     Raises:
         ValueError: a map that is not (h, w), is negative or not finite.
     """
-    map = check_map(map)
+    map = _checked(map)
     if (map < 0).any():
         raise ValueError("a map must not be negative: overlay_signed takes such.")
     low, high = map.aminmax()
@@ -284,18 +284,19 @@ def overlay_signed(
 
     Args:
         map: (h, w), over the whole picture.
-        most: the value, of either sign, of full colour; several maps with the same one can be compared.
+        most: the value, of either sign, from which the colour is full; several maps with the same one can be compared.
         size: of the result, (width, height) in pixels; default: the picture's.
 
     Raises:
         ValueError: a map that is not (h, w) or not finite.
     """
-    map = check_map(map)
+    map = _checked(map)
     map = map / most if most else map
     return _paint(picture, map, lambda map: torch.where(map.unsqueeze(-1) > 0, MORE, LESS), size)
 
 
-def check_map(map: torch.Tensor) -> torch.Tensor:
+def _checked(map: torch.Tensor) -> torch.Tensor:
+    """A finite map (h, w), float32 on the CPU."""
     if map.ndim != 2 or not map.numel():
         raise ValueError(f"a map has the shape (h, w), got {tuple(map.shape)}.")
     map = map.detach().float().cpu()
@@ -305,7 +306,7 @@ def check_map(map: torch.Tensor) -> torch.Tensor:
 
 
 def _paint(picture: Image.Image, map: torch.Tensor, colours, size: tuple[int, int] | None) -> Image.Image:
-    """A dim grey picture, and over it the colours (height, width, 3) of a map in [-1, 1], the stronger the farther from 0."""
+    """A dim grey picture, and over it the colours (height, width, 3) of a map, the stronger the farther from 0, full from 1 and -1."""
     picture = to_rgb(picture, max(DEFAULT_MAX_PIXELS, picture.width * picture.height))
     picture = picture.resize(size, Image.Resampling.BICUBIC) if size else picture
     # bilinear: a patch is hottest in its middle, and nothing overshoots

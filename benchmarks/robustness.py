@@ -376,7 +376,13 @@ class Configs:
     """Mutated config.json, built on the meta device."""
 
     share = 0.2
-    types = (ValueError, TypeError, OSError, StrictDataclassError, ImportError)  # the last two are transformers' own
+    types = (
+        ValueError,
+        TypeError,
+        OSError,
+        StrictDataclassError,
+        ImportError,
+    )  # the last two: of the library's own checks
 
     def __init__(self, folder: Path):
         names = [ROOT / "config.json", ROOT / "configs/microvlm-nano.json", ROOT / "configs/microvlm-v.json"]

@@ -181,8 +181,8 @@ def known_concepts(train) -> tuple[dict, dict]:
             continue
         if "emoji" in row["source"]:
             by_emoji.setdefault(row["id"].split("/")[-1].replace("-fe0f", ""), (row["caption"], row["concept"]))
-        if row["concept"]:
-            found = by_words.setdefault(concept_words(row["concept"]), (Counter(), row["concept"]))
+        if words := concept_words(row["concept"]):
+            found = by_words.setdefault(words, (Counter(), row["concept"]))
             found[0][plain(row["caption"])] += 1
     return by_emoji, {words: (c.most_common(1)[0][0], concept) for words, (c, concept) in by_words.items()}
 
@@ -207,7 +207,8 @@ def icons_of(folder: Path, by_emoji: dict, by_words: dict, judged_ids: set[str])
             else:
                 key = concept_words(short)
                 caption, concept = by_words.get(key, ("", ""))
-            if (concept and key in seen) or not (concept or icon_set.unlabelled):
+            key = key if concept else short
+            if key in seen or not (concept or icon_set.unlabelled):
                 continue
             seen.add(key)
             width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))
@@ -222,7 +223,9 @@ def icons_of(folder: Path, by_emoji: dict, by_words: dict, judged_ids: set[str])
 
 def clip_art(folder: Path, known_ids: set[str]) -> list[dict]:
     """Rows without words for the public domain SVG of Debian's openclipart-svg that are not in the picture set."""
-    rows, root = [], next(folder.rglob("openclipart/svg"))
+    rows, root = [], next(folder.rglob("openclipart/svg"), None)
+    if root is None:
+        raise FileNotFoundError(f"no openclipart/svg in {folder}: see the apt-get command in this file's docstring.")
     for path in sorted(root.rglob("*.svg")):
         ident = f"openclipart/{path.relative_to(root).with_suffix('')}"
         svg = path.read_text(errors="ignore")
@@ -243,9 +246,14 @@ def main() -> None:
     parser.add_argument("--openclipart", type=Path, help="the unpacked Debian package")
     parser.add_argument("--unlabelled", type=Path, help="also write pictures without words to this file")
     parser.add_argument(
-        "--list", action="version", version=f"npm pack @iconify-json/{{{','.join(SETS)}}} emojibase-data"
+        "--list",
+        action="version",
+        help="print the npm command and exit",
+        version=f"npm pack @iconify-json/{{{','.join(SETS)}}} emojibase-data",
     )
     options = parser.parse_args()
+    if options.openclipart and not options.unlabelled:
+        parser.error("--openclipart takes --unlabelled FILE: clip art has no words.")
 
     train = load_rows(options.train)
     judged = [load_rows(path) for path in options.keep_out]

@@ -81,7 +81,9 @@ def square(picture, size: int) -> np.ndarray:
     return np.asarray(picture.convert("RGB").resize((size, size), resample=3))
 
 
-def load_split(path: str | list[str], size: int, include_copyleft: bool, sample: int | None = None, seed: int = 0):
+def load_split(
+    path: str | list[str], size: int, include_copyleft: bool, sample: int | None = None, seed: int = 0
+) -> tuple[torch.Tensor, list[dict]]:
     """Pictures (N, 3, size, size) uint8 and their rows without the picture; with `sample`, so many rows drawn by `seed`."""
     source = load_rows(path, exclude_copyleft=not include_copyleft).cast_column("image", Image())
     if sample is not None:
@@ -214,8 +216,7 @@ def main() -> None:
     concepts = {c: i for i, c in enumerate(sorted({r["concept"] for r in rows[:labelled]}))}
     counts = Counter(w for r in rows for w in set(caption_words(r["caption"])))
     words = {w: i for i, w in enumerate(sorted(w for w, n in counts.items() if n >= 3))}
-    concept_ids = torch.tensor([concepts.get(r["concept"], -100) for r in rows])
-    concept_ids[labelled:] = -100  # no label
+    concept_ids = torch.tensor([concepts[r["concept"]] for r in rows[:labelled]] + [-100] * (len(rows) - labelled))
     word_targets = torch.zeros(len(rows), len(words))
     for i, r in enumerate(rows):
         for w in caption_words(r["caption"]):
@@ -252,7 +253,9 @@ def main() -> None:
             k for k, v in model.state_dict().items() if k not in first or first[k].shape != v.shape
         ]  # heads of other labels
         if any(k.startswith("backbone.") for k in new):
-            raise ValueError(f"{recipe['init']} is another vision tower: {', '.join(new)} differ in shape.")
+            raise ValueError(
+                f"{recipe['init']} is another vision tower: {', '.join(new)} are missing or differ in shape."
+            )
         model.load_state_dict({k: v for k, v in first.items() if k not in new}, strict=False)
         print(f"weights of {recipe['init']}, schedule and optimizer new; begun anew: {new}", flush=True)
 

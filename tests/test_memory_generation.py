@@ -491,7 +491,7 @@ class TestTraining:
         model.train().gradient_checkpointing_enable()
         with pytest.raises(ValueError) as error:
             model(**inputs, memory=memory, past_key_values=DynamicCache(config=model.config.text_config))
-        assert str(error.value) == "gradient checkpointing with a memory needs a pass without past_key_values."
+        assert str(error.value) == "gradient checkpointing with a memory needs a pass without a cache."
 
     @pytest.mark.parametrize("own_cache", [False, True])
     @one_text_type
