@@ -37,6 +37,8 @@ TESTS = (
     "tests/test_processing.py",
     "tests/test_generation.py",
     "tests/test_memory_generation.py",
+    "tests/test_cache.py",
+    "tests/test_export.py",
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import outspoken_model, tiny_inputs
 from microvlm import decoder_microvlm as decoder
-from microvlm.cache_microvlm import GrowingLayer, MemoryCache
+from microvlm.cache_microvlm import CACHE_NAME, GrowingLayer, MemoryCache
 from microvlm.decoder_microvlm import TokenStep
 from test_packing import packed
 from transformers import DynamicCache
@@ -108,6 +108,21 @@ def test_whole_passes_say_what_single_tokens_say(model, steps):
     assert (torch.cat(single, 1) - whole).abs().median() < 1e-4 * whole.std()
     assert (torch.cat(single, 1) - whole).abs().max() < 0.1 * whole.std()
     assert all(type(layer) is GrowingLayer for layer in cache.layers) and cache.get_seq_length() == out.shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_decoder_takes_a_cache_by_either_name(model, name):
+    embeds = model.get_input_embeddings()(tiny_inputs(1)["input_ids"])
+    decode, cache = model.model.packed_decoder(), DynamicCache(config=model.config.text_config)
+    whole = decode(inputs_embeds=embeds).last_hidden_state
+    for part in embeds.split([4, 1, embeds.shape[1] - 5], 1):
+        out = decode(inputs_embeds=part, **{name: cache})
+    assert out[CACHE_NAME] is cache and cache.get_seq_length() == embeds.shape[1]
+    difference = (out.last_hidden_state - whole[:, 5:]).abs()
+    assert difference.median() < 1e-4 * whole.std() and difference.max() < 0.1 * whole.std()
+    with pytest.raises(ValueError, match="both cache and past_key_values"):
+        decode(inputs_embeds=embeds, past_key_values=cache, cache=cache)
 
 
 @torch.no_grad()

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_inputs, tiny_model
+from microvlm.cache_microvlm import CACHE_NAME, MemoryCache
 from transformers import CompileConfig, DynamicCache, GenerationConfig, TextStreamer
 from transformers.cache_utils import StaticCache
+from transformers.utils import generic
 
 PAD, NEW = 1, 6
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": PAD}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+either_name = pytest.mark.parametrize("name", ["past_key_values", "cache"])  # whatever the installed version calls it
 
 
 @pytest.fixture
@@ -51,14 +54,15 @@ class TestAgreement:
             assert len(said) > 3, name
         assert max(len(set(tokens)) for tokens in said) > 3
 
-    def test_cached_logits_equal_uncached(self, model):
+    @either_name
+    def test_cached_logits_equal_uncached(self, model, name):
         inputs = tiny_inputs()
         ids = model.generate(**inputs, **GREEDY)
         full = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits
         cache, start = DynamicCache(config=model.config), inputs["input_ids"].shape[1]
-        logits = [model(**inputs, past_key_values=cache).logits]
+        logits = [model(**inputs, **{name: cache}).logits]
         for t in range(start, ids.shape[1]):
-            logits.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits)
+            logits.append(model(input_ids=ids[:, t : t + 1], **{name: cache}).logits)
         torch.testing.assert_close(torch.cat(logits, 1), full, **CLOSE)
         assert cache.get_seq_length() == ids.shape[1]
 
@@ -66,10 +70,11 @@ class TestAgreement:
         inputs = tiny_inputs()
         assert new_tokens(model, inputs, use_cache=False) == new_tokens(model, inputs)
 
-    def test_handed_in_dynamic_cache(self, model):
+    @either_name
+    def test_handed_in_dynamic_cache(self, model, name):
         inputs = tiny_inputs()
         cache = DynamicCache(config=model.config)
-        assert new_tokens(model, inputs, past_key_values=cache) == new_tokens(model, inputs)
+        assert new_tokens(model, inputs, **{name: cache}) == new_tokens(model, inputs)
         assert cache.get_seq_length() == inputs["input_ids"].shape[1] + NEW - 1
 
     def test_static_cache(self, model):
@@ -182,6 +187,55 @@ class TestContinuation:
         expected = new_tokens(model, whole | {"pixel_values": a["pixel_values"]})
         kwargs = {"past_key_values": first.past_key_values, "prefill_chunk_size": text.shape[1] // 2}
         assert new_tokens(model, whole, **kwargs) == expected
+
+
+class TestTheCachesNames:
+    def test_both_at_once_are_refused(self, model):
+        inputs = tiny_inputs()
+        both = {name: DynamicCache(config=model.config) for name in ("past_key_values", "cache")}
+        for call in (model, model.model, model.generate):
+            with pytest.raises(ValueError, match="both cache and past_key_values"):
+                call(**inputs, **both)
+
+    def test_outputs_have_the_installed_versions(self, model, monkeypatch):
+        inputs = tiny_inputs(1)
+        plain = model.model.language_model(input_ids=inputs["input_ids"], use_cache=True)  # the library's own
+        assert [name for name in plain if name in ("past_key_values", "cache")] == [CACHE_NAME]
+        old = []  # a version that renamed the cache says so wherever the old name is used
+        monkeypatch.setattr(type(generic.logger), "warning_once", lambda self, message, *args: old.append(message))
+        cache = DynamicCache(config=model.config)
+        for call in (model, model.model):
+            out = call(**inputs, **{CACHE_NAME: cache})
+            assert [name for name in out if name in ("past_key_values", "cache")] == [CACHE_NAME]
+            assert out[CACHE_NAME] is cache
+            cache = DynamicCache(config=model.config)
+            assert CACHE_NAME not in call(**inputs, use_cache=False)
+        out = model.generate(**inputs, **GREEDY, **{CACHE_NAME: cache}, return_dict_in_generate=True)
+        assert out[CACHE_NAME] is cache and not old
+
+    def test_evaluation_keeps_neither(self, model):
+        assert {"past_key_values", "cache"} <= set(model.config.keys_to_ignore_at_inference)
+
+    @either_name
+    def test_masks_made_ahead(self, model, name):
+        inputs = tiny_inputs()
+        T = inputs["input_ids"].shape[1]
+        embeds, mask = torch.zeros(2, 3, 32), torch.ones(2, T + 3, dtype=torch.long)
+        mask[0, :2] = 0
+        cache = DynamicCache(config=model.config.text_config)
+        model(**inputs, past_key_values=cache)
+        config, make = model.config.text_config, model.create_masks_for_generate
+        kept = MemoryCache(cache)  # nothing attached
+        seen = torch.ones(3, T + 3, dtype=torch.bool).tril(T) & mask.bool().unsqueeze(1)
+        for given in (cache, kept):
+            made = make(config, embeds, mask, **{name: given})
+            if isinstance(made, dict):  # by kind, for a decoder that may have several
+                made = made["full_attention"]
+            assert torch.equal(made, seen.unsqueeze(1))
+        kept.memory = [(torch.zeros(2, 2, 4, 8),) * 2] * 2
+        assert make(config, embeds, mask, **{name: kept}) is mask  # the forward makes it, with the memory's columns
+        with pytest.raises(ValueError, match="both cache and past_key_values"):
+            make(config, embeds, mask, past_key_values=cache, cache=kept)
 
 
 class TestInputs:

@@ -1,24 +1,62 @@
 """The small scripts between nano's stages: every one starts, and those that change a checkpoint change what they say and nothing else."""
 
-import importlib
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, outspoken_model, tiny_model
+from microvlm.quantization_microvlm import PackedConfig
 from safetensors.torch import load_file, save_file
-from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
+from toy_data import pairs, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import compose_hf
-from scripts import save_teacher, spread_queries, swap_vision
+from quantize_hf import pack
+from scripts import distill_vision, save_teacher, spread_queries, swap_vision
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+IMPORTED = """
+import json, runpy, sys, traceback
+from pathlib import Path
+folder = Path(sys.argv[1], "scripts")
+own = (folder.parent, folder.parent / "benchmarks", folder)
+path, said = [entry for entry in sys.path if Path(entry).resolve() not in own and entry], {}
+for name in sys.argv[2:]:
+    sys.path[:] = [str(folder), *path]  # as when it is called
+    try:
+        said[name] = runpy.run_path(str(folder / f"{name}.py"), run_name="x")["__doc__"]
+    except Exception:
+        said[name] = traceback.format_exc()
+    for module, found in list(sys.modules.items()):  # the next one has to find them itself
+        places = [found.__file__] if getattr(found, "__file__", None) else list(getattr(found, "__path__", []))
+        if any(Path(place).parent in own or Path(place) in own for place in places):
+            del sys.modules[module]
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> dict[str, str]:
+    """Docstring or traceback of every script, from a process that does not have this repository on its path."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(ROOT), *SCRIPTS],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_finds_what_it_imports(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as when it is called
-    assert importlib.import_module(f"scripts.{name}").__doc__
+def test_every_script_finds_what_it_imports(name, imported):
+    source = (ROOT / "scripts" / f"{name}.py").read_text()
+    assert imported[name] and source.startswith(f'"""{imported[name][:20]}'), imported[name]
 
 
 def changed(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
@@ -101,6 +139,57 @@ def test_swap_vision_changes_the_tower_alone(tmp_path):
     with pytest.raises(RuntimeError, match="Missing key"):
         swap_vision.main([str(start), str(tmp_path / "tower.safetensors"), str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def packed_checkpoint(tmp_path):
+    """As nano is: packed, the rest bfloat16."""
+    model, rows = toy_model("bitnet"), {"group_size": "row"}
+    modules = {
+        r"model\.language_model\.layers\..*_proj": {"format": "ternary"},
+        r"model\.language_model\.embed_tokens": rows | {"format": "ternary", "scale_type": "float16"},
+        r"model\.vision_tower\..*": rows | {"format": "int8"},
+        r"model\.adapter\..*": rows | {"format": "int4"},
+    }
+    pack(model, PackedConfig(modules))
+    model.bfloat16().save_pretrained(tmp_path / "packed")
+    toy_processor().save_pretrained(tmp_path / "packed")
+    assert "quantization_config" in json.loads((tmp_path / "packed" / "config.json").read_text())
+    return tmp_path / "packed"
+
+
+def dequantized(folder) -> dict[str, torch.Tensor]:
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    state = model.dequantize(torch.float32).state_dict()
+    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}  # tied, not stored
+
+
+def test_swap_vision_of_a_packed_checkpoint(packed_checkpoint, tmp_path):
+    """It comes out plain: nothing of it is packed, and all but the tower is what the packed numbers stand for."""
+    other, out = tiny_model().model.vision_tower.timm_model.state_dict(), tmp_path / "out"
+    save_file({name: tensor + 1 for name, tensor in other.items()}, tmp_path / "tower.safetensors")
+    swap_vision.main([str(packed_checkpoint), str(tmp_path / "tower.safetensors"), str(out)])
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    old, new, tower = dequantized(packed_checkpoint), load_file(out / "model.safetensors"), "model.vision_tower."
+    assert changed(old, new) == {name for name in old if name.startswith(tower)}
+    assert all(torch.equal(new[f"{tower}timm_model.{name}"], tensor + 1) for name, tensor in other.items())
+    opened = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    assert not changed(new, {name: t for name, t in opened.state_dict().items() if name != "lm_head.weight"})
+    assert AutoProcessor.from_pretrained(out, trust_remote_code=True).num_image_tokens == 5
+
+
+# --- distill_vision.py
+
+
+def test_distillation_begins_from_a_packed_tower(packed_checkpoint):
+    first, tower = distill_vision.first_weights(packed_checkpoint), "model.vision_tower.timm_model."
+    expected = {n: t for n, t in dequantized(packed_checkpoint).items() if n.startswith(tower)}
+    assert not changed(first, {f"backbone.{name.removeprefix(tower)}": t for name, t in expected.items()})
+    assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+    plain = tiny_model().model.vision_tower.timm_model
+    assert first.keys() == {f"backbone.{name}" for name in plain.state_dict()}
+    weight = plain.blocks[0].attn.qkv.weight  # the same seed: eight bits of it
+    assert (first["backbone.blocks.0.attn.qkv.weight"] - weight).abs().max() < 0.01 * weight.abs().max()
 
 
 # --- save_teacher.py
