@@ -548,21 +548,24 @@ class PackedEmbedding(nn.Module):
                     f"{name}.is_frequent marks {int(self.places()[0].sum())} rows of {self.frequent.rows}."
                 )
 
-    def dequantize(self) -> torch.Tensor:
-        return self(torch.arange(self.num_embeddings, device=self.rest.weight_scale.device))
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """All rows, (N, D)."""
+        return self.rows_of(torch.arange(self.num_embeddings, device=self.rest.weight_scale.device), dtype)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Rows (..., D) of tokens (...)."""
-        ids = input_ids.flatten()
+        return self.rows_of(input_ids.flatten(), self.dtype).view(*input_ids.shape, -1)
+
+    def rows_of(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows (N, D) of tokens (N,)."""
         if self.frequent is None:
-            rows = self.rest.dequantize(ids, self.dtype)
-        else:
-            chosen, place = (t[ids] for t in self.places()[:2])
-            rows = torch.empty(len(ids), self.embedding_dim, dtype=self.dtype, device=ids.device)
-            for part, mask in ((self.frequent, chosen), (self.rest, ~chosen)):
-                if len(where := mask.nonzero().squeeze(1)):
-                    rows[where] = part.dequantize(place[where], self.dtype)
-        return rows.view(*input_ids.shape, -1)
+            return self.rest.dequantize(ids, dtype)
+        chosen, place = (t[ids] for t in self.places()[:2])
+        rows = torch.empty(len(ids), self.embedding_dim, dtype=dtype, device=ids.device)
+        for part, mask in ((self.frequent, chosen), (self.rest, ~chosen)):
+            if len(where := mask.nonzero().squeeze(1)):
+                rows[where] = part.dequantize(place[where], dtype)
+        return rows
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., D)."""

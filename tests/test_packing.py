@@ -1,5 +1,6 @@
 """Packed weights: bytes by hand, round trips, a checkpoint that opens and saves as it is, and a packed decoder that says what the plain one says."""
 
+import copy
 import json
 import re
 import shutil
@@ -170,6 +171,9 @@ def test_frequent_rows_have_their_own_format():
     assert set(error.argsort()[:7].tolist()) == set(counts.argsort(descending=True)[:7].tolist())
     ids = torch.tensor([[3, 49, 0], [3, 3, 11]])
     assert torch.equal(embedding(ids), embedding.dequantize()[ids])
+    halved = copy.deepcopy(embedding).bfloat16()  # its rows come in bfloat16, what it stands for does not
+    assert halved(ids).dtype == torch.bfloat16
+    assert torch.equal(halved.dequantize(), embedding.dequantize())
     x = torch.randn(2, 3, 16)
     expected = quantization.fake_quantize_activation(x, 8) @ embedding.dequantize().mT
     torch.testing.assert_close(embedding.product(x), expected, rtol=1e-4, atol=1e-4)
