@@ -29,7 +29,7 @@ from processing_microvlm import open_picture, to_rgb  # noqa: E402
 from visualize_hf import Recall, overlay, recall, stored_sentences, word_attention  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
-EXAMPLES = ("swan", "robot", "drum", "elephant", "cat", "backpack")
+EXAMPLES = ("swan", "robot", "drum", "grapes", "chipmunk", "saxophone")
 TABLE_ROWS, MAX_NEW_TOKENS, MAP_SIZE = 6, 32, 224
 NO_MEMORY = "<p class='quiet'>The memory is empty.</p>"
 CSS = """

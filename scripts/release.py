@@ -49,7 +49,7 @@ FILES = (
     "examples/LICENSES.md",
 )
 SUFFIXES = {".safetensors", ".json", ".jinja", ".py", ".md", ".png", ".jpg", ".txt"} | {""}  # LICENSE has none
-PICTURES = ("examples/elephant.png", "examples/swan.png")  # of `load`: to caption, and to teach
+PICTURES = ("examples/chipmunk.png", "examples/swan.png")  # of `load`: to caption, and to teach
 PICKLES = (
     *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)),
     b"PK\x03\x04",
