@@ -574,12 +574,14 @@ def picture_files(rng: random.Random) -> list[tuple[str, bytes]]:
             if form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
                 exif = Image.Exif()
                 exif[0x0112] = rng.choice((0, 1, 3, 6, 8, 9, 65535))  # orientation
-                exif[0x010E] = "x" * rng.randrange(20)
+                exif[0x010E] = "x" * rng.randrange(1, 20)
                 options["exif"] = exif
             if form in ("GIF", "WEBP"):
                 options |= {"save_all": True, "append_images": [picture.rotate(90)], "duration": 50}
             if form == "TIFF" and mode in ("RGB", "L", "RGBA"):
                 options["compression"] = rng.choice(("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"))
+                if options["compression"] != "raw" and exif[0x0112] not in range(1, 9):
+                    exif[0x0112] = 1  # libtiff writes neither another orientation nor an empty text
             picture.save(data, form, **options)
             files.append((suffix, data.getvalue()))
     return files
