@@ -428,7 +428,7 @@ def release(options: argparse.Namespace) -> None:
     """Build, check, load, put in place, print. Raises ReleaseError."""
     target = Path(options.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent.absolute()))  # `load` works elsewhere
     try:
         built = scratch / "release"
         built.mkdir()

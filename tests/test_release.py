@@ -231,3 +231,21 @@ def test_other_folders_are_not_replaced(complete, tmp_path):
         put(target)
     assert json.loads((target / "config.json").read_text())["model_type"] == "microvlm"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "there"]
+
+
+def test_relative_folder_in_a_fresh_environment(tmp_path, monkeypatch):
+    """What `make release` does; the environment is a stand-in that runs this one's Python from where the real one would lie."""
+
+    def environment(folder: Path) -> Path:
+        python = folder / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        return python
+
+    monkeypatch.setattr(release, "fresh_environment", environment)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["release.py", "dist/nano", "--root", str(ROOT), "--max-weights", str(LIMIT)])
+    release.main()
+    assert (tmp_path / "dist/nano/model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "dist").iterdir()] == ["nano"]
