@@ -414,7 +414,7 @@ def test_nano_captions_with_onnxruntime_alone(tmp_path):
         expected = model.generate(pixel_values=pixel_values, max_new_tokens=32, do_sample=False)[0, start:].tolist()
         assert captioner.generate(pixel_values.numpy()) == expected
         captions.add(captioner.caption(path))
-    assert len(pictures) == 8 and len(captions) > 4
+    assert len(captions) > len(pictures) / 2  # and not one sentence for every picture
 
 
 # ----------------------------------------------------------------------------------------------------------- llama.cpp
