@@ -297,14 +297,14 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             dense, from_cls, from_mean, concept, word = forward(x)
         known = concept_ids[idx] != -100
+        of_labels = known.sum().clamp(min=1)  # a batch may have no row with words
         losses = {
             "dense": F.smooth_l1_loss(dense.float(), target),
             "pooled": F.smooth_l1_loss(from_cls.float(), target_pooled)
             + F.smooth_l1_loss(from_mean.float(), target_pooled),
-            "concept": F.cross_entropy(concept.float(), concept_ids[idx], label_smoothing=0.1),
-            "words": F.binary_cross_entropy_with_logits(word.float(), word_targets[idx], reduction="none")
-            .sum(-1)[known]
-            .mean(),
+            "concept": F.cross_entropy(concept.float(), concept_ids[idx], label_smoothing=0.1, reduction="sum") / of_labels,
+            "words": F.binary_cross_entropy_with_logits(word.float()[known], word_targets[idx][known], reduction="sum")
+            / of_labels,
         }
         loss = sum(recipe["weights"][k] * v for k, v in losses.items())
         if not torch.isfinite(loss):
