@@ -56,6 +56,13 @@ def quantization_of(model):
     return sys.modules[type(model).__module__.rpartition(".")[0] + ".quantization_microvlm"]
 
 
+def load_plain(folder: str | Path):
+    """The model of a checkpoint in float32, packed weights unpacked."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    packed = getattr(model.config, "quantization_config", None) is not None
+    return model.dequantize(torch.float32) if packed else model
+
+
 def token_counts(processor, source: str, size: int) -> torch.Tensor:
     """How often each of `size` tokens occurs in the captions of `source`, the end token once per caption, (size,)."""
     rows = load_rows(source)

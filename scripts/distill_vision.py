@@ -35,10 +35,10 @@ import yaml
 from datasets import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_microvlm import change_colors, change_style, load_rows, random_affine  # noqa: E402
+from quantize_hf import load_plain  # noqa: E402
 
 STOP_WORDS = {"a", "an", "the", "of", "with", "and", "in", "on", "for", "to"}
 
@@ -173,10 +173,7 @@ def first_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights to begin from: a run of this script, or the tower of a checkpoint of MicroVLM, packed or not."""
     if (folder / "state.pt").exists():
         return torch.load(folder / "state.pt", weights_only=True)["model"]
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    if getattr(model.config, "quantization_config", None) is not None:
-        model = model.dequantize(torch.float32)
-    tower = model.model.vision_tower.timm_model.state_dict()
+    tower = load_plain(folder).model.vision_tower.timm_model.state_dict()
     return {f"backbone.{name}": weight for name, weight in tower.items()}
 
 
@@ -302,7 +299,8 @@ def main() -> None:
             "dense": F.smooth_l1_loss(dense.float(), target),
             "pooled": F.smooth_l1_loss(from_cls.float(), target_pooled)
             + F.smooth_l1_loss(from_mean.float(), target_pooled),
-            "concept": F.cross_entropy(concept.float(), concept_ids[idx], label_smoothing=0.1, reduction="sum") / of_labels,
+            "concept": F.cross_entropy(concept.float(), concept_ids[idx], label_smoothing=0.1, reduction="sum")
+            / of_labels,
             "words": F.binary_cross_entropy_with_logits(word.float()[known], word_targets[idx][known], reduction="sum")
             / of_labels,
         }

@@ -4,10 +4,14 @@ python scripts/swap_vision.py runs/nano_memory runs/nano_vision3/model.safetenso
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from quantize_hf import load_plain  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -16,9 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("vision", help="weights of the tower in timm's layout")
     parser.add_argument("out")
     options = parser.parse_args(arguments)
-    model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, trust_remote_code=True, dtype=torch.float32)
-    if getattr(model.config, "quantization_config", None) is not None:
-        model = model.dequantize(torch.float32)
+    model = load_plain(options.checkpoint)
     processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
     model.model.vision_tower.timm_model.load_state_dict(load_file(options.vision))
     model.save_pretrained(options.out)

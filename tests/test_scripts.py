@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import compose_hf
 from quantize_hf import pack
-from scripts import distill_vision, save_teacher, spread_queries, swap_vision
+from scripts import average, distill_vision, save_teacher, spread_queries, swap_vision
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 IMPORTED = """
@@ -176,6 +176,40 @@ def test_swap_vision_of_a_packed_checkpoint(packed_checkpoint, tmp_path):
     opened = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
     assert not changed(new, {name: t for name, t in opened.state_dict().items() if name != "lm_head.weight"})
     assert AutoProcessor.from_pretrained(out, trust_remote_code=True).num_image_tokens == 5
+
+
+# --- average.py
+
+
+def test_an_average_lies_between_two_states(tmp_path):
+    """A tied tensor counts once, the first pattern that matches decides, and what none matches is the later state's."""
+    model = toy_model("bitnet")
+    for folder, shift in (("before", 0.0), ("after", 1.0)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += shift
+        model.save_pretrained(tmp_path / folder)
+        toy_processor().save_pretrained(tmp_path / folder)
+    shares = ["--share", "language_model.layers=0.25", "--share", "language_model|adapter=0.5"]
+    average.main([str(tmp_path / name) for name in ("after", "before", "out")] + shares)
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "out"))
+    assert old.keys() == new.keys()
+    for name, tensor in new.items():
+        left = 0.75 if "language_model.layers" in name else 0.5 if "language_model" in name or "adapter" in name else 1
+        left = 0 if name in ("model.adapter.patch_mean", "model.adapter.patch_std") else left  # no parameters
+        torch.testing.assert_close(tensor, old[name] + left, atol=1e-6, rtol=0, msg=name)
+    assert AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).num_image_tokens == 5
+    with pytest.raises(SystemExit, match="exists"):
+        average.main([str(tmp_path / name) for name in ("after", "before", "out")] + shares)
+    with pytest.raises(SystemExit, match="no tensor matches nothing"):
+        average.main([str(tmp_path / name) for name in ("after", "before", "none")] + ["--share", "nothing=0.5"])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text", ["adapter", "adapter=2", "=0.5", "adapter=x"])
+def test_a_share_is_a_pattern_and_a_number_from_0_to_1(text):
+    with pytest.raises((average.argparse.ArgumentTypeError, ValueError)):
+        average.share(text)
 
 
 # --- distill_vision.py
