@@ -190,7 +190,7 @@ def test_an_average_lies_between_two_states(tmp_path):
                 parameter += shift
         model.save_pretrained(tmp_path / folder)
         toy_processor().save_pretrained(tmp_path / folder)
-    shares = ["--share", "language_model.layers=0.25", "--share", "language_model|adapter=0.5"]
+    shares = ["--share", "language_model.layers=0.25", "--share", "language_model|adapter|lm_head=0.5"]
     average.main([str(tmp_path / name) for name in ("after", "before", "out")] + shares)
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "out"))
     assert old.keys() == new.keys()
