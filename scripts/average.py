@@ -35,11 +35,19 @@ def main(arguments: list[str] | None = None) -> None:
     if Path(options.out).exists():
         sys.exit(f"error: {options.out} exists: choose another folder.")
     model, before = load_plain(options.after), load_plain(options.before)
-    old, counts = before.state_dict(), dict.fromkeys((pattern.pattern for pattern, _ in options.share), 0)
+    new, old = model.state_dict(keep_vars=True), before.state_dict()
+    if differ := {
+        name
+        for name in new.keys() | old.keys()
+        if name not in new or name not in old or new[name].shape != old[name].shape
+    }:
+        sys.exit(f"error: {options.after} and {options.before} are not states of one model: {min(differ)} differs.")
+    counts, done = dict.fromkeys((pattern.pattern for pattern, _ in options.share), 0), set()
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # a tied one once
-            if name not in old:
+        for name, tensor in new.items():
+            if id(tensor) in done:  # tied
                 continue
+            done.add(id(tensor))
             for pattern, value in options.share:
                 if pattern.search(name):
                     counts[pattern.pattern] += 1

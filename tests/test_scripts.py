@@ -201,6 +201,9 @@ def test_an_average_lies_between_two_states(tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).num_image_tokens == 5
     with pytest.raises(SystemExit, match="exists"):
         average.main([str(tmp_path / name) for name in ("after", "before", "out")] + shares)
+    toy_model("qwen2").save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="are not states of one model: model"):
+        average.main([str(tmp_path / name) for name in ("after", "other", "none")] + shares)
     with pytest.raises(SystemExit, match="no tensor matches nothing"):
         average.main([str(tmp_path / name) for name in ("after", "before", "none")] + ["--share", "nothing=0.5"])
     assert not (tmp_path / "none").exists()
