@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, outspoken_model, tiny_model
 from microvlm.quantization_microvlm import PackedConfig
@@ -244,3 +245,11 @@ def test_the_saved_teacher_is_a_vision_tower(tmp_path):
     picture = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = save_teacher.load_teacher().forward_features(picture)
     torch.testing.assert_close(tower.forward_features(picture), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_student_changes_nothing_outside_itself():
+    fused = timm.layers.use_fused_attn()
+    student = distill_vision.Student(1, 1, 0.0)
+    assert not any(block.attn.fused_attn for block in student.backbone.blocks)
+    assert timm.layers.use_fused_attn() == fused
+    assert timm.create_model("deit_tiny_patch16_224").blocks[0].attn.fused_attn == bool(fused)
