@@ -436,7 +436,7 @@ def cache_vision_features(
     digest = hashlib.sha256(f"{transform} {views} {collator.seed} {collator.size} {rows._fingerprint}".encode())
     digest.update(collator.processor.image_processor.to_json_string().encode())
     for name, tensor in sorted(vision_tower.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     file = Path(folder) / f"vision_{digest.hexdigest()[:24]}.bin"
     index_file = file.with_suffix(".json")
     if not index_file.exists():

@@ -507,6 +507,7 @@ def test_change_style_outlines_and_blurs_a_share_of_the_pictures(monkeypatch):
 
 def test_vision_cache(processor, tmp_path, toy_tower):
     tower, folder = toy_tower, str(tmp_path / "features")
+    tower.register_module("statistics", torch.nn.BatchNorm2d(2))  # its count of batches is a scalar, as a convnet's
     rows = memory_rows([*pairs(3), truncated(3), *pairs(8)[4:]])
     make = lambda: CaptionCollator(processor, PROMPT, augment=picture_augmentation(), max_unreadable_share=1.0)  # noqa: E731
     features, kept = cache_vision_features(tower, make(), rows, 2, folder, "t", batch_size=3)
