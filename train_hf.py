@@ -1154,7 +1154,10 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.total_time:
             print(f"waiting for data: {trainer.total_wait / trainer.total_time:.1%} of the training time", flush=True)
         write_json(output / "log.json", trainer.state.log_history)
-        plot_curves(trainer.state.log_history, output / "curves.png")
+        if any(
+            {"loss", "eval_loss"} & set(entry) for entry in trainer.state.log_history
+        ):  # else it ended before the first log
+            plot_curves(trainer.state.log_history, output / "curves.png")
     if stopped:
         print(f"stopped by SIGTERM at step {trainer.state.global_step}: --resume goes on from there", flush=True)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks as soon as one has ended

@@ -131,6 +131,26 @@ def test_sigterm_saves_and_stops(stream_run, tmp_path, monkeypatch, capsys):
     assert same_state(load_file(out / "model.safetensors"), load_file(whole / "model.safetensors"))
 
 
+def test_ends_before_the_first_log(stream_run, tmp_path, monkeypatch, capsys):
+    stream_run["training"] |= {"max_steps": 2, "logging_steps": 3, "dataloader_num_workers": 0}
+    recipe, out = write_recipe(tmp_path, **stream_run), tmp_path / "out"
+    step = train_hf.MicroVLMTrainer.training_step
+
+    def terminated(self, *args, **kwargs):
+        if self.state.global_step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_hf.MicroVLMTrainer, "training_step", terminated)
+        with pytest.raises(SystemExit) as stopped:
+            train_hf.main([recipe])
+    assert stopped.value.code == 143 and complete(out) == [1]
+    assert "stopped by SIGTERM at step 1: --resume goes on from there" in capsys.readouterr().out
+    train_hf.main([recipe, "--resume"])
+    assert (out / "model.safetensors").exists() and not (out / "curves.png").exists()
+
+
 def test_other_readers_are_refused(stream_run, tmp_path):
     stream_run["training"] |= {"max_steps": 4, "dataloader_num_workers": 0}
     recipe = write_recipe(tmp_path, **stream_run)
