@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, outspoken_model, tiny_model
 from microvlm.quantization_microvlm import PackedConfig
 from safetensors.torch import load_file, save_file
@@ -15,8 +17,10 @@ from toy_data import pairs, toy_checkpoint, toy_model, toy_processor, use_cache,
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import compose_hf
-from quantize_hf import pack
-from scripts import average, distill_vision, save_teacher, spread_queries, swap_vision
+from data_microvlm import CaptionCollator, load_rows
+from evaluate_hf import teacher_forced
+from quantize_hf import load_plain, pack
+from scripts import average, calibrate_temperature, distill_vision, save_teacher, spread_queries, swap_vision
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 IMPORTED = """
@@ -253,3 +257,43 @@ def test_a_student_changes_nothing_outside_itself():
     assert not any(block.attn.fused_attn for block in student.backbone.blocks)
     assert timm.layers.use_fused_attn() == fused
     assert timm.create_model("deit_tiny_patch16_224").blocks[0].attn.fused_attn == bool(fused)
+
+
+# --- calibrate_temperature.py
+
+
+def test_temperature_of_least_loss():
+    """Against a grid in float64, where targets are drawn at a known temperature."""
+    generator = torch.Generator().manual_seed(0)
+    head, states = torch.nn.Linear(8, 20, bias=False), torch.randn(4000, 8, generator=generator)
+    with torch.no_grad():
+        head.weight.normal_(0, 2, generator=generator)
+        logits = head(states).double()
+    targets = torch.multinomial((logits / 2.5).softmax(-1), 1, generator=generator)[:, 0]
+    grid = torch.linspace(2, 3, 2001, dtype=torch.float64)
+    nats = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
+    found = calibrate_temperature.best_temperature(head, states, targets)
+    assert abs(found - float(grid[nats.argmin()])) < 1e-3 and abs(found - 2.5) < 0.1
+
+
+def test_a_calibrated_checkpoint_divides_its_logits(tmp_path, capsys):
+    """The shipped model on pictures it does not know, where it is too sure: less loss, the same words."""
+    rows = load_rows(str(ROOT / "data/mini/validation.parquet")).select(range(12))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    arguments = [str(ROOT), str(tmp_path / "out"), "--data", str(tmp_path / "rows.parquet")]
+    calibrate_temperature.main(arguments)
+    said = capsys.readouterr().out
+    temperature = float(re.search(r"^temperature ([\d.]+):", said)[1])
+    before, after = load_plain(ROOT).eval(), load_plain(tmp_path / "out").eval()
+    processor, losses, logits = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True), [], []
+    batch = CaptionCollator(processor, before.default_prompt(1)[0].tolist())(list(rows))
+    del batch["labels"]
+    for model in (before, after):
+        scores = teacher_forced(model, processor, rows, align=False)
+        losses.append(float(scores["loss"].sum() / scores["tokens"].sum()))
+        with torch.no_grad():
+            logits.append(model(**batch).logits)
+    torch.testing.assert_close(logits[1] * temperature, logits[0], rtol=1e-3, atol=1e-3)
+    assert f": {losses[0]:.4f} -> {losses[1]:.4f} nats a token" in said and losses[1] < losses[0] - 0.01
+    with pytest.raises(SystemExit, match="exists"):
+        calibrate_temperature.main(arguments)

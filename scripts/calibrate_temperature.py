@@ -1,0 +1,78 @@
+"""Scale the logits so that their probabilities fit pictures outside training (temperature scaling, arXiv 1706.04599), in the weights themselves.
+
+The decoder's last norm is divided by the temperature T of the least loss on the captions of --data: every logit is divided by T, the order
+of words and so every greedy caption stays.
+
+    python scripts/calibrate_temperature.py runs/nano_memory runs/nano_calibrated --data data/pictures/validation_seen.parquet
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_microvlm import load_rows  # noqa: E402
+from evaluate_hf import StrictCollator  # noqa: E402
+from quantize_hf import load_plain  # noqa: E402
+
+
+@torch.no_grad()
+def last_states(model, processor, rows, batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head sees before every token of the reference captions, (T, D), and the tokens, (T,)."""
+    collator, seen, states, targets = StrictCollator(processor, model.default_prompt(1)[0].tolist()), [], [], []
+    hook = model.lm_head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
+    for start in range(0, len(rows), batch_size):
+        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
+        labels = batch.pop("labels")
+        length = int((labels != -100).sum(1).max())  # the answers end the lines
+        model(**batch, logits_to_keep=length + 1)
+        labels = labels[:, -length:]
+        states.append(seen.pop()[:, :-1][labels != -100])
+        targets.append(labels[labels != -100])
+    hook.remove()
+    return torch.cat(states), torch.cat(targets)
+
+
+def best_temperature(head: torch.nn.Module, states: torch.Tensor, targets: torch.Tensor) -> float:
+    """The T of least cross-entropy of `head(states / T)`: convex in 1 / T."""
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_scale], max_iter=50, line_search_fn="strong_wolfe")
+    with torch.no_grad():
+        logits = head(states)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits * log_scale.exp().float(), targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return float((-log_scale.detach()).exp())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist")
+    parser.add_argument("--data", required=True, help="pictures that the model was not trained on")
+    options = parser.parse_args(arguments)
+    if Path(options.out).exists():
+        sys.exit(f"error: {options.out} exists: choose another folder.")
+    model = load_plain(options.checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
+    states, targets = last_states(model, processor, load_rows(options.data))
+    temperature = best_temperature(model.lm_head, states, targets)
+    with torch.no_grad():
+        before, after = (float(F.cross_entropy(model.lm_head(states / t), targets)) for t in (1.0, temperature))
+        model.model.language_model.norm.weight /= temperature
+    model.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    print(f"temperature {temperature:.4f}: {before:.4f} -> {after:.4f} nats a token over {len(targets)} tokens")
+
+
+if __name__ == "__main__":
+    main()
