@@ -227,6 +227,16 @@ class StrictCollator(CaptionCollator):
         return decode_row(row, self.processor.image_processor)
 
 
+def reference_batches(model, processor, rows, batch_size: int):
+    """Batches of rows of `load_rows` on the model's device, each with the tokens of its longest caption, end token included; the captions
+    end the lines."""
+    collator = StrictCollator(processor, model.default_prompt(1)[0].tolist())
+    for start in range(0, len(rows), batch_size):
+        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
+        batch = {name: x.to(model.device) for name, x in batch.items()}
+        yield batch, int((batch["labels"] != -100).sum(1).max())
+
+
 @torch.inference_mode()
 def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = True) -> dict[str, torch.Tensor]:
     """Losses of the reference captions of rows of `load_rows`, each token given the picture and those before it.
@@ -238,12 +248,8 @@ def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = T
         `loss` (N,) float64, nats of a caption and its end token, `tokens` (N,), and with `align` unit vectors `image_embeds` and
         `text_embeds` (N, C).
     """
-    collator, out = StrictCollator(processor, model.default_prompt(1)[0].tolist()), {"loss": [], "tokens": []}
-    out |= {"image_embeds": [], "text_embeds": []} if align else {}
-    for start in range(0, len(rows), batch_size):
-        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
-        batch = {name: x.to(model.device) for name, x in batch.items()}
-        length = int((batch["labels"] != -100).sum(1).max())  # the answers end the lines
+    out = {"loss": [], "tokens": []} | ({"image_embeds": [], "text_embeds": []} if align else {})
+    for batch, length in reference_batches(model, processor, rows, batch_size):
         image = {"image": model.get_image_features(batch.pop("pixel_values").to(model.dtype), return_dict=True)}
         if align:
             pairs = model(**batch, mm_encoder_outputs=image, return_alignment="only", use_fusion=False)

@@ -16,33 +16,26 @@ from transformers import AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_microvlm import load_rows  # noqa: E402
-from evaluate_hf import StrictCollator  # noqa: E402
+from evaluate_hf import reference_batches  # noqa: E402
 from quantize_hf import load_plain  # noqa: E402
 
 
 @torch.no_grad()
-def last_states(model, processor, rows, batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head sees before every token of the reference captions, (T, D), and the tokens, (T,)."""
-    collator, seen, states, targets = StrictCollator(processor, model.default_prompt(1)[0].tolist()), [], [], []
-    hook = model.lm_head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
-    for start in range(0, len(rows), batch_size):
-        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
-        labels = batch.pop("labels")
-        length = int((labels != -100).sum(1).max())  # the answers end the lines
-        model(**batch, logits_to_keep=length + 1)
-        labels = labels[:, -length:]
-        states.append(seen.pop()[:, :-1][labels != -100])
-        targets.append(labels[labels != -100])
-    hook.remove()
-    return torch.cat(states), torch.cat(targets)
+def reference_logits(model, processor, rows, batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of every token of the reference captions, each given the picture and those before it, (N, V), and the tokens, (N,)."""
+    logits, targets = [], []
+    for batch, length in reference_batches(model, processor, rows, batch_size):
+        labels = batch.pop("labels")[:, -length:]
+        answers = labels != -100
+        logits.append(model(**batch, logits_to_keep=length + 1).logits[:, :-1][answers])
+        targets.append(labels[answers])
+    return torch.cat(logits), torch.cat(targets)
 
 
-def best_temperature(head: torch.nn.Module, states: torch.Tensor, targets: torch.Tensor) -> float:
-    """The T of least cross-entropy of `head(states / T)`: convex in 1 / T."""
+def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """The T of least cross-entropy of `logits / T` (N, V) with `targets` (N,): convex in 1 / T."""
     log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_scale], max_iter=50, line_search_fn="strong_wolfe")
-    with torch.no_grad():
-        logits = head(states)
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
@@ -64,10 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {options.out} exists: choose another folder.")
     model = load_plain(options.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
-    states, targets = last_states(model, processor, load_rows(options.data))
-    temperature = best_temperature(model.lm_head, states, targets)
+    logits, targets = reference_logits(model, processor, load_rows(options.data))
+    temperature = best_temperature(logits, targets)
+    before, after = (float(F.cross_entropy(logits / t, targets)) for t in (1.0, temperature))
     with torch.no_grad():
-        before, after = (float(F.cross_entropy(model.lm_head(states / t), targets)) for t in (1.0, temperature))
         model.model.language_model.norm.weight /= temperature
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)

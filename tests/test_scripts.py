@@ -265,14 +265,12 @@ def test_a_student_changes_nothing_outside_itself():
 def test_temperature_of_least_loss():
     """Against a grid in float64, where targets are drawn at a known temperature."""
     generator = torch.Generator().manual_seed(0)
-    head, states = torch.nn.Linear(8, 20, bias=False), torch.randn(4000, 8, generator=generator)
-    with torch.no_grad():
-        head.weight.normal_(0, 2, generator=generator)
-        logits = head(states).double()
+    states, head = torch.randn(4000, 8, generator=generator), torch.randn(8, 20, generator=generator)
+    logits = (2 * states @ head).double()
     targets = torch.multinomial((logits / 2.5).softmax(-1), 1, generator=generator)[:, 0]
     grid = torch.linspace(2, 3, 2001, dtype=torch.float64)
     nats = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
-    found = calibrate_temperature.best_temperature(head, states, targets)
+    found = calibrate_temperature.best_temperature(logits.float(), targets)
     assert abs(found - float(grid[nats.argmin()])) < 1e-3 and abs(found - 2.5) < 0.1
 
 
