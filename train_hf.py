@@ -1154,9 +1154,8 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.total_time:
             print(f"waiting for data: {trainer.total_wait / trainer.total_time:.1%} of the training time", flush=True)
         write_json(output / "log.json", trainer.state.log_history)
-        if any(
-            {"loss", "eval_loss"} & set(entry) for entry in trainer.state.log_history
-        ):  # else it ended before the first log
+        # a run that ends before its first log has no curves
+        if any({"loss", "eval_loss"} & set(entry) for entry in trainer.state.log_history):
             plot_curves(trainer.state.log_history, output / "curves.png")
     if stopped:
         print(f"stopped by SIGTERM at step {trainer.state.global_step}: --resume goes on from there", flush=True)

@@ -419,9 +419,8 @@ def test_nano_captions_with_onnxruntime_alone(tmp_path):
             return_dict_in_generate=True,
         )
         words, said = expected.sequences[0, start:].tolist(), captioner.generate(pixel_values.numpy())
-        if (
-            said != words
-        ):  # only where the model itself hardly prefers its word: its kernels round the hidden states to 8 bits
+        if said != words:
+            # only where the model itself hardly prefers its word: its kernels round the hidden states to 8 bits
             first = next(i for i, (word, other) in enumerate(zip(words, said)) if word != other)
             logits = expected.logits[first][0]
             assert logits[words[first]] - logits[said[first]] < 0.025 * logits.abs().max(), path
