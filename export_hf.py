@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -454,7 +455,7 @@ class VisionEncoder(nn.Module):
         features = self.vision_tower(
             pixel_values, output_hidden_states=False, do_pooling=False, return_dict=True
         ).last_hidden_state
-        return self.adapter(features[:, self.vision_tower.timm_model.num_prefix_tokens :])[0]
+        return self.adapter(features[:, self.vision_tower.num_prefix_tokens :])[0]
 
 
 class EmbedTokens(nn.Module):
@@ -566,7 +567,8 @@ def export_onnx(source: str, out: str | Path, revision: str | None = None, force
     text = model.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     L, B, T, past = text.num_hidden_layers, 2, 3, 4  # example sizes, all different
-    height, width = model.model.vision_tower.timm_model.patch_embed.img_size
+    processor = processing.MicroVLMProcessor.from_pretrained(source, revision=revision, trust_remote_code=True)
+    picture = processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -575,7 +577,7 @@ def export_onnx(source: str, out: str | Path, revision: str | None = None, force
         batch, new = torch.export.Dim("batch", min=1), torch.export.Dim("sequence_length", min=1)
         export_graph(
             VisionEncoder(model),
-            {"pixel_values": torch.zeros(B, 3, height, width)},
+            {"pixel_values": torch.zeros(B, *picture.shape[1:])},
             {"pixel_values": {0: batch}},
             ["pixel_values"],
             ["image_features"],
@@ -610,9 +612,7 @@ def export_onnx(source: str, out: str | Path, revision: str | None = None, force
             temporary / "onnx" / "decoder_model_merged.onnx",
         )
         differences = verify_onnx(model, temporary)
-        processing.MicroVLMProcessor.from_pretrained(source, revision=revision, trust_remote_code=True).save_pretrained(
-            temporary
-        )
+        processor.save_pretrained(temporary)
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
         print("\n".join(f"ok: {line}" for line in differences))
@@ -642,8 +642,8 @@ def verify_onnx(model, folder: Path) -> list[str]:
     }
     config, text = model.config, model.config.text_config
     generator = torch.Generator().manual_seed(0)
-    height, width = model.model.vision_tower.timm_model.patch_embed.img_size
-    pixel_values = torch.randn(2, 3, height, width, generator=generator)
+    size = sessions["vision_encoder"].get_inputs()[0].shape[1:]
+    pixel_values = torch.randn(2, *size, generator=generator)
     rounded = any(isinstance(m, quantization.TernaryLinear) and m.activation_bits is not None for m in model.modules())
     tolerance = ONNX_ROUNDED_TOLERANCE if rounded else ONNX_TOLERANCE
     lines = []

@@ -12,6 +12,7 @@ Exit code: 0; 1, something could not be read, written or found; 2, wrong argumen
 """
 
 import argparse
+import math
 import os
 import sys
 import textwrap
@@ -90,17 +91,18 @@ def check_pixels(model, pixel_values: torch.Tensor) -> torch.Tensor:
     return pixel_values.to(model.device, model.dtype)
 
 
-def grid(model, pixel_values: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of patches of pictures (B, 3, height, width)."""
-    height, width = model.model.vision_tower.timm_model.patch_embed.patch_size
-    return pixel_values.shape[2] // height, pixel_values.shape[3] // width
+def grid(patches: int, pixel_values: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of the patches of pictures (B, 3, height, width): patches, or places of a convnet's map, are square."""
+    height, width = pixel_values.shape[2:]
+    rows = round(math.sqrt(patches * height / width))
+    return rows, patches // rows
 
 
 def _look(model, pixel_values: torch.Tensor):
     """The encoded pictures, and what each prefix token sees of the patches, (B, P, h, w) float32."""
     image = model.get_image_features(pixel_values, return_dict=True, output_attentions=True)
     maps = image.pooling_attentions.float().mean(1)  # (B, P, patches)
-    return image, maps.unflatten(-1, grid(model, pixel_values))
+    return image, maps.unflatten(-1, grid(maps.shape[-1], pixel_values))
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from transformers.integrations.bitnet import pack_weights
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import compose_hf
+import export_hf
+import visualize_hf
 
 LAYOUTS = ("qwen2", "llama", "bitnet-online", "bitnet-packed", "bitnet-plain")
 TEXT_PREFIX, VISION_PREFIX = "model.language_model.", "model.vision_tower.timm_model."
@@ -575,15 +577,22 @@ def test_vision_weights_as_a_pickle(sources, tmp_path):
     )
 
 
-def test_a_convnet_is_a_vision_tower(sources, tmp_path):
-    """Places of the last map are the patches; frozen, its running statistics stay; what is composed saves, loads and remembers."""
+@pytest.fixture
+def convnet(sources, tmp_path):
+    """A convnet, and the folder of a checkpoint with it as vision tower."""
     torch.manual_seed(0)
     convnet = timm.create_model("test_efficientnet", num_classes=0).eval()
     (tmp_path / "vision").mkdir()
     save_file(convnet.state_dict(), tmp_path / "vision" / "model.safetensors")
     write_json(tmp_path / "vision" / "config.json", {"architecture": "test_efficientnet", "num_classes": 0})
     compose_hf.compose(str(tmp_path / "vision"), str(sources / "qwen2"), tmp_path / "out")
-    model = MicroVLMForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    return convnet, tmp_path / "out"
+
+
+def test_a_convnet_is_a_vision_tower(convnet, tmp_path):
+    """Places of the last map are the patches; frozen, its running statistics stay; what is composed saves, loads and remembers."""
+    convnet, folder = convnet
+    model = MicroVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     side = convnet.default_cfg["input_size"][-1]
     pixel_values = torch.randn(2, 3, side, side)
     with torch.inference_mode():
@@ -606,6 +615,34 @@ def test_a_convnet_is_a_vision_tower(sources, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = MicroVLMForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     assert torch.equal(again.generate(pixel_values=pixel_values, max_new_tokens=3), generated)
+
+
+def test_a_convnets_attention_is_drawn_over_its_map(convnet, tmp_path):
+    convnet, folder = convnet
+    model = MicroVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = MicroVLMProcessor.from_pretrained(folder, trust_remote_code=True)
+    pictures = [Image.effect_noise((70, 50), 90).convert("RGB")]
+    pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        places = convnet.forward_features(pixel_values).shape[-2:]
+    maps = visualize_hf.pooling_attention(model, pixel_values)
+    assert maps.shape == (1, model.config.num_prefix_tokens, *places)
+    words = visualize_hf.word_attention(model, processor, pixel_values, processor.tokenizer(["a cat"])["input_ids"])[0]
+    assert words.maps.shape[1:] == places
+
+
+def test_a_convnet_goes_to_onnx(convnet, tmp_path):
+    """The graphs are compared with the model in the export itself."""
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    out = export_hf.export_onnx(str(convnet[1]), tmp_path / "onnx")
+    assert (out / "onnx" / "vision_encoder.onnx").exists()
+
+
+@pytest.mark.parametrize(("patches", "size", "rows", "columns"), [(196, 224, 14, 14), (49, 112, 7, 7), (48, 224, 6, 8)])
+def test_rows_and_columns_of_patches(patches, size, rows, columns):
+    pixel_values = torch.zeros(1, 3, size, size * columns // rows)
+    assert visualize_hf.grid(patches, pixel_values) == (rows, columns)
 
 
 def test_keys_without_a_class_token():
