@@ -35,15 +35,14 @@ lint: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(VENV)/.test  ## the tables of README.md and docs
+bench: $(VENV)/.test  ## the measurements that need no more than this folder; benchmarks/ has more, each with its command in the docs
 	$(PY) benchmarks/parameters.py
-	$(PY) benchmarks/overhead.py
+	$(PY) benchmarks/overhead.py --repeats 31 --new-tokens 16
 	$(PY) benchmarks/memory_overhead.py
 	$(PY) benchmarks/memory_drift.py
 	$(PY) benchmarks/train_memory.py
 	$(PY) benchmarks/train_throughput.py
-	$(PY) -m pip install --quiet --editable ".[bench]"
 	$(PY) benchmarks/memory_recall.py
 
-clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+clean:  ## all that can be made anew; runs/ stays
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache

@@ -175,6 +175,13 @@ def linked(card: str, files: set[str], repository: str | None, revision: str) ->
     return LINK.sub(link, card)
 
 
+def noted(card: str, repository: str | None) -> str:
+    """A card that says under its title which of its commands need more than the released folder."""
+    source = f"[the source repository]({repository})" if repository else "the source repository"
+    note = f"> This folder holds the model and its code. `make` and commands with scripts, such as `python caption.py`, are run in {source}."
+    return re.sub(r"^# .+$", lambda title: f"{title[0]}\n\n{note}", card, count=1, flags=re.MULTILINE)
+
+
 def pictures_of(card: str) -> set[str]:
     """Paths of the pictures that a card shows, or that its Python snippets open."""
     shown = {target for mark, _, target, _ in LINK.findall(card) if mark and not ABSOLUTE.match(target)}
@@ -207,7 +214,7 @@ def build(root: Path, folder: Path, repo_id: str, revision: str, repository: str
     for name in sorted(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / name, folder / name)
-    (folder / "README.md").write_text(linked(card, names, repository, revision), encoding="utf-8")
+    (folder / "README.md").write_text(noted(linked(card, names, repository, revision), repository), encoding="utf-8")
 
 
 def problems(folder: Path, max_weights: float = 12.0) -> list[str]:

@@ -99,6 +99,14 @@ def test_links_lead_somewhere():
     assert release.linked(card, {"b.md", "docs/c.png"}, "https://e.f/r/", "v1") == there
 
 
+def test_the_card_says_what_runs_elsewhere(complete):
+    card = (complete / "README.md").read_text()
+    title = card.index("\n# MicroVLM\n")
+    assert card[title:].startswith("\n# MicroVLM\n\n> This folder holds the model and its code. ")
+    assert card.count("\n> This folder holds") == 1
+    assert "[the source repository](https://e.f/r)" in release.noted("# T\n\ntext\n", "https://e.f/r")
+
+
 def test_a_local_path_needs_no_revision(folder):
     change_card(folder, "```python\n", "```python\nAutoModel.from_pretrained('./mine', trust_remote_code=True)\n")
     assert release.problems(folder, LIMIT) == []
