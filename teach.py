@@ -30,7 +30,7 @@ COMMANDS = {  # how many words, and what they are
     "list": ((0,), "nothing"),
     "forget": ((1,), "a number or a sentence"),
 }
-DEMO = (("swan.png", "This is Bimo the swan."), ("robot.png", "This is Kesora the robot."))
+DEMO = (("swan.png", "This is Bimo the swan."), ("robot.png", "This is Mirel the robot."))
 QUESTION = "Who is the robot?"
 
 
