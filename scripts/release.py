@@ -326,9 +326,9 @@ def _snippet_problems(number: int, code: str) -> list[str]:
     return found
 
 
-def dependencies() -> list[str]:
-    """The runtime dependencies of pyproject.toml."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+def project() -> dict:
+    """What pyproject.toml says of the project: `version`, `dependencies`, ..."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def fresh_environment(folder: Path) -> Path:
@@ -340,7 +340,7 @@ def fresh_environment(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
     done = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *dependencies()],
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *project()["dependencies"]],
         capture_output=True,
         text=True,
     )
@@ -471,9 +471,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="only check the files of a folder")
     parser.add_argument("--root", default=str(ROOT), help="what is released; default: this repository")
     parser.add_argument("--repo-id", default="euhidaman/MicroVLM-M", help="on the Hub; default: %(default)s")
-    parser.add_argument(
-        "--tag", default="v1.0.0", help="of the release, the revision in the card; default: %(default)s"
-    )
+    version = f"v{project()['version']}"
+    parser.add_argument("--tag", default=version, help="of the release, the revision in the card; default: %(default)s")
     parser.add_argument("--repository", help="URL of the source repository, for links to files that are not released")
     parser.add_argument("--max-weights", type=float, default=12.0, help="MB of weights at most; default: %(default)s")
     parser.add_argument("--reuse-environment", action="store_true", help="load in this environment, not in a new one")

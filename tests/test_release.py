@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -47,6 +48,11 @@ def change_card(folder: Path, old: str, new: str) -> None:
     card = (folder / "README.md").read_text()
     assert old in card
     (folder / "README.md").write_text(card.replace(old, new, 1))
+
+
+def test_the_tag_is_the_version_of_the_project():
+    version = re.search(r'(?m)^version = "(.+)"$', (ROOT / "pyproject.toml").read_text())[1]
+    assert f"the revision in the card; default: v{version} " in " ".join(run("--help").stdout.split())
 
 
 def test_release_of_this_repository(tmp_path):
