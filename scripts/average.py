@@ -1,11 +1,9 @@
 """Weights between two states of one run: a checkpoint that learned something new, drawn back to the one it came from (WiSE-FT, arXiv 2109.01903).
 
-The first matching --share says how much of a tensor is BEFORE's; what no pattern matches stays as in AFTER. Without --share the states, two or
-more, count alike: of a run whose learning rate does not fall, that is stochastic weight averaging (arXiv 1803.05407).
+The first matching --share says how much of a tensor is BEFORE's; what no pattern matches stays as in AFTER.
 
     python scripts/average.py runs/nano_memory4 runs/nano_stage4 runs/nano_average \\
         --share "language_model.layers=0.25" --share "language_model|adapter|alignment=1"
-    python scripts/average.py runs/nano_memory10/checkpoint-* runs/nano_average10
 """
 
 import argparse
@@ -27,54 +25,40 @@ def share(text: str) -> tuple[re.Pattern, float]:
     return re.compile(pattern), float(value)
 
 
-@torch.no_grad()
-def average(new: dict, old: dict, shares: list[tuple[re.Pattern, float]], names: tuple[str, str]) -> dict[str, int]:
-    """Move the tensors of state `new` towards those of `old`, each by the share of the first pattern that matches its name.
-
-    Returns how many tensors each pattern matches; ends with an error where one matches none, or where tensors differ in name or shape.
-    """
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("after", metavar="AFTER")
+    parser.add_argument("before", metavar="BEFORE")
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist")
+    parser.add_argument("--share", type=share, action="append", required=True, metavar="PATTERN=SHARE")
+    options = parser.parse_args(arguments)
+    if Path(options.out).exists():
+        sys.exit(f"error: {options.out} exists: choose another folder.")
+    model, before = load_plain(options.after), load_plain(options.before)
+    new, old = model.state_dict(keep_vars=True), before.state_dict()
     if differ := {
         name
         for name in new.keys() | old.keys()
         if name not in new or name not in old or new[name].shape != old[name].shape
     }:
-        sys.exit(f"error: {names[0]} and {names[1]} are not states of one model: {min(differ)} differs.")
-    counts, done = dict.fromkeys((pattern.pattern for pattern, _ in shares), 0), set()
-    for name, tensor in new.items():
-        if id(tensor) in done:  # tied
-            continue
-        done.add(id(tensor))
-        for pattern, value in shares:
-            if pattern.search(name):
-                counts[pattern.pattern] += 1
-                if tensor.is_floating_point():
-                    tensor.lerp_(old[name], value)
-                break
+        sys.exit(f"error: {options.after} and {options.before} are not states of one model: {min(differ)} differs.")
+    counts, done = dict.fromkeys((pattern.pattern for pattern, _ in options.share), 0), set()
+    with torch.no_grad():
+        for name, tensor in new.items():
+            if id(tensor) in done:  # tied
+                continue
+            done.add(id(tensor))
+            for pattern, value in options.share:
+                if pattern.search(name):
+                    counts[pattern.pattern] += 1
+                    if tensor.is_floating_point():
+                        tensor.lerp_(old[name], value)
+                    break
     if unused := [pattern for pattern, count in counts.items() if not count]:
         sys.exit(f"error: no tensor matches {', '.join(unused)}.")
-    return counts
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("states", nargs="+", metavar="STATE", help="folders; with --share AFTER and BEFORE")
-    parser.add_argument("out", metavar="OUT", help="a folder that does not exist")
-    parser.add_argument("--share", type=share, action="append", metavar="PATTERN=SHARE")
-    options = parser.parse_args(arguments)
-    if len(options.states) < 2 or (options.share and len(options.states) != 2):
-        parser.error(f"{'--share takes two states' if options.share else 'a mean takes two states or more'}.")
-    if Path(options.out).exists():
-        sys.exit(f"error: {options.out} exists: choose another folder.")
-    first, *others = options.states
-    model = load_plain(first)
-    new = model.state_dict(keep_vars=True)
-    for number, folder in enumerate(others, 2):
-        shares = options.share or [(re.compile(""), 1 / number)]
-        counts = average(new, load_plain(folder).state_dict(), shares, (first, folder))
     model.save_pretrained(options.out)
-    AutoProcessor.from_pretrained(first, trust_remote_code=True).save_pretrained(options.out)
-    matched = ", ".join(f"{count} tensors match {pattern}" for pattern, count in counts.items())
-    print(matched if options.share else f"mean of {len(options.states)} states")
+    AutoProcessor.from_pretrained(options.after, trust_remote_code=True).save_pretrained(options.out)
+    print(", ".join(f"{count} tensors match {pattern}" for pattern, count in counts.items()))
 
 
 if __name__ == "__main__":

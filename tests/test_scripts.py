@@ -214,44 +214,6 @@ def test_an_average_lies_between_two_states(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_without_shares_the_mean_of_all_states_is_taken(tmp_path, capsys):
-    model = toy_model("bitnet")
-    states = []
-    # the shifts add up: 0, 1 and 5 from the first state, 2 in the mean
-    for number, shift in enumerate((0.0, 1.0, 4.0)):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += shift
-        states.append(str(tmp_path / f"checkpoint-{number}"))
-        model.save_pretrained(states[-1])
-        toy_processor().save_pretrained(states[-1])
-    average.main([*states, str(tmp_path / "out")])
-    assert capsys.readouterr().out.endswith("mean of 3 states\n")
-    first, mean = (load_file(f"{folder}/model.safetensors") for folder in (states[0], tmp_path / "out"))
-    fixed = {name for name, _ in model.named_buffers()}
-    assert first.keys() == mean.keys()
-    for name, tensor in mean.items():
-        torch.testing.assert_close(tensor, first[name] + (0 if name in fixed else 2), atol=1e-5, rtol=0, msg=name)
-    toy_model("qwen2").save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match=r"checkpoint-0 and .*other are not states of one model"):
-        average.main([*states, str(tmp_path / "other"), str(tmp_path / "none")])
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["a", "out"], "a mean takes two states or more"),
-        (["a", "b", "c", "out", "--share", "x=0.5"], "--share takes two states"),
-    ],
-)
-def test_an_average_of_too_few_or_too_many_states_is_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        average.main(arguments)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("text", ["adapter", "adapter=2", "=0.5", "adapter=x"])
 def test_a_share_is_a_pattern_and_a_number_from_0_to_1(text):
     with pytest.raises((average.argparse.ArgumentTypeError, ValueError)):
