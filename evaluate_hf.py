@@ -12,7 +12,7 @@
 - language: loss and perplexity of the references' tokens and their end, given the picture and the reference so far.
 - retrieval: recall at 1, 5 and 10 of the alignment heads, pictures to texts and back, and their InfoNCE loss.
 - memory (`--memory`): facts taught and asked for as in benchmarks/memory_recall.py, ScopeNet and the KL terms.
-- speed: seconds to the first token, tokens and pictures a second, on this machine.
+- speed: seconds to the first token, tokens and pictures a second, on this machine (`--device`, `--dtype`).
 - size: parameters, bytes on the disk.
 
 What cannot be measured is listed with its reason. docs/evaluation.md says more. Exit code: 0; 1, something could not be read or written;
@@ -51,6 +51,7 @@ from data_microvlm import CaptionCollator, caption_noun, decode_row, load_rows, 
 ROOT = Path(__file__).resolve().parent
 GROUPS = ("captions", "language", "retrieval", "memory", "speed", "size")
 DEFAULT_GROUPS = ("captions", "language", "retrieval", "size")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 CAPTIONERS = {"model": "model", "shuffled": "model, others' references", "nearest_neighbour": "nearest neighbour"}
 RANKS = (1, 5, 10)
 RETRIEVAL_POOL = 5000  # pictures, the first ones of a larger set
@@ -111,7 +112,7 @@ def caption_rows(model, processor, rows, batch_size: int = 16, max_new_tokens: i
         out = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            pixel_values=pixel_values.to(model.device),
+            pixel_values=pixel_values.to(model.device, model.dtype),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -379,7 +380,8 @@ def speed_scores(model, processor, rows, batch_size: int = 16, repeats: int = 3)
     first, rate, whole = [], [], []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"].to(model.device)
+        pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(model.device, model.dtype)
         prepared = time.perf_counter() - start
         seconds, tokens = time_generate(model, NEW_TOKENS, **inputs, pixel_values=pixel_values)
         start = time.perf_counter()
@@ -965,6 +967,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--facts", type=positive, nargs="+", default=[1, 4, 16, 64], help="sizes of memories (default: %(default)s)")
     add("--queries", type=positive, default=32, help="questions of each sort per memory size (default: %(default)s)")
     add("--batch-size", type=positive, default=16)
+    add("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    what = "of weights that are not packed; auto: the checkpoint's (default: %(default)s)"
+    add("--dtype", default="float32", choices=DTYPES, help=what)
     add("--limit", type=positive, help="only the first so many rows")
     add("--show", type=int, default=0, help="print so many captions beside their references")
     add("--no-meteor", action="store_true", help="leave METEOR out: its Java program takes seconds to start")
@@ -987,6 +992,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{'--html' if module == 'matplotlib' else 'captions'} needs {module}: pip install '.[eval]'")
     if options.yardstick and "captions" not in options.metrics:
         parser.error("--yardstick needs the group captions")
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device}: {str(error).partition(chr(10))[0]}")
     return options
 
 
@@ -1003,7 +1012,11 @@ def run(options: argparse.Namespace) -> None:
         card_results({path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()})
     processor = AutoProcessor.from_pretrained(options.model, revision=options.revision, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(
-        options.model, revision=options.revision, trust_remote_code=True, dtype=torch.float32
+        options.model,
+        revision=options.revision,
+        trust_remote_code=True,
+        dtype=options.dtype,
+        device_map=options.device,
     ).eval()
     if not hasattr(model, "default_prompt"):
         raise ValueError(f"{options.model} is a {type(model).__name__}: only checkpoints of MicroVLM can be scored.")

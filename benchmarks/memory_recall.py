@@ -139,7 +139,7 @@ class Bench:
         return text_ids(self.processor.tokenizer, text)
 
     def pad(self, lines: list[list[int]]) -> dict[str, torch.Tensor]:
-        return self.processor.tokenizer.pad({"input_ids": lines}, return_tensors="pt")
+        return self.processor.tokenizer.pad({"input_ids": lines}, return_tensors="pt").to(self.model.device)
 
     def facts(self, names: list[str], pictures: list[int]) -> list[str]:
         """What is taught about pictures."""

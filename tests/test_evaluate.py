@@ -563,6 +563,23 @@ def test_a_packed_checkpoint_is_scored(monkeypatch, tmp_path):
     assert entry["size"]["bits_per_parameter"] < 32 and entry["language"]["perplexity"] > 1
 
 
+def test_another_dtype(monkeypatch, tmp_path, full_run):
+    use_cache(monkeypatch, tmp_path / "cache")
+    model = toy_checkpoint(tmp_path / "model", use_memory=True, memory_config=MEMORY)
+    data, scores = write_parquet(tmp_path / "toy.parquet", pairs(concept=KINDS)), tmp_path / "scores.json"
+    options = {"facts": [1, 2], "queries": 2, "json": scores, "html": tmp_path / "report.html", "examples": 1}
+    arguments = command(model, data, metrics=list(evaluate_hf.GROUPS), dtype="bfloat16", device="cpu", **options)
+    assert evaluate_hf.main(arguments) == 0
+    entry = json.loads(scores.read_text())[str(data)]
+    assert (entry["speed"]["dtype"], entry["speed"]["device"]) == ("bfloat16", "cpu")
+    assert [m["facts"] for m in entry["memory"]] == [1, 2]
+    in_float32 = json.loads((full_run / "scores.json").read_text())
+    other = next(value for name, value in in_float32.items() if name.endswith("validation_a.parquet"))
+    assert other["speed"]["dtype"] == "float32"
+    close = entry["language"]["lm_loss"] - other["language"]["lm_loss"]  # the same model and pictures
+    assert 0 < abs(close) < 0.05
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -571,6 +588,8 @@ def test_a_packed_checkpoint_is_scored(monkeypatch, tmp_path):
         (["--facts", "-1"], "whole number of at least 1"),
         (["--html", "nowhere/report.html"], "there is no folder"),
         (["--metrics", "size", "--yardstick", "x.parquet"], "--yardstick needs the group captions"),
+        (["--device", "toaster"], "--device toaster: "),
+        (["--dtype", "int3"], "invalid choice: 'int3'"),
     ],
 )
 def test_wrong_arguments_are_said_at_once(arguments, message, capsys):
