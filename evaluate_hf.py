@@ -112,7 +112,7 @@ def caption_rows(model, processor, rows, batch_size: int = 16, max_new_tokens: i
         out = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            pixel_values=pixel_values.to(model.device, model.dtype),
+            pixel_values=pixel_values.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -259,7 +259,7 @@ def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = T
         labels = batch.pop("labels")[:, -length:]
         logits = model(**batch, mm_encoder_outputs=image, logits_to_keep=length + 1).logits[:, :-1].float()
         loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        out["loss"].append(loss.double().sum(1).cpu())
+        out["loss"].append(loss.cpu().double().sum(1))
         out["tokens"].append((labels != -100).sum(1).cpu())
     return {name: torch.cat(values) for name, values in out.items()}
 
@@ -380,8 +380,7 @@ def speed_scores(model, processor, rows, batch_size: int = 16, repeats: int = 3)
     first, rate, whole = [], [], []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(model.device, model.dtype)
+        pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"].to(model.device)
         prepared = time.perf_counter() - start
         seconds, tokens = time_generate(model, NEW_TOKENS, **inputs, pixel_values=pixel_values)
         start = time.perf_counter()
@@ -468,7 +467,7 @@ def evaluate(model, processor, rows, options, train=None) -> tuple[dict, dict]:
         `loss`, and per size `scopes`.
     """
     groups, missing, more = set(options.metrics), {}, {}
-    result: dict = {"pictures": len(rows)}
+    result: dict = {"pictures": len(rows), "dtype": str(model.dtype).removeprefix("torch.")}
     if "captions" in groups:
         candidates, references = caption_rows(model, processor, rows, options.batch_size)
         sets, shift = {"model": (candidates, references)}, len(references) // 2
@@ -678,6 +677,11 @@ def split_of(path: str) -> str | None:
     return next((name for name in ("train", "validation", "test") if Path(path).stem.startswith(name)), None)
 
 
+def unusual(result: dict) -> dict[str, str]:
+    """The dtype of a model that was not scored in float32."""
+    return {"dtype": result["dtype"]} if result.get("dtype", "float32") != "float32" else {}
+
+
 def card_results(results: dict[str, dict]) -> list[EvalResult]:
     """Entries of a card's `model-index`; a data set goes by its Hub id or path, of an absolute path by the file's name.
 
@@ -700,7 +704,7 @@ def card_results(results: dict[str, dict]) -> list[EvalResult]:
             metric_type=metric,
             metric_name=label,
             metric_value=round(value, 6),
-            metric_args={"pictures": result["pictures"]},
+            metric_args={"pictures": result["pictures"]} | unusual(result),
         )
         for path, result in results.items()
         for metric, (label, value) in card_metrics(result).items()
@@ -993,7 +997,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.yardstick and "captions" not in options.metrics:
         parser.error("--yardstick needs the group captions")
     try:
-        torch.zeros(1, device=options.device)
+        torch.zeros(1, device=options.device).tolist()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {options.device}: {str(error).partition(chr(10))[0]}")
     return options

@@ -213,7 +213,7 @@ class Bench:
                 features = self.views[view][0][part]
             query = self.model.model.get_memory_query(inputs["input_ids"], inputs["attention_mask"], features)
             state = memory if rows is None else memory.select(rows[start : start + BATCH])
-            out.append(self.model.model.read_memory(state, query).scope_logits.sigmoid())
+            out.append(self.model.model.read_memory(state, query).scope_logits.sigmoid().cpu())
         return torch.cat(out)
 
     def nearest(self, view: int, index: int, stored: list[int]) -> int:
@@ -375,11 +375,11 @@ def timings(bench: Bench, row, repeats: int = 7) -> dict[str, float]:
     picture = decode_row(row, processor.image_processor)[0]
     inputs = processor(
         images=[picture], text=[processor.image_token + "This is Bimo the penguin."], return_tensors="pt"
-    )
+    ).to(model.device, model.dtype)
     start, answer = model.default_prompt(1)[0].tolist(), bench.tokens("This is Bimo the penguin.")
     answer = [*answer, processor.tokenizer.eos_token_id]
-    ids = torch.tensor([start + answer])
-    labels = torch.tensor([[-100] * len(start) + answer])
+    ids = torch.tensor([start + answer], device=model.device)
+    labels = torch.tensor([[-100] * len(start) + answer], device=model.device)
     half = bench.teach([list(range(BATCH))], [["This is Bimo the penguin."] * BATCH])
     times: dict[str, list[float]] = {"write": [], "read": [], "forget": [], "20 LoRA steps": []}
 

@@ -137,7 +137,7 @@ def test_command(tmp_path):
         assert set(entry[name]) == set(order) and line.split() == [name, *values]
     assert entry["model"]["distinct"] == entry["shuffled"]["distinct"] > 0
     assert entry["not_measured"]["meteor"] == "--no-meteor"
-    assert set(entry) == {"pictures", "model", "shuffled", "language", "retrieval", "size", "not_measured"}
+    assert set(entry) == {"pictures", "dtype", "model", "shuffled", "language", "retrieval", "size", "not_measured"}
     assert [line.split()[0] for line in lines[6:9]] == ["language", "retrieval", "size"]
     assert "  not measured: meteor: --no-meteor" in lines
     assert os.listdir(tmp_path) and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -567,15 +567,21 @@ def test_another_dtype(monkeypatch, tmp_path, full_run):
     use_cache(monkeypatch, tmp_path / "cache")
     model = toy_checkpoint(tmp_path / "model", use_memory=True, memory_config=MEMORY)
     data, scores = write_parquet(tmp_path / "toy.parquet", pairs(concept=KINDS)), tmp_path / "scores.json"
-    options = {"facts": [1, 2], "queries": 2, "json": scores, "html": tmp_path / "report.html", "examples": 1}
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n")
+    files = {"json": scores, "card": card, "html": tmp_path / "report.html"}
+    options = {"facts": [1, 2], "queries": 2, "examples": 1, **files}
     arguments = command(model, data, metrics=list(evaluate_hf.GROUPS), dtype="bfloat16", device="cpu", **options)
     assert evaluate_hf.main(arguments) == 0
     entry = json.loads(scores.read_text())[str(data)]
     assert (entry["speed"]["dtype"], entry["speed"]["device"]) == ("bfloat16", "cpu")
-    assert [m["facts"] for m in entry["memory"]] == [1, 2]
+    assert [m["facts"] for m in entry["memory"]] == [1, 2] and entry["dtype"] == "bfloat16"
+    metrics = yaml.safe_load(card.read_text().split("---")[1])["model-index"][0]["results"][0]["metrics"]
+    assert {m["args"]["dtype"] for m in metrics} == {"bfloat16"}
     in_float32 = json.loads((full_run / "scores.json").read_text())
     other = next(value for name, value in in_float32.items() if name.endswith("validation_a.parquet"))
-    assert other["speed"]["dtype"] == "float32"
+    assert other["dtype"] == other["speed"]["dtype"] == "float32"
+    assert "dtype" not in (full_run / "README.md").read_text()
     close = entry["language"]["lm_loss"] - other["language"]["lm_loss"]  # the same model and pictures
     assert 0 < abs(close) < 0.05
 
@@ -589,6 +595,7 @@ def test_another_dtype(monkeypatch, tmp_path, full_run):
         (["--html", "nowhere/report.html"], "there is no folder"),
         (["--metrics", "size", "--yardstick", "x.parquet"], "--yardstick needs the group captions"),
         (["--device", "toaster"], "--device toaster: "),
+        (["--device", "meta"], "--device meta: "),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
     ],
 )
