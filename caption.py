@@ -39,6 +39,7 @@ from processing_microvlm import DEFAULT_MAX_PIXELS, open_picture
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2", ".ico"}
 URL_SCHEMES = ("http://", "https://", "file://")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -300,7 +301,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--html", metavar="FILE", help="write one page with pictures and captions")
     add("--png", metavar="FILE", help="write a contact sheet")
     add("--recursive", action="store_true", help="also look into the folders of folders")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    add("--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
     return parser.parse_args(arguments)
 

@@ -42,16 +42,14 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import cached_file
 
-from caption import positive, replacing
+from caption import DTYPES, load, positive, replacing
 from data_microvlm import CaptionCollator, caption_noun, decode_row, load_rows, make_names, text_ids
 
 ROOT = Path(__file__).resolve().parent
 GROUPS = ("captions", "language", "retrieval", "memory", "speed", "size")
 DEFAULT_GROUPS = ("captions", "language", "retrieval", "size")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 CAPTIONERS = {"model": "model", "shuffled": "model, others' references", "nearest_neighbour": "nearest neighbour"}
 RANKS = (1, 5, 10)
 RETRIEVAL_POOL = 5000  # pictures, the first ones of a larger set
@@ -1014,14 +1012,7 @@ def run(options: argparse.Namespace) -> None:
     if options.card:
         read_card(options.card)
         card_results({path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()})
-    processor = AutoProcessor.from_pretrained(options.model, revision=options.revision, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(
-        options.model,
-        revision=options.revision,
-        trust_remote_code=True,
-        dtype=options.dtype,
-        device_map=options.device,
-    ).eval()
+    model, processor = load(options.model, options.revision, options.dtype, options.device)
     if not hasattr(model, "default_prompt"):
         raise ValueError(f"{options.model} is a {type(model).__name__}: only checkpoints of MicroVLM can be scored.")
     train = None
