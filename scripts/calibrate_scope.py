@@ -3,8 +3,9 @@
     python scripts/calibrate_scope.py runs/nano_memory --data data/pictures/validation_seen.parquet
 
 For every number of facts, memories are taught, and asked with an augmented view of each stored picture and with pictures that share no word
-with any of them, and with questions in words about the same. For each number the threshold is the lowest that lets at most
-`--false-alarms` of the unrelated through; between them it is interpolated (`scope_threshold` in `memory_microvlm.py`).
+with any of them, with look-alikes, which share a word with one of another concept, and with questions in words about the stored and the
+unrelated. For each number the threshold is the lowest that lets at most `--false-alarms` of the unrelated and, asked by pictures, at most
+`--look-alikes` of those through; between them it is interpolated (`scope_threshold` in `memory_microvlm.py`).
 """
 
 import argparse
@@ -25,27 +26,31 @@ from data_microvlm import load_rows  # noqa: E402
 MOST = 5000  # scores for the equal error rate
 
 
-def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Scope probabilities of written and of unrelated pictures, and of questions about them, over several memories of `size` facts."""
-    found = {"pictures": ([], []), "words": ([], [])}
+def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Scope probabilities of written, of unrelated and of look-alike pictures, and of questions about the first two, over several
+    memories of `size` facts; no look-alikes where the memories leave none.
+    """
+    found = {"pictures": ([], [], []), "words": ([], [])}
     for _ in range(memories):
         pictures = bench.choose(size)
         memory = bench.teach([pictures], [bench.facts(bench.draw.sample(bench.names["new"], size), pictures)])
         stored = set().union(*(bench.words[i] for i in pictures))
+        concepts = {bench.concepts[i] for i in pictures}
         unrelated = [i for i in range(len(bench.captions)) if not bench.words[i] & stored]
-        for kind, views in (("pictures", (1, 0)), ("words", (None, None))):
-            for part, view, indices in zip(found[kind], views, (pictures, unrelated)):
+        alike = [i for i in range(len(bench.captions)) if bench.words[i] & stored and bench.concepts[i] not in concepts]
+        for kind, views in (("pictures", (1, 0, 0)), ("words", (None, None))):
+            for part, view, indices in zip(found[kind], views, (pictures, unrelated, alike)):
                 if indices:
                     part.append(bench.scope(view, indices, memory))
     if not found["pictures"][1]:
         raise ValueError(f"no picture is unrelated to {size} facts: give more pictures.")
-    return {kind: (torch.cat(positive), torch.cat(negative)) for kind, (positive, negative) in found.items()}
+    return {kind: tuple(torch.cat(part) if part else torch.empty(0) for part in parts) for kind, parts in found.items()}
 
 
 def lowest_threshold(negative: torch.Tensor, false_alarms: float) -> float:
-    """The lowest probability that at most this share of the negatives reaches."""
+    """The lowest probability that at most this share of the negatives reaches; with a share of 1 the lowest there is."""
     allowed = int(false_alarms * len(negative))
-    value = float(negative.sort(descending=True).values[min(allowed, len(negative) - 1)])
+    value = float(negative.sort(descending=True).values[allowed]) if allowed < len(negative) else 0.0
     return round(min(max(value + 1e-4, 1e-4), 1 - 1e-4), 4)
 
 
@@ -53,7 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="pictures that the model was not trained on")
-    parser.add_argument("--false-alarms", type=float, default=0.015)
+    parser.add_argument("--false-alarms", type=float, default=0.015, help="share of the unrelated that may pass")
+    parser.add_argument("--look-alikes", type=float, default=1.0, help="share of the look-alikes that may pass; 1, any")
     options = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(
         options.checkpoint, trust_remote_code=True, dtype=torch.float32
@@ -69,12 +75,14 @@ def main() -> None:
     for kind, name in (("pictures", "scope_threshold"), ("words", "word_threshold")):
         lines = []
         for size in sizes:
-            positive, negative = found[size][kind]
-            threshold = lowest_threshold(negative, options.false_alarms)
-            on = [float((x >= threshold).float().mean()) for x in (positive, negative)]
+            positive, negative, *alike = found[size][kind]
+            allowed = zip((negative, *alike), (options.false_alarms, options.look_alikes))
+            threshold = max(lowest_threshold(x, share) for x, share in allowed if len(x))
+            on = [float((x >= threshold).float().mean()) if len(x) else None for x in (positive, negative, *alike)]
             quality = auroc(positive, negative), equal_error_rate(positive[:MOST], negative[:MOST])
             lines.append([size, threshold, len(negative), *quality, *on])
-        columns = ["facts", "threshold", "unrelated", "AUROC", "EER", "written: on", "unrelated: on"]
+        columns = ["facts", "threshold", "unrelated", "AUROC", "EER", "written: on", "unrelated: on", "look-alikes: on"]
+        columns = columns[: len(lines[0])]
         print(f"Asked by {kind}.\n\n{table(columns, lines)}\n")
         config["memory_config"][name] = [line[:2] for line in lines]
     with replacing(str(path), "w") as file:

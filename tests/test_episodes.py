@@ -351,6 +351,27 @@ def test_the_threshold_lets_no_more_through_than_it_may(highest):
     assert (negative >= threshold).float().mean() <= 0.05 < (negative >= threshold - 0.02 * highest).float().mean()
     assert threshold == round(threshold, 4) and 0 < calibrate_scope.lowest_threshold(torch.zeros(5), 0.5) < 0.01
     assert calibrate_scope.lowest_threshold(torch.ones(5), 0.0) < 1
+    assert calibrate_scope.lowest_threshold(torch.full((5,), 0.9), 1.0) == 1e-4  # all may pass
+
+
+def test_thresholds_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """All may pass, no unrelated picture, or no look-alike."""
+    toy_model(use_memory=True, memory_config=MEMORY).save_pretrained(tmp_path / "model")
+    toy_processor().save_pretrained(tmp_path / "model")
+    things = ["cat", "cat house", "dog", "dog cart", "bell", "bell tower", "hat", "hat box"]  # two share a word
+    rows = pairs(concept=things, caption=[f"A {thing}." for thing in things])
+    data = str(write_parquet(tmp_path / "rows.parquet", rows))
+    found = []
+    for shares in (("1", "1"), ("0", "1"), ("1", "0")):
+        options = ["--data", data, "--false-alarms", shares[0], "--look-alikes", shares[1]]
+        monkeypatch.setattr(sys, "argv", ["calibrate_scope.py", str(tmp_path / "model"), *options])
+        calibrate_scope.main()
+        found.append(json.loads((tmp_path / "model/config.json").read_text())["memory_config"]["scope_threshold"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 4 |"))][:2]
+        for column, share in zip((-2, -1), shares):  # what of the unrelated and of the look-alikes passes
+            on = {line.strip("| ").split(" | ")[column] for line in lines}
+            assert on == {"0.000"} if share == "0" else "0" in shares or on == {"1.000"}
+    assert found[0] == [[1, 1e-4], [4, 1e-4]] and found[1] != found[0] != found[2]
 
 
 def test_the_benchmark_runs_and_counts(tmp_path):
