@@ -185,6 +185,14 @@ class Bench:
         rest = sorted(set(range(len(self.captions))) - set(chosen))
         return chosen + self.draw.sample(rest, number - len(chosen))
 
+    def unwritten(self, stored: list[int]) -> tuple[list[int], list[int]]:
+        """Pictures that share no word with the stored ones, and look-alikes: they share one and are of other concepts."""
+        words = set().union(*(self.words[i] for i in stored))
+        concepts = {self.concepts[i] for i in stored}
+        everything = range(len(self.captions))
+        unrelated = [i for i in everything if not self.words[i] & words]
+        return unrelated, [i for i in everything if self.words[i] & words and self.concepts[i] not in concepts]
+
     def teach(self, pictures: list[list[int]], facts: list[list[str]]):
         """A memory with a row per list of pictures, taught their facts."""
         memory, prefix = self.model.new_memory(len(pictures)), [self.model.config.image_token_id]
@@ -289,15 +297,10 @@ def retrieval_bytes(bench: Bench, facts: list[str]) -> int:
 def negatives(bench: Bench, memory, pictures, names, rows, asked, queries, kept: dict | None = None) -> dict:
     """False recalls, unchanged captions and scope on pictures that were not written."""
     R, result = len(pictures), {}
-    stored = [set().union(*(bench.words[i] for i in row)) for row in pictures]
-    concepts = [{bench.concepts[i] for i in row} for row in pictures]
-    everything = range(len(bench.captions))
     groups = {"unrelated": [], "lookalike": []}
     for r in range(R):
-        unrelated = [i for i in everything if not bench.words[i] & stored[r]]
-        alike = [i for i in everything if bench.words[i] & stored[r] and bench.concepts[i] not in concepts[r]]
         share = -(-2 * queries // R)
-        for name, pool in (("unrelated", unrelated), ("lookalike", alike)):
+        for name, pool in zip(groups, bench.unwritten(pictures[r])):
             groups[name] += [(r, i) for i in bench.draw.sample(pool, min(len(pool), share))]
 
     def false_recalls(pairs, texts) -> float:

@@ -34,12 +34,9 @@ def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tens
     for _ in range(memories):
         pictures = bench.choose(size)
         memory = bench.teach([pictures], [bench.facts(bench.draw.sample(bench.names["new"], size), pictures)])
-        stored = set().union(*(bench.words[i] for i in pictures))
-        concepts = {bench.concepts[i] for i in pictures}
-        unrelated = [i for i in range(len(bench.captions)) if not bench.words[i] & stored]
-        alike = [i for i in range(len(bench.captions)) if bench.words[i] & stored and bench.concepts[i] not in concepts]
+        asked = pictures, *bench.unwritten(pictures)
         for kind, views in (("pictures", (1, 0, 0)), ("words", (None, None))):
-            for part, view, indices in zip(found[kind], views, (pictures, unrelated, alike)):
+            for part, view, indices in zip(found[kind], views, asked):
                 if indices:
                     part.append(bench.scope(view, indices, memory))
     if not found["pictures"][1]:
