@@ -2,6 +2,7 @@
 
     python benchmarks/memory_recall.py --data data/pictures/validation.parquet --plot docs/memory_recall.png --json runs/recall.json
     python benchmarks/memory_recall.py                              the 305 pictures that ship, fewer facts
+    python benchmarks/memory_recall.py --draws 8                    means over eight draws of memories, names and questions
 
 For N = 1, 4, 16, 64, K, 2K, 4K a memory is taught "This is Bimo the penguin." for N pictures, one per concept while the concepts last,
 without a gradient step. Then, with ScopeNet deciding row by row whether memory applies (unless it says that the gate is open):
@@ -289,6 +290,17 @@ def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new"), kept: 
     return result
 
 
+def mean(draws: list):
+    """Results of `measure` for several draws -> the mean of every figure over the draws that have it; counts are rounded."""
+    if isinstance(draws[0], dict):
+        names = dict.fromkeys(name for draw in draws for name in draw)
+        return {name: mean([draw[name] for draw in draws if name in draw]) for name in names}
+    values = [value for value in draws if value is not None]
+    if not values:
+        return None
+    return round(sum(values) / len(values)) if isinstance(values[0], int) else sum(values) / len(values)
+
+
 def retrieval_bytes(bench: Bench, facts: list[str]) -> int:
     """What nearest-neighbour retrieval keeps: float32 features and the sentence."""
     return sum(4 * bench.pooled[0].shape[1] + len(fact.encode()) for fact in facts)
@@ -511,6 +523,9 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="*", help="numbers of facts; default 1, 4, 16, 64, K, 2K, 4K")
     parser.add_argument("--queries", type=int, default=128, help="questions of each sort per number of facts")
+    parser.add_argument(
+        "--draws", type=int, default=1, help="memories, names and questions drawn so often, figures are means"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--plot", default="runs/memory_recall.png", help="PNG file; default: %(default)s")
     parser.add_argument("--json", help="JSON file")
@@ -525,12 +540,12 @@ def main() -> None:
     sizes = options.sizes or [1, 4, 16, 64, slots, 2 * slots, 4 * slots]
     results = []
     for size in [s for s in dict.fromkeys(sizes) if s <= len(rows)]:
-        results.append(measure(bench, size, options.queries))
+        results.append(mean([measure(bench, size, options.queries) for _ in range(options.draws)]))
         print(f"{size} facts: {json.dumps(results[-1])}", file=sys.stderr, flush=True)
     times = timings(bench, rows[0])
-    print(
-        f"{len(rows)} pictures of {len(bench.by_concept)} concepts, K = {slots} slots, {options.queries} questions a figure\n"
-    )
+    drawn = "" if options.draws == 1 else f", mean of {options.draws} draws"
+    concepts = f"{len(rows)} pictures of {len(bench.by_concept)} concepts, K = {slots} slots"
+    print(f"{concepts}, {options.queries} questions a figure{drawn}\n")
     print(report(results, times))
     Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
     plot(results, slots, options.plot)

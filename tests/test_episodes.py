@@ -393,8 +393,10 @@ def test_the_benchmark_runs_and_counts(tmp_path):
     said = memory_recall.negatives(bench, bench.teach([[0]], [["a"]]), [[0]], [["Kesora"]], None, [0], 4)["unrelated"]
     assert (said["false_recall"], said["unchanged"]) == (1.0, 1.0) and said["pictures"] > 0
     bench.answers = mute
-    report = memory_recall.report([result], {"write": 1.0})
+    report = memory_recall.report([memory_recall.mean([result, result])], {"write": 1.0})
     assert "| 2 | seen |" in report and "Milliseconds" in report
+    draws = [{"facts": 1, "seen": {"view": 0.5}}, {"facts": 1, "seen": {"view": 1.0, "style": 0.25}, "in_prompt": None}]
+    assert memory_recall.mean(draws) == {"facts": 1, "seen": {"view": 0.75, "style": 0.25}, "in_prompt": None}
 
 
 @pytest.fixture
