@@ -213,7 +213,7 @@ class MemoryCache(Cache):
         if mask.dtype == torch.bool:
             return torch.cat([mask, log_gate > -torch.inf], dim=-1)
         floor = torch.finfo(mask.dtype).min  # -inf in a whole row of scores would make it NaN
-        return torch.cat([mask, log_gate.clamp(min=floor).to(mask.dtype)], dim=-1)
+        return torch.cat([mask, log_gate.to(mask.dtype).clamp(min=floor)], dim=-1)
 
     def _map(self, function) -> None:
         self.memory = [(function(k), function(v)) for k, v in self.memory]

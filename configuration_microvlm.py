@@ -34,6 +34,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_microvlm.MicroVLMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_microvlm.MicroVLMForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_microvlm.MicroVLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_microvlm.MicroVLMForConditionalGeneration",
 }
 
 LARGEST_SIZE = 2**24  # of a whole number in our own sections
@@ -210,12 +211,12 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
                 f"memory_config.num_content_slots must be 1 or num_memory_tokens ({self.num_memory_tokens}), "
                 f"got {self.num_content_slots}."
             )
-        if not self.observation_noise > 0:
-            raise ValueError(f"memory_config.observation_noise must be positive, got {self.observation_noise}.")
-        if not self.gray_weight >= 0:
-            raise ValueError(f"memory_config.gray_weight must not be negative, got {self.gray_weight}.")
-        if not self.read_sharpness >= 0:
-            raise ValueError(f"memory_config.read_sharpness must not be negative, got {self.read_sharpness}.")
+        for name in ("observation_noise", "address_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"memory_config.{name} must be positive, got {getattr(self, name)}.")
+        for name in ("gray_weight", "read_sharpness", "address_ridge"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"memory_config.{name} must not be negative, got {getattr(self, name)}.")
         if self.word_threshold is None:
             self.word_threshold = self.scope_threshold
         self._check_threshold("scope_threshold")
@@ -395,6 +396,11 @@ class MicroVLMConfig(PreTrainedConfig):
                 f"default_prompt_ids must hold image_token_id ({self.image_token_id}) exactly once, "
                 f"got {self.default_prompt_ids}."
             )
+        if not all(0 <= token < text.vocab_size for token in self.default_prompt_ids or []):
+            raise ValueError(
+                f"default_prompt_ids must be inside the text vocabulary of {text.vocab_size} tokens, "
+                f"got {self.default_prompt_ids}."
+            )
         layer_types = getattr(text, "layer_types", None) or []
         if self.use_memory and any(kind != "full_attention" for kind in layer_types):
             raise ValueError(
@@ -404,6 +410,8 @@ class MicroVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"qat_config.ternary_weights must be 'absmean' or 'none', got {self.qat_config.ternary_weights!r}."
             )
+        if self.qat_config.activation_bits not in (8, None):
+            raise ValueError(f"qat_config.activation_bits must be 8 or None, got {self.qat_config.activation_bits!r}.")
         group = self.qat_config.group_size
         if group not in ("tensor", "row") and not (isinstance(group, int) and group > 0):
             raise ValueError(f"qat_config.group_size must be 'tensor', 'row' or a number of columns, got {group!r}.")

@@ -27,7 +27,13 @@ from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardD
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM")
+AUTO_CLASSES = (
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForImageTextToText",
+    "AutoModelForCausalLM",
+    "AutoModelForMultimodalLM",
+)
 TAGS = ("vision-language", "image-captioning", "bitnet", "deit", "tiny")
 LIBRARIES = ("transformers", "torch", "datasets", "huggingface_hub")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -52,12 +52,13 @@ from .memory_microvlm import (
     in_float32,
     scope_threshold,
 )
-from .quantization_microvlm import replace_with_ternary
+from .quantization_microvlm import PackedEmbedding, replace_with_ternary
 
 # A decoder whose head does more than one linear map would give wrong logits here, so it is refused.
 UNSUPPORTED_HEAD_ATTRIBUTES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 # What `forward` hands on to the language model and the loss; any other name is a mistake, and is refused.
 FORWARD_KWARGS = TransformersKwargs.__optional_keys__ | {"use_cache", "token_type_ids", "shift_labels", "ignore_index"}
+FAST_KWARGS = {"use_cache", "return_dict", "shift_labels", "ignore_index", "num_items_in_batch"}
 # Values of the memory's config on which addresses, contents and the posterior depend, besides weights.
 FINGERPRINT_FIELDS = (
     "num_slots",
@@ -411,7 +412,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         output_hidden_states = kwargs.get("output_hidden_states")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if pixel_values.ndim != 4:
+        if pixel_values.ndim != 4 or not len(pixel_values):
             raise ValueError(
                 f"pixel_values must have the shape (pictures, channels, height, width), got {tuple(pixel_values.shape)}."
             )
@@ -505,6 +506,14 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             past_key_values, kwargs["use_cache"] = self._attach(
                 memory_readout, past_key_values, kwargs.get("use_cache")
             )
+        if (
+            position_ids is None
+            and attention_mask is not None
+            and attention_mask.ndim == 2
+            and isinstance(past_key_values, MemoryCache)
+            and past_key_values.num_memory_tokens
+        ):  # memory tokens have no position, so how far the text stands from its beginning matters: padding does not count
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         replayed = []  # layers that may read the memory again, in the replay of a checkpoint
         if self._is_checkpointing and isinstance(past_key_values, MemoryCache) and past_key_values.is_read_only:
             replayed = list(self.language_model.layers)
@@ -515,7 +524,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             if (
                 decoder is not None
                 and not inputs_embeds.requires_grad
-                and not any(extra.get(k) for k in extra.keys() - {"use_cache", "return_dict"})
+                and not any(v is not None and v is not False for k, v in extra.items() if k not in FAST_KWARGS)
             ):
                 decode, extra = decoder, {"use_cache": kwargs.get("use_cache")}
             else:
@@ -641,13 +650,15 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         Args:
             memory: R rows; every B / R neighbouring rows of the query ask one of them.
             query: of `get_memory_query`.
-            gate: `auto` (ScopeNet: soft in training, hard by the config's threshold in eval), `on`, `off`, or per row (B,), boolean or
-                a weight in [0, 1].
+            gate: `auto` (ScopeNet: soft in training, hard by the config's threshold in eval), `on`, `off`, a boolean or a weight in
+                [0, 1], or one per row (B,).
             kl: also compute the two KL terms, which generation does without.
         """
         R, B = memory.num_rows, len(query.keys)
         read, addresses = self.memory.read(memory, query)
         scope = in_float32(self.scope, query.keys, read.statistics.flatten(0, 1))
+        if isinstance(gate, (bool, int, float)):  # the same for all rows
+            gate = torch.full((B,), float(gate))
         if isinstance(gate, torch.Tensor):
             if gate.shape != (B,):
                 raise ValueError(f"memory_gate has the shape {tuple(gate.shape)}, expected ({B},).")
@@ -769,6 +780,20 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As the parent's; the memory's weights of words follow, 1 for new tokens.
+
+        Raises:
+            ValueError: the vocabulary is packed.
+        """
+        if isinstance(self.get_input_embeddings(), PackedEmbedding):
+            raise ValueError("a packed vocabulary cannot be resized: call dequantize() first.")
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if (memory := self.model.memory) is not None:
+            old, size = memory.word_weight, embeddings.num_embeddings
+            memory.word_weight = torch.cat([old[:size], old.new_ones(max(0, size - len(old)))])
+        return embeddings
+
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> MicroVLMImageFeatures | tuple:
         """See `MicroVLMModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -809,7 +834,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             use_fusion: also return `match_logits`; default: the config's.
             memory: memories to read with the pictures (or, in a row without one, the words) of this call: one that all rows share,
                 or one per row.
-            memory_gate: `auto` (ScopeNet decides), `on`, `off`, or per row (B,), boolean or a weight in [0, 1].
+            memory_gate: `auto` (ScopeNet decides), `on`, `off`, a boolean or a weight in [0, 1], or one per row (B,).
             memory_readout: of `read_memory`, instead of `memory`.
 
         Raises:
@@ -834,6 +859,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             pixel_values = None
         if return_alignment == "only":
             image = self._image(pixel_values, mm_encoder_outputs)
+            if image is None:
+                raise ValueError("return_alignment='only' needs pictures: give pixel_values.")
             if image.pooler_output is None:
                 image = self.model.pool_image_features(image.last_hidden_state)
             prefix = torch.stack(tuple(image.pooler_output))
@@ -947,6 +974,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         return MemoryState.load(path, expected, expected.device)
 
     def _check_memory(self, memory: MemoryState, batch_size: int | None = None) -> None:
+        if not isinstance(memory, MemoryState):
+            raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}: load_memory() opens a file.")
         if memory.fingerprint != (own := self.memory_fingerprint()):
             raise ValueError(
                 f"the memory was written by another model: its fingerprint is {memory.fingerprint}, this model's {own}."
@@ -1007,10 +1036,13 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
 
         Raises:
             ValueError: a row without words, without picture or with several, too many words, content that is not finite, a memory of
-                another model or number of rows, or one that is full.
+                another model or number of rows, or one that is full; a model in training mode, whose dropout and noise the receipts
+                would not know of.
         """
         B = len(input_ids)
         encoder = self._need_memory()
+        if self.training:
+            raise ValueError("write_memory needs the model in evaluation mode: call eval() first.")
         memory = self.new_memory() if memory is None else memory
         self._check_memory(memory, B)
         if labels is not None and len(labels) != B:
@@ -1178,7 +1210,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         if memory is not None:
             input_ids = inputs if inputs is not None else kwargs.get("input_ids")
             pixel_values = kwargs.pop("pixel_values", None)
-            if input_ids is None and pixel_values is not None:
+            if input_ids is None and pixel_values is not None and kwargs.get("inputs_embeds") is None:
                 kwargs["input_ids"] = input_ids = self.default_prompt(len(pixel_values), pixel_values.device)
             kwargs["memory_readout"], encoded = self._read(
                 memory,
@@ -1258,6 +1290,8 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """As the parent; a conversation continued from its cache takes only the pictures which the cache does not hold."""
+        for name in ("tokenizer", "assistant_tokenizer"):  # of stop strings: generate() hands them on to the model
+            kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -265,7 +265,9 @@ class MicroVLMImageProcessor(TorchvisionBackend):
             check_size(image, max_pixels)
             image = to_rgb(image, max_pixels) if do_convert_rgb else image
         elif isinstance(image, (np.ndarray, torch.Tensor)):
-            if image.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch cannot compare them
+            if image.dtype == torch.uint16:
+                image = torch.from_numpy(scale_to_8_bit(image.numpy()))
+            if image.dtype in (torch.uint32, torch.uint64):  # torch cannot compare them
                 image = image.to(torch.int64)
             check_array(image)
         if isinstance(image, torch.Tensor):

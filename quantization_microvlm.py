@@ -236,6 +236,16 @@ def unpack_signs(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return bits.flatten(1)[:, :columns].to(torch.int8) * 2 - 1
 
 
+def pack_bytes(values: torch.Tensor) -> torch.Tensor:
+    """Int8 (R, C) as bytes (R, C)."""
+    return values.view(torch.uint8)
+
+
+def unpack_bytes(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Bytes (R, C) -> int8 (R, C)."""
+    return packed.view(torch.int8)
+
+
 @dataclass(frozen=True)
 class Format:
     """How whole numbers are stored.
@@ -259,7 +269,7 @@ FORMATS = {
     "binary": Format(-1, 1, 2, 8, pack_signs, unpack_signs),
     "ternary": Format(-1, 1, 2, 5, pack_trits, unpack_trits),
     "int4": Format(-8, 7, 4, 2, pack_nibbles, unpack_nibbles),
-    "int8": Format(-128, 127, 8, 1, lambda v: v.view(torch.uint8), lambda p, columns: p.view(torch.int8)),
+    "int8": Format(-128, 127, 8, 1, pack_bytes, unpack_bytes),
 }
 
 
@@ -412,7 +422,10 @@ class PackedWeight(nn.Module):
             return F.linear(x, self.dequantize(dtype=x.dtype), None if bias is None else bias.to(x.dtype))
         self.lay_out()
         row_bias = None if bias is None else bias.detach().float()
-        return low_bit_linear(x, self.panels, self.row_scales, row_bias, self.rows, self.columns, self.format.bits)
+        matrix = (self.panels, self.row_scales, row_bias, self.rows, self.columns, self.format.bits)
+        if x.dtype == torch.float16:  # which the kernels do not take
+            return low_bit_linear(x.float(), *matrix).half()
+        return low_bit_linear(x, *matrix)
 
     @property
     def whole_numbers(self) -> bool:
@@ -582,6 +595,8 @@ class PackedEmbedding(nn.Module):
                 part.lay_out()
                 rows = MixedRows(part.panels, part.row_scales, part.format.bits, where, self.num_embeddings)
                 self._mixed.append(rows)
+        if x.dtype == torch.float16:
+            return low_bit_linear_mixed(x.float(), self._mixed, self.embedding_dim).half()
         return low_bit_linear_mixed(x, self._mixed, self.embedding_dim)
 
     def parts(self) -> list[tuple[PackedWeight, torch.Tensor]]:
@@ -754,7 +769,12 @@ class PackedQuantizer(HfQuantizer):
         model.__dict__.pop("_tied_weights_keys", None)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
-        return model.to(dtype)
+        kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+        model.to(dtype)
+        for name, buffer in kept.items():  # rotary frequencies, which from_pretrained does not round either
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+        return model
 
     def is_serializable(self) -> bool:
         return True

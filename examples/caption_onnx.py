@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 
@@ -34,8 +34,13 @@ class Captioner:
         )
 
     def pixel_values(self, picture: Image.Image) -> np.ndarray:
-        """(1, 3, height, width), resized and normalised as the image processor does."""
-        size = self.image_processor["size"]
+        """(1, 3, height, width): upright, transparency on white, 16 bits scaled to 8, resized and normalised as the image processor does."""
+        picture, size = ImageOps.exif_transpose(picture), self.image_processor["size"]
+        if picture.mode.startswith("I"):
+            picture = Image.fromarray((np.asarray(picture, np.float64) / 257).round().astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB").resize((size["width"], size["height"]), self.image_processor["resample"])
         x = np.asarray(picture, np.float32) * self.image_processor["rescale_factor"]
         x = (x - np.float32(self.image_processor["image_mean"])) / np.float32(self.image_processor["image_std"])

@@ -144,6 +144,7 @@ def main() -> None:
         "quantization_mode": "online",
         "modules_to_not_convert": ["lm_head"],
     }
+    model.config.use_cache = True  # Trainer turns it off
     trainer.save_model()
     tokenizer.chat_template = (ROOT / "chat_template.jinja").read_text()
     tokenizer.save_pretrained(recipe["training"]["output_dir"])

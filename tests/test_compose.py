@@ -334,7 +334,8 @@ def test_folder_is_complete_and_names_no_source(sources, composed, layout):
         if path.suffix != ".safetensors":
             assert str(sources) not in path.read_text(encoding="utf-8"), path.name
     config = json.loads((folder / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"}
+    models = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"} | models
     assert "quantization_config" not in config and "quantization_config" not in config["text_config"]
     assert [p.name for p in composed.iterdir() if p.name.startswith(".")] == []
 

@@ -118,6 +118,16 @@ def test_tying_follows_the_text_model_unless_given(tied):
             "default_prompt_ids must hold image_token_id (4) exactly once, got [4, 4, 5].",
         ),
         (
+            {"default_prompt_ids": [4, VOCAB]},
+            "default_prompt_ids must be inside the text vocabulary of 128 tokens, got [4, 128].",
+        ),
+        ({"qat_config": {"activation_bits": 1}}, "qat_config.activation_bits must be 8 or None, got 1."),
+        ({"memory_config": {"address_ridge": -0.1}}, "memory_config.address_ridge must not be negative, got -0.1."),
+        (
+            {"memory_config": {"address_temperature": 0.0}},
+            "memory_config.address_temperature must be positive, got 0.0.",
+        ),
+        (
             {"qat_config": {"ternary_weights": "sign"}},
             "qat_config.ternary_weights must be 'absmean' or 'none', got 'sign'.",
         ),

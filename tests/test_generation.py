@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_inputs, tiny_model
+from conftest import IMAGE_ID, ROOT, VOCAB, outspoken_model, tiny_inputs, tiny_model
 from microvlm.cache_microvlm import CACHE_NAME, MemoryCache
-from transformers import CompileConfig, DynamicCache, GenerationConfig, TextStreamer
+from transformers import AutoProcessor, CompileConfig, DynamicCache, GenerationConfig, TextStreamer
 from transformers.cache_utils import StaticCache
 from transformers.utils import generic
 
@@ -384,6 +384,23 @@ def test_compiled_static_cache_equals_eager(text_type):
         kwargs = {"cache_implementation": "static", "compile_config": compile_config}
         assert model.generate(**inputs, **GREEDY, **kwargs).equal(expected)
         assert hasattr(model, "_compiled_call")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_stop_strings(options):
+    """generate() hands the tokenizer on with the model's inputs."""
+    model = type(tiny_model()).from_pretrained(ROOT)
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    inputs = processor(
+        images=str(ROOT / "examples/chipmunk.png"), text="<|user|><image><|assistant|>", return_tensors="pt"
+    )
+    length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 32, "do_sample": False} | options
+    whole, stopped = (
+        processor.decode(model.generate(**inputs, **options, **stop)[0, length:], skip_special_tokens=True)
+        for stop in ({}, {"stop_strings": ["mu"], "tokenizer": processor.tokenizer})
+    )
+    assert whole == "A chipmunk." and stopped.endswith(("mu", "mun", "munk")) and whole.startswith(stopped)
 
 
 def test_indexed_processors_are_the_librarys():

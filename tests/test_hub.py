@@ -307,7 +307,8 @@ def test_missing_processing_code(run):
 
 
 @pytest.mark.parametrize(
-    "auto_class", ["AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM"]
+    "auto_class",
+    ["AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"],
 )
 def test_auto_map_is_complete(auto_class, run):
     config = json.loads((run / "config.json").read_text())

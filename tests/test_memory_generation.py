@@ -168,9 +168,23 @@ class TestAgreement:
     def test_left_padding_changes_no_logits(self, model, on):
         batch, alone = padded()
         position_ids = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        together = model(**batch, position_ids=position_ids, **on).logits[:, -1]
         expected = torch.cat([model(**one, **on).logits[:, -1] for one in alone])
-        torch.testing.assert_close(together, expected, **CLOSE)
+        for positions in ({"position_ids": position_ids}, {}):
+            for use_cache in (True, False):
+                together = model(**batch, **positions, use_cache=use_cache, **on).logits[:, -1]
+                torch.testing.assert_close(together, expected, **CLOSE)
+
+    @one_text_type
+    def test_padding_changes_no_loss(self, model, inputs, memory):
+        """As in training: memory tokens have no position, so the text's own may not come from its padding."""
+        pad = lambda t, value: F.pad(t, (7, 0), value=value)  # noqa: E731
+        padding = {"input_ids": pad(inputs["input_ids"], PAD), "attention_mask": pad(inputs["attention_mask"], 0)}
+        labels = pad(inputs["input_ids"][:, 1:], -100)
+        labels = F.pad(labels, (1, 0), value=-100)  # the first token is not foretold by padding
+        for mode in (model.eval(), model.train()):
+            kwargs = {"pixel_values": PICTURES, "memory_readout": read(model, inputs, memory), "use_cache": False}
+            expected = mode(**inputs | kwargs, labels=inputs["input_ids"]).loss
+            torch.testing.assert_close(mode(**padding, **kwargs, labels=labels).loss, expected)
 
     @pytest.mark.parametrize("kind", ["dynamic", "lazy", "static", "memory"])
     def test_handed_in_cache(self, model, inputs, memory, on, kind):
@@ -365,12 +379,17 @@ class TestErrors:
         ({"memory_gate": torch.tensor([0.0, 1.1, 0.0])}, BETWEEN),
         ({"memory_gate": torch.tensor([0.0, -0.1, 0.0])}, BETWEEN),
         ({"memory_gate": torch.tensor([0.0, torch.nan, 0.0])}, BETWEEN),
+        ({"memory_gate": 2}, BETWEEN),
         ({"memory_gate": "maybe"}, "memory_gate must be 'auto', 'on', 'off' or a tensor, got 'maybe'."),
         ({"rows": 2}, "the memory has 2 rows, the batch 3: they must agree, or be one."),
         ({"input_ids": torch.full((3, 9), 7)}, "The text has placeholders for 0 pictures, 3 were given."),
         ({"pixel_values": None}, "The text has placeholders for 3 pictures, 0 were given."),
         (
             {"input_ids": None, "inputs_embeds": torch.ones(3, 9, 32), "pixel_values": None},
+            "reading a memory needs input_ids: inputs_embeds alone do not say which row owns a picture.",
+        ),
+        (
+            {"input_ids": None, "inputs_embeds": torch.ones(3, 9, 32)},
             "reading a memory needs input_ids: inputs_embeds alone do not say which row owns a picture.",
         ),
     ]
@@ -384,6 +403,19 @@ class TestErrors:
             with pytest.raises(ValueError) as error:
                 call(**given)
             assert str(error.value) == message
+
+    @one_text_type
+    def test_a_file_name_is_no_memory(self, model, inputs):
+        for call in (model, model.generate):
+            with pytest.raises(TypeError) as error:
+                call(**inputs, memory="facts.safetensors")
+            assert str(error.value) == "memory must be a MemoryState, got str: load_memory() opens a file."
+
+    @one_text_type
+    def test_facts_are_written_in_evaluation_mode(self, model):
+        with pytest.raises(ValueError) as error:
+            model.train().write_memory(**FACTS)
+        assert str(error.value) == "write_memory needs the model in evaluation mode: call eval() first."
 
     @one_text_type
     def test_memory_of_another_model(self, model, inputs, memory):
@@ -426,6 +458,12 @@ class TestGate:
         for one in (torch.ones(3), torch.ones(3).bool()):
             assert tokens(model, inputs, memory=memory, memory_gate=one).equal(on)
             assert tokens(model, inputs, memory=memory, memory_gate=torch.zeros_like(one)).equal(off)
+        for one, zero in ((1.0, 0.0), (True, False), (1, 0)):  # for all rows
+            assert tokens(model, inputs, memory=memory, memory_gate=one).equal(on)
+            assert tokens(model, inputs, memory=memory, memory_gate=zero).equal(off)
+        in_float64 = copy.deepcopy(model).double()
+        kwargs = {"memory": in_float64.write_memory(**FACTS | {"pixel_values": PICTURES.double()}), "memory_gate": 0.5}
+        in_float64(**inputs | {"pixel_values": PICTURES.double()}, **kwargs)
         gates = [torch.full((3,), gate) for gate in (0.0, 0.3, 0.6, 1.0)]
         logits = [model(**inputs, memory=memory, memory_gate=gate).logits for gate in gates]
         assert all((a - b).abs().amax((1, 2)).min() > 1e-3 for a, b in zip(logits, logits[1:]))

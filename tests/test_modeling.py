@@ -22,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     Trainer,
     TrainingArguments,
 )
@@ -211,12 +212,28 @@ class TestSaving:
             assert twin(**inputs).logits.equal(model(**inputs).logits)
             assert twin.lm_head.weight is twin.get_input_embeddings().weight
 
+    @pytest.mark.parametrize("size", [VOCAB + 8, VOCAB - 8])
+    def test_resized_vocabulary(self, size, tmp_path):
+        """The memory's weights of words grow and shrink with it."""
+        model, inputs = tiny_model(use_memory=True), tiny_inputs()
+        inputs["input_ids"] = inputs["input_ids"].clamp(max=VOCAB - 9)
+        model.model.memory.word_weight.uniform_()
+        expected, weights = model(**inputs).logits, model.model.memory.word_weight.clone()
+        model.resize_token_embeddings(size)
+        kept = min(size, VOCAB)
+        assert torch.equal(model.model.memory.word_weight[:kept], weights[:kept])
+        assert torch.equal(model.model.memory.word_weight[kept:], torch.ones(size - kept))
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(**inputs).logits[..., :kept], expected[..., :kept])
+        loaded.generate(**inputs, memory=loaded.write_memory(**inputs), max_new_tokens=2)
+
     def test_remote_code(self, saved):
         """A saved folder carries its code: it loads through every auto class, is saved again, and loads again."""
         model, folder = saved
         inputs = tiny_inputs()
         expected = model(**inputs).logits
-        for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM):
+        for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM):
             loaded = auto.from_pretrained(folder, trust_remote_code=True)
             assert type(loaded).__name__ == "MicroVLMForConditionalGeneration"
             assert type(loaded) is not type(model)  # the class of the folder, not this repository's
@@ -450,6 +467,14 @@ class TestBadInput:
             (
                 {"input_ids": torch.full((1, 5), IMAGE_ID), "pixel_values": torch.zeros(3, 32, 32)},
                 "pixel_values must have the shape (pictures, channels, height, width), got (3, 32, 32).",
+            ),
+            (
+                {"input_ids": torch.ones(1, 2).long(), "pixel_values": torch.zeros(0, 3, 32, 32)},
+                "pixel_values must have the shape (pictures, channels, height, width), got (0, 3, 32, 32).",
+            ),
+            (
+                {"input_ids": torch.ones(1, 2).long(), "return_alignment": "only"},
+                "return_alignment='only' needs pictures: give pixel_values.",
             ),
             (
                 {

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 import shutil
 
@@ -265,6 +266,26 @@ def test_a_memory_is_read_by_the_packed_decoder():
     assert model.memory_fingerprint() == model.memory_fingerprint()
 
 
+def test_pickled_it_says_the_same():
+    model, inputs = packed(outspoken_model("qwen2")), tiny_inputs(1)
+    with torch.no_grad():
+        expected = model(**inputs).logits  # which lays weights out and makes a decoder
+        assert torch.equal(pickle.loads(pickle.dumps(model))(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_what_is_for_the_loss_alone_changes_no_logits():
+    model, inputs = packed(outspoken_model("qwen2")), tiny_inputs()
+    labels = inputs["input_ids"]
+    expected = model(**inputs, labels=labels)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    for kwargs in ({"shift_labels": shifted}, {"num_items_in_batch": shifted.ne(-100).sum()}):
+        got = model(**inputs, labels=labels, **kwargs)
+        assert torch.equal(got.logits, expected.logits)
+        torch.testing.assert_close(got.loss, expected.loss)
+    model(**inputs, token_type_ids=torch.zeros_like(labels))  # a tensor, which is neither true nor false
+
+
 def test_gradients_go_around_it():
     model, inputs = packed(tiny_model()), tiny_inputs()
     embeds = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
@@ -335,6 +356,29 @@ def test_dequantizes_into_a_model_that_trains(tmp_path, group_size):
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     with torch.no_grad():
         torch.testing.assert_close(reopen(tmp_path / "plain").eval()(**inputs).logits, plain.eval()(**inputs).logits)
+
+
+def test_unpacked_to_bfloat16_it_is_what_is_loaded(checkpoint, tmp_path):
+    """Rotary frequencies stay float32 in both."""
+    model = reopen(checkpoint).dequantize(torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    inputs = tiny_inputs() | {"pixel_values": tiny_inputs()["pixel_values"].bfloat16()}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, reopen(tmp_path / "plain", dtype=torch.bfloat16)(**inputs).logits)
+
+
+@torch.no_grad()
+def test_float16(checkpoint):
+    """The kernels do not take it: products are made in float32."""
+    inputs = tiny_inputs()
+    expected = reopen(checkpoint)(**inputs).logits
+    got = reopen(checkpoint, dtype=torch.float16)(**inputs | {"pixel_values": inputs["pixel_values"].half()}).logits
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+def test_a_packed_vocabulary_is_not_resized(checkpoint):
+    with pytest.raises(ValueError, match=r"^a packed vocabulary cannot be resized: call dequantize\(\) first.$"):
+        reopen(checkpoint).resize_token_embeddings(200)
 
 
 def test_each_model_gets_the_layers_of_its_own_code(checkpoint):

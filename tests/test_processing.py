@@ -407,6 +407,11 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
         assert fetch_picture(tmp_path / name).mode == "I;16"
         assert np.asarray(open_picture(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
     assert upright(Image.fromarray(values.astype(np.int32)))[0, :, 1].tolist() == [0, 1, 128, 255]
+    array = np.ascontiguousarray(np.broadcast_to(values[:, :, None], (1, 4, 3)))
+    image_processor = MicroVLMImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+    for image in (array, torch.from_numpy(array)):
+        got = image_processor(image, return_tensors="pt", input_data_format="channels_last").pixel_values
+        assert got[0, 0, 0].tolist() == [0, 1, 128, 255]
     wide = Image.fromarray(np.array([[-5, 0, 10**6, 2 * 10**6]], dtype=np.int32))
     assert upright(wide)[0, :, 0].tolist() == [0, 0, 128, 255]
 
