@@ -20,7 +20,7 @@ import compose_hf
 from data_microvlm import CaptionCollator, load_rows
 from evaluate_hf import teacher_forced
 from quantize_hf import load_plain, pack
-from scripts import average, calibrate_temperature, distill_vision, save_teacher, spread_queries, swap_vision
+from scripts import average, calibrate_temperature, distill_vision, publish, save_teacher, spread_queries, swap_vision
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 IMPORTED = """
@@ -181,6 +181,47 @@ def test_swap_vision_of_a_packed_checkpoint(packed_checkpoint, tmp_path):
     opened = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
     assert not changed(new, {name: t for name, t in opened.state_dict().items() if name != "lm_head.weight"})
     assert AutoProcessor.from_pretrained(out, trust_remote_code=True).num_image_tokens == 5
+
+
+# --- publish.py
+
+
+def test_some_weights_alone_are_published(tmp_path, monkeypatch):
+    """All else of the target stays as it is, its config too; what cannot be done leaves it untouched."""
+    for seed, name in enumerate(("new", "target")):
+        model, processor = toy_model(use_memory=True), toy_processor()
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.data.normal_()
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    for path in tmp_path.glob("*/*.safetensors"):
+        save_file({k: t.bfloat16() for k, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    (tmp_path / "target/config.json").write_text((tmp_path / "target/config.json").read_text() + "\n")
+    read = lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")}  # noqa: E731
+    new, before, untouched = load_file(tmp_path / "new/model.safetensors"), None, read("target")
+
+    def call(only: str):
+        monkeypatch.setattr(
+            sys, "argv", ["publish.py", *(str(tmp_path / n) for n in ("new", "target")), "--only", only]
+        )
+        publish.main()
+
+    with pytest.raises(ValueError, match="^no weight matches 'nothing'.$"):
+        call("nothing")
+    before = load_file(tmp_path / "target/model.safetensors")
+    assert read("target") == untouched
+    call("memory_projection")
+    after = load_file(tmp_path / "target/model.safetensors")
+    changed = {name for name in before if not after[name].equal(before[name])}
+    assert changed == {name for name in before if "memory_projection" in name} and len(changed) == 2
+    assert all(after[name].equal(new[name]) for name in changed)
+    same = untouched.keys() - {"model.safetensors"}
+    assert read("target").keys() == untouched.keys() and all(read("target")[n] == untouched[n] for n in same)
+    other = {**before, "more": torch.ones(1)}
+    save_file(other, tmp_path / "target/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="^more is not of one shape and type in both checkpoints.$"):
+        call("memory_projection")
 
 
 # --- average.py
