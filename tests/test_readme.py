@@ -1,4 +1,4 @@
-"""What README.md and docs say to type works: the tour is run as it stands, other commands name scripts and options that exist, links lead somewhere."""
+"""What README.md and docs say to type works: the tour is run, other commands name scripts and options that exist, links lead somewhere."""
 
 import os
 import re
@@ -15,7 +15,7 @@ ELSEWHERE = (
     "source ",
     "pip install ",
     "python app.py",
-)  # CI's own; a page that waits for visitors (tests/test_app.py)
+)  # .ci/run; a page that waits for visitors (tests/test_app.py)
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -45,7 +45,7 @@ def run(command: list[str], folder) -> subprocess.CompletedProcess:
 
 
 def test_the_tour_runs(copy):
-    """All of the tour in its order, each block a process of its own."""
+    """The tour in its order, each block a process of its own, but for the lines of `ELSEWHERE`."""
     found = blocks(section((ROOT / "README.md").read_text(), "Ten-minute tour"))
     assert {language for language, _ in found} == {"bash", "python"}
     for language, content in found:
