@@ -31,6 +31,7 @@ from typing import IO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
@@ -303,7 +304,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--recursive", action="store_true", help="also look into the folders of folders")
     add("--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def positive(text: str) -> int:
@@ -336,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
             model, processor = load(args.model, args.revision, args.dtype, args.device)
             generate_kwargs = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False}
             captions = caption_pictures(model, processor, paths, args.prompt, args.batch_size, **generate_kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             stack.pop_all().__exit__(type(error), error, error.__traceback__)  # leaves no file behind
             say(str(error))
             return 2

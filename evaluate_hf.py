@@ -34,14 +34,17 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from statistics import median
+from tarfile import TarError
 
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets.exceptions import DatasetsError
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 from PIL import Image
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from caption import DTYPES, load, positive, replacing
@@ -741,7 +744,10 @@ def card_with(path: str, results: dict[str, dict], groups, name: str) -> str:
     """
     text, data = read_card(path)
     new = card_results(results)
-    if heading := re.search(r"^# (.+?)\s*$", text, re.MULTILINE):
+    body = re.sub(
+        r"\A---\r?\n.*?^---\r?$", "", text, count=1, flags=re.DOTALL | re.MULTILINE
+    )  # the metadata may have comments
+    if heading := re.search(r"^# (.+?)\s*$", body, re.MULTILINE):
         name = heading[1]
     kept = []
     if data.get("model-index"):
@@ -1044,7 +1050,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         run(options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, TarError, DatasetsError) as error:
         print(f"evaluate_hf.py: {error}", file=sys.stderr)
         return 1
     return 0

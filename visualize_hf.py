@@ -399,7 +399,7 @@ def memory_figure(
     slots.set(title="What the slots hold: length of the mean", xlabel=f"slot (K = {K})", ylabel=f"content slot ({S})")
     figure.colorbar(shown, ax=slots)
     for axes in (at, alike, query):
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     at.set(title="At which slots the items lie: addresses", xlabel=f"slot (K = {K})")
     alike.set(title="How alike the items are: cosine of addresses", xlabel="item")
     query.set(title="No query", xlabel="cosine and share")

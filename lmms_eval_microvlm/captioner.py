@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data_microvlm import text_ids
+from processing_microvlm import to_rgb
 
 GREEDY = {"max_new_tokens": 32, "do_sample": False, "num_beams": 1}
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -51,7 +52,7 @@ class Captioner:
                 raise ValueError(f"an empty context asks about one picture, got {len(images)}.")
         batch = tokenizer.pad({"input_ids": lines}, padding_side="left", return_tensors="pt")
         batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if flat := [image.convert("RGB") for images in pictures for image in images]:
+        if flat := [to_rgb(image) for images in pictures for image in images]:
             pixel_values = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
             batch["pixel_values"] = pixel_values.to(self.model.dtype)
         return {name: x.to(self.model.device) for name, x in batch.items()}

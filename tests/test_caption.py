@@ -126,6 +126,7 @@ def test_all_well(no_loading, pictures, capsys):
     "options, message",
     [
         (["--model", "/nowhere/at/all"], "nowhere"),
+        (["more.png", "--html", "/nowhere/page.html", "again.png"], "there is no folder /nowhere."),  # in any order
         (["--html", "/nowhere/page.html"], "cannot write /nowhere/page.html: there is no folder /nowhere."),
     ],
 )

@@ -452,6 +452,20 @@ def test_a_second_run_replaces(tmp_path):
     assert {"exact", "cider", "perplexity"} <= kept  # another group's figures stay
 
 
+def test_a_comment_in_the_metadata_is_no_heading(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\n# For reference, see the spec\nlicense: mit\n---\n\n# Bird\n")
+    captions = dict.fromkeys(evaluate_hf.CAPTION_LABELS, 0.5)
+    card.write_text(evaluate_hf.card_with(str(card), sample(model=captions), ["captions"], "x"))
+    assert ModelCard.load(card).data.to_dict()["model-index"][0]["name"] == "Bird"
+
+
+def test_broken_files_are_said(tmp_path, capsys):
+    (tmp_path / "broken.tar").write_bytes(b"no archive at all")
+    assert evaluate_hf.main(["--data", str(tmp_path / "broken.tar"), "--model", str(ROOT)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("evaluate_hf.py: ")
+
+
 def test_other_results_of_a_card_stay(tmp_path):
     card = tmp_path / "README.md"
     other = EvalResult("image-text-to-text", "flickr", "Flickr", "exact", 0.9)

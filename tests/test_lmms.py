@@ -51,6 +51,13 @@ def test_an_empty_context_gives_the_captions_of_evaluate_hf(captioner, pictures,
     assert captioner.generate(["", ""], [[p] for p in pictures[:2]], **options) == said[:2]
 
 
+def test_transparency_is_white_as_everywhere_else(captioner):
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    white = captioner.inputs([""], [[Image.new("RGB", (8, 8), "white")]])["pixel_values"]
+    assert torch.equal(captioner.inputs([""], [[clear]])["pixel_values"], white)
+    assert utils.doc_to_visual({"image": clear})[0].getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_contexts_of_several_lengths_share_a_batch(captioner, pictures):
     contexts, images = ["", "what a red square", "a"], [[pictures[0]], [pictures[1]], [pictures[2], pictures[3]]]
     together = captioner.generate(contexts, images)

@@ -276,7 +276,7 @@ def test_words_are_joined_from_tokens(processor):
     assert split_words(processor.tokenizer, []) == []
 
 
-def test_figures(model, processor, pictures, tmp_path):
+def test_figures(model, processor, pictures, monkeypatch):
     picture = Image.effect_noise((300, 200), 40)
     found = word_attention(model, processor, pictures[:1], CAPTIONS[:1])[0]
     assert pooling_figure(picture, pooling_attention(model, pictures)[0]).width > 800
@@ -291,6 +291,8 @@ def test_figures(model, processor, pictures, tmp_path):
         memory_figure(model, processor, model.new_memory(), pictures[:1]),
     ]
     assert len({image.tobytes() for image in images}) == 3
+    monkeypatch.setattr(visualize_hf, "stored_sentences", lambda *_: [r"It costs $\frac{$ or $5."])  # no formula
+    memory_figure(model, processor, memory)
     assert sheet([(picture, "one")], 5).width < 200
 
 

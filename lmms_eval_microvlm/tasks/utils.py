@@ -1,10 +1,11 @@
 """What microvlm_mini.yaml calls: pictures and captions of a row, and the scores, those of evaluate_hf.py."""
 
 from evaluate_hf import ngram_scores, score
+from processing_microvlm import to_rgb
 
 
 def doc_to_visual(doc: dict) -> list:
-    return [doc["image"].convert("RGB")]
+    return [to_rgb(doc["image"])]
 
 
 def doc_to_text(doc: dict) -> str:
