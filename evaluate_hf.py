@@ -744,10 +744,7 @@ def card_with(path: str, results: dict[str, dict], groups, name: str) -> str:
     """
     text, data = read_card(path)
     new = card_results(results)
-    body = re.sub(
-        r"\A---\r?\n.*?^---\r?$", "", text, count=1, flags=re.DOTALL | re.MULTILINE
-    )  # the metadata may have comments
-    if heading := re.search(r"^# (.+?)\s*$", body, re.MULTILINE):
+    if heading := re.search(r"^# (.+?)\s*$", FRONT.sub("", text), re.MULTILINE):  # the metadata may have comments
         name = heading[1]
     kept = []
     if data.get("model-index"):
