@@ -618,8 +618,8 @@ class MemoryState:
     # ---- files
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, under a temporary name first."""
-        path = os.fspath(path)
+        """Write one safetensors file, under a temporary name first; a link stays one, and the file it leads to is replaced."""
+        path = os.path.realpath(path)
         metadata = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -631,7 +631,10 @@ class MemoryState:
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self.TENSORS}
         temporary = f"{path}.{os.getpid()}.part"
         try:
+            with open(temporary, "wb") as file:
+                mode = os.fstat(file.fileno()).st_mode  # as a new file has it here: safetensors makes private ones
             save_file(tensors, temporary, metadata)
+            os.chmod(temporary, mode)
             os.replace(temporary, path)
         except BaseException:
             if os.path.exists(temporary):

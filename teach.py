@@ -7,7 +7,8 @@
     python teach.py demo                                        # all of it on the example pictures, nothing is kept
 
 `ask` writes a caption for every picture, and an answer to what ends in a question mark; where the memory knows it, ScopeNet lets the
-memory speak. The file is written under another name and renamed, and a file of another model, or a damaged one, is refused.
+memory speak. The file is written under another name and renamed, and a file of another model, or a damaged one, is refused. What
+changes it waits its turn, by FILE.lock: two that teach at once both get their fact in.
 
 Exit code: 0; 1, something could not be read, written or found; 2, wrong arguments.
 """
@@ -15,9 +16,11 @@ Exit code: 0; 1, something could not be read, written or found; 2, wrong argumen
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from caption import load
@@ -106,19 +109,26 @@ def main(arguments: list[str] | None = None) -> int:
         if options.file == "demo":
             demo(model, processor)
             return 0
-        memory = model.new_memory()
-        if options.command != "add" or os.path.exists(options.file):
-            memory = model.load_memory(options.file)
-        if options.command == "add":
-            memory = add(model, processor, memory, *words)
-        elif options.command == "forget":
-            memory = model.forget(memory, int(words[0]) if words[0].isdigit() else words[0])
-        elif options.command == "ask":
+        changes = options.command in ("add", "forget")
+        folder = os.path.dirname(os.path.abspath(options.file))
+        if changes and not os.path.isdir(folder):
+            raise OSError(f"cannot write {options.file}: there is no folder {folder}.")
+        with FileLock(f"{options.file}.lock") if changes else nullcontext():
+            memory = model.new_memory()
+            if options.command != "add" or os.path.exists(options.file):
+                memory = model.load_memory(options.file)
+            if memory.num_rows != 1:
+                raise ValueError(f"{options.file} holds {memory.num_rows} memories; here it is one.")
+            if options.command == "add":
+                memory = add(model, processor, memory, *words)
+            elif options.command == "forget":
+                memory = model.forget(memory, int(words[0]) if words[0].isdigit() else words[0])
+            if changes:
+                memory.save(options.file)
+        if options.command == "ask":
             show(words, ask(model, processor, memory, words))
-            return 0
-        if options.command != "list":
-            memory.save(options.file)
-        print(memory.describe(processor))
+        else:
+            print(memory.describe(processor))
     except (OSError, ValueError, SafetensorError) as error:
         print(f"teach.py: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 import sys
+import threading
 
 import pytest
 import torch
@@ -431,6 +432,9 @@ def test_teach_adds_lists_asks_and_forgets(shop, tmp_path, capsys):
         (("{file}", "add", "{missing}", "a square"), "missing.png"),
         (("{missing}", "list"), "does not exist"),
         (("{picture}", "list"), "is refused: it is not a whole safetensors file"),
+        (("{rows}", "ask", "{picture}"), "rows.safetensors holds 2 memories; here it is one."),
+        (("{rows}", "add", "{picture}", "a square"), "rows.safetensors holds 2 memories; here it is one."),
+        (("{missing}/f", "add", "{picture}", "a square"), "missing.png."),
     ],
 )
 def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, words, message):
@@ -438,8 +442,30 @@ def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, wo
     assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
     before = file.read_bytes()
     names = {"file": file, "missing": tmp_path / "missing.png", "picture": tmp_path / "0.png"}
+    names["rows"] = tmp_path / "rows.safetensors"
+    teach.load(tmp_path / "model")[0].new_memory(2).save(names["rows"])
     assert shop(*(w.format(**names) for w in words)) == 1
     assert message in capsys.readouterr().err and file.read_bytes() == before
+
+
+def test_two_who_teach_at_once_both_teach(shop, tmp_path, monkeypatch):
+    """The second loads what the first has saved, however long the first takes in between."""
+    file, add = tmp_path / "facts.safetensors", teach.add
+    inside, second = threading.Event(), []
+
+    def slow(*arguments):
+        if not second:
+            second.append(threading.Thread(target=shop, args=(file, "add", tmp_path / "1.png", "a blue circle")))
+            second[0].start()
+            assert not inside.wait(1)
+        else:
+            inside.set()
+        return add(*arguments)
+
+    monkeypatch.setattr(teach, "add", slow)
+    assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
+    second[0].join()
+    assert teach.load(tmp_path / "model")[0].load_memory(file).labels == [["a red square", "a blue circle"]]
 
 
 @pytest.mark.parametrize(

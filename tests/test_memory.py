@@ -745,6 +745,15 @@ class TestFiles:
         new_state(2).save("here")  # an empty one over an old one
         assert_same_state(self.load("here"), new_state(2))
 
+    def test_a_file_is_as_new_files_are_and_a_link_stays_one(self, tmp_path):
+        (tmp_path / "other").touch()
+        (tmp_path / "link").symlink_to("memory")
+        for state in (written(), new_state(2)):
+            state.save(tmp_path / "link")
+            assert (tmp_path / "link").readlink() == Path("memory")
+            assert_same_state(self.load(tmp_path / "memory"), state)
+            assert (tmp_path / "memory").stat().st_mode == (tmp_path / "other").stat().st_mode
+
     def test_a_failed_save_leaves_the_old_file(self, tmp_path, monkeypatch):
         def broken(tensors, path, metadata):
             Path(path).write_bytes(b"half of it")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, outspoken_model, tiny_model
 from microvlm.quantization_microvlm import PackedConfig
 from safetensors.torch import load_file, save_file
-from toy_data import pairs, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
+from toy_data import pairs, same_state, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import compose_hf
@@ -201,13 +201,8 @@ def test_some_weights_alone_are_published(tmp_path, monkeypatch):
     read = lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")}  # noqa: E731
     new, before, untouched = load_file(tmp_path / "new/model.safetensors"), None, read("target")
 
-    def call(only: str):
-        monkeypatch.setattr(
-            sys, "argv", ["publish.py", *(str(tmp_path / n) for n in ("new", "target")), "--only", only]
-        )
-        publish.main()
-
-    with pytest.raises(ValueError, match="^no weight matches 'nothing'.$"):
+    call = lambda only: publish.main([*(str(tmp_path / n) for n in ("new", "target")), "--only", only])  # noqa: E731
+    with pytest.raises(SystemExit, match="^not published: no weight matches 'nothing'.$"):
         call("nothing")
     before = load_file(tmp_path / "target/model.safetensors")
     assert read("target") == untouched
@@ -220,8 +215,40 @@ def test_some_weights_alone_are_published(tmp_path, monkeypatch):
     assert read("target").keys() == untouched.keys() and all(read("target")[n] == untouched[n] for n in same)
     other = {**before, "more": torch.ones(1)}
     save_file(other, tmp_path / "target/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="^more is not of one shape and type in both checkpoints.$"):
+    with pytest.raises(SystemExit, match="^not published: more is not of one shape and type in both checkpoints.$"):
         call("memory_projection")
+    with pytest.raises(SystemExit, match="^not published: .*nowhere is not a folder.$"):
+        publish.main([str(tmp_path / "new"), str(tmp_path / "nowhere")])
+
+
+def test_a_checkpoint_is_published_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    """The third of the files cannot be renamed: the two before it are put back, one that was new is gone again."""
+    source, target = toy_checkpoint(tmp_path / "new", use_memory=True), tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text("the one before")
+    (target / "mine.txt").write_text("stays")
+    read = lambda: {path.name: path.read_bytes() for path in target.iterdir()}  # noqa: E731
+    before, replace, renamed = read(), os.replace, []
+
+    def failing(source, place):
+        if os.path.dirname(place) == str(target) and ".new." in str(source):
+            renamed.append(os.path.basename(place))
+            if len(renamed) == 3:
+                raise OSError("disk full")
+        replace(source, place)
+
+    monkeypatch.setattr(publish.os, "replace", failing)
+    with pytest.raises(SystemExit, match="^not published: disk full$"):
+        publish.main([str(source), str(target)])
+    assert "config.json" in renamed[:2] and read() == before
+    monkeypatch.undo()
+    publish.main([str(source), str(target), "--dtype", "float32"])
+    assert read().keys() == before.keys() | {
+        path.name for path in source.iterdir() if path.suffix != ".py" and path.name != "README.md"
+    }
+    assert {p.name: p.stat().st_mode & 0o777 for p in target.iterdir()}["model.safetensors"] == 0o644
+    assert same_state(load_file(target / "model.safetensors"), load_file(source / "model.safetensors"))
+    assert "model.safetensors" in capsys.readouterr().out
 
 
 # --- average.py
