@@ -8,7 +8,7 @@
 A PNG per picture, named after it: swan_pooling.png, swan_words.png, swan_contrast.png, swan_memory.png; `memory` without pictures writes memory.png. With
 --memory, `words` lets the memory speak and says how much every word took from it. Files are written under another name and renamed.
 
-Exit code: 0; 1, something could not be read, written or found; 2, wrong arguments.
+Exit code: 0; 1, something could not be read, written or found; 2, wrong arguments; 130, interrupted: what is written stays.
 """
 
 import argparse
@@ -371,11 +371,15 @@ def contrast_figure(picture: Image.Image, attention: WordAttention) -> Image.Ima
     return sheet([(small, "orange: more than the\nmean word, blue: less"), *cells], 6)
 
 
+NAMES = 24  # as many as fit beside an axis
+
+
 def memory_figure(
     model, processor, memory, pixel_values: torch.Tensor | None = None, picture: Image.Image | None = None
 ) -> Image.Image:
     """A memory of one row: what its K slots hold, at which slots the items lie, how alike the items are; with a query picture (1, 3,
-    height, width) also the cosine and the share of every item, and whether the memory speaks. Needs matplotlib.
+    height, width) also the cosine and the share of the NAMES most alike items, and whether the memory speaks. Of more than NAMES items, every
+    second, third, ... is named. Needs matplotlib.
 
     Args:
         pixel_values: of the query.
@@ -398,8 +402,10 @@ def memory_figure(
     shown = slots.imshow(norms.mT, aspect="auto", cmap="magma", interpolation="nearest")
     slots.set(title="What the slots hold: length of the mean", xlabel=f"slot (K = {K})", ylabel=f"content slot ({S})")
     figure.colorbar(shown, ax=slots)
-    for axes in (at, alike, query):
-        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    named = range(0, len(items), -(-len(items) // NAMES) or 1)
+    for axes in (at, alike):
+        axes.set_yticks(named, [names[i] for i in named], fontsize=8, parse_math=False)
+    query.set_yticks([])
     at.set(title="At which slots the items lie: addresses", xlabel=f"slot (K = {K})")
     alike.set(title="How alike the items are: cosine of addresses", xlabel="item")
     query.set(title="No query", xlabel="cosine and share")
@@ -409,7 +415,8 @@ def memory_figure(
         figure.colorbar(shown, ax=at)
         similarity = F.normalize(addresses, dim=-1) @ F.normalize(addresses, dim=-1).mT
         shown = alike.imshow(similarity, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-        alike.set_xticks(range(len(items)))
+        alike.set_xticks(named)
+        alike.tick_params("x", labelsize=8, labelrotation=90)
         figure.colorbar(shown, ax=alike)
     if pixel_values is not None:
         pixel_values = check_pixels(model, pixel_values)
@@ -417,10 +424,13 @@ def memory_figure(
             raise ValueError(f"one picture is shown at a time, got {len(pixel_values)}.")
         image = model.get_image_features(pixel_values, return_dict=True)
         said = recall(model, processor, memory, model.default_prompt(1), image)
-        places = torch.arange(len(items))
-        query.barh(places - 0.2, said.cosines, 0.4, label="cosine with the query")
-        query.barh(places + 0.2, said.shares, 0.4, label="share in what is read")
-        query.set_ylim(len(items) - 0.4, -0.6)
+        most = said.cosines.topk(min(NAMES, len(items))).indices.sort().values
+        places = torch.arange(len(most))
+        query.barh(places - 0.2, said.cosines[most], 0.4, label="cosine with the query")
+        query.barh(places + 0.2, said.shares[most], 0.4, label="share in what is read")
+        query.set_yticks(places, [names[i] for i in most], fontsize=8, parse_math=False)
+        query.set_ylim(len(most) - 0.4, -0.6)
+        query.set_xlabel(f"cosine and share{'' if len(most) == len(items) else f', {len(most)} most alike'}")
         query.set_xlim(right=1.5)  # room for the picture
         query.set_title(
             f"The memory {'speaks' if said.speaks else 'is silent'}: probability {said.probability:.2f}, "
@@ -458,7 +468,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--contrast", action="store_true", help="words: where each looks more and less than all on average"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.what == "memory" and not options.memory:
         parser.error("memory takes --memory FILE")
     if options.what == "pooling" and options.memory:
@@ -497,6 +507,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, SafetensorError) as error:
         say(str(error))
         return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
     return 1 if failed else 0
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import IMAGE_ID, ROOT, VOCAB, outspoken_model
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -296,6 +297,38 @@ def test_figures(model, processor, pictures, monkeypatch):
     assert sheet([(picture, "one")], 5).width < 200
 
 
+@pytest.mark.parametrize("facts", [0, 1, 24, 25, 32])
+def test_names_of_a_full_memory_do_not_overlap(model, processor, pictures, monkeypatch, facts):
+    """Where there are too many some are named, at their places; of the query's items the most alike are shown."""
+    memory, seen, save = model.new_memory(), [], Figure.savefig
+    with torch.no_grad():
+        addresses = torch.randn(1, facts, memory.addresses.shape[2], generator=torch.Generator().manual_seed(0))
+        contents = torch.zeros(1, facts, memory.contents.shape[2])
+        ids = torch.full((1, facts, memory.token_ids.shape[2]), -1)
+        ids[..., :3] = torch.arange(9, 9 + facts)[None, :, None] % VOCAB
+        memory = memory.write(addresses, contents, token_ids=ids) if facts else memory
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (seen.append(self), save(self, *args, **kw))[1])
+    memory_figure(model, processor, memory, pictures[:1])
+    slots, at, alike, query = seen[0].axes[:4]
+    cosines = recall(
+        model, processor, memory, model.default_prompt(1), model.get_image_features(pictures[:1], return_dict=True)
+    ).cosines
+    boxes = [label.get_window_extent() for label in alike.get_xticklabels()]
+    assert facts < 2 or all(one.x1 + 2 <= two.x0 for one, two in zip(boxes, boxes[1:]))
+    for axes in (at, alike, query):
+        labels = axes.get_yticklabels()
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(one.y0 >= two.y1 - 1 for one, two in zip(boxes, boxes[1:]))
+        numbers = [int(label.get_text().split()[0]) for label in labels]
+        assert len(numbers) <= 24 and (facts > 24 or numbers == list(range(facts)))
+        if axes is query:
+            assert sorted(numbers) == numbers and set(numbers) == set(cosines.topk(min(24, facts)).indices.tolist())
+            bars = [bar.get_width() for bar in axes.containers[0]] if facts else []
+            assert bars == pytest.approx(cosines[numbers].tolist(), abs=1e-6)
+        else:
+            assert [place for place in axes.get_yticks()] == numbers
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     save_png(Image.new("RGB", (4, 4), "red"), path)
@@ -309,6 +342,10 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_png(Image.new("RGB", (4, 4), "blue"), path)
     assert path.read_bytes() == first and os.listdir(tmp_path) == ["a.png"]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
@@ -342,6 +379,11 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert visualize_hf.main(["words", str(tmp_path / "none.png"), "--out", str(out)]) == 1
     assert visualize_hf.main(["memory", "--memory", swan, "--out", str(out)]) == 1
     assert "refused" in capsys.readouterr().err
+    assert visualize_hf.main(["pooling", "--out", str(out), swan]) == 0  # options anywhere
+    with monkeypatch.context() as patch:
+        patch.setattr(visualize_hf, "draw", interrupted)
+        assert visualize_hf.main(["words", swan, "--out", str(out)]) == 130
+    assert capsys.readouterr().err == "visualize_hf.py: interrupted\n"
     for wrong in (["memory"], ["words"], ["pooling", swan, "--memory", facts], ["pooling", swan, "--contrast"]):
         with pytest.raises(SystemExit, match="2"):
             visualize_hf.main([*wrong, "--out", str(out)])
