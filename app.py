@@ -5,11 +5,14 @@
     python app.py --share                        # a public address for three days, through gradio's own server
 
 Every visitor has a memory of their own, which goes when the page is reloaded: save it first. Nothing on the page comes from elsewhere.
+
+Exit code: 0; 2, the checkpoint cannot be loaded, the port is taken, or wrong arguments.
 """
 
 import argparse
 import html
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +28,7 @@ from transformers import TextIteratorStreamer  # noqa: E402
 
 import teach  # noqa: E402
 from caption import load, thumbnail  # noqa: E402
-from processing_microvlm import open_picture, to_rgb  # noqa: E402
+from processing_microvlm import open_picture  # noqa: E402
 from visualize_hf import Recall, overlay, recall, stored_sentences, word_attention  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -62,12 +65,34 @@ def told(**names: str) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         message = str(error)
         for name, path in names.items():
-            message = message.replace(path, name)
+            shortened = f"{path[:60]}... ({len(path)} characters)"  # by fetch_picture
+            message = message.replace(path, name).replace(shortened, name)
         raise gr.Error(html.escape(message, quote=False), duration=8) from error
 
 
-def table(said: Recall) -> str:
-    """What the memory says to a query, as HTML."""
+@contextmanager
+def shown(picture: dict) -> Iterator[str]:
+    """The path of a picture on the page, from gradio's description of the file; what goes wrong with it in here is told by its name.
+
+    Raises:
+        gr.Error: the file is gone, or as `told`.
+    """
+    path = picture["path"]
+    if not path or not os.path.isfile(path):
+        raise gr.Error("The picture is no longer here: show it again.")
+    with told(**{os.path.basename(path): path}):
+        yield path
+
+
+def uids(memory) -> list[str]:
+    """Of the items of a memory of one row, in their order; as text, as a browser rounds whole numbers beyond 2^53."""
+    return [] if memory is None else [str(uid) for uid in memory.uids[0][memory.active[0]].tolist()]
+
+
+def table(said: Recall | None) -> str:
+    """What the memory says to a query, as HTML; nothing where the model has none."""
+    if said is None:
+        return ""
     if not said.items:
         return NO_MEMORY
     verdict = "<b>The memory speaks.</b>" if said.speaks else "The memory is silent."
@@ -108,27 +133,33 @@ class Page:
                 yield text.strip(), []
             yield text.strip(), future.result()[0, input_ids.shape[1] :].tolist()
 
-    def look(self, path: str | None, memory) -> Iterator[tuple[str, str, list]]:
-        """Caption, what the memory says and a heat map per word, as they come."""
-        if path is None:
+    def look(self, picture: dict | None, memory) -> Iterator[tuple[str, str, list]]:
+        """Caption, what the memory says and a heat map per word, as they come; nothing of an earlier picture stays after an error."""
+        if picture is None:
             yield "", "", []
             return
-        with told(), torch.no_grad():
-            picture = to_rgb(open_picture(path))
-            pixel_values = self.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
-            pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-            image, prompt = self.model.get_image_features(pixel_values, return_dict=True), self.model.default_prompt(1)
-            memory = self.model.new_memory() if memory is None else memory
-            said = recall(self.model, self.processor, memory, prompt, image)
-            text, ids = "", []
-            for text, ids in self._stream(prompt, image, memory):  # noqa: B007
-                yield text, table(said), []
-            words = word_attention(self.model, self.processor, pixel_values, [ids], memory)[0]
-            small, maps = thumbnail(picture, MAP_SIZE), []
-            for word, heat, recalled in zip(words.words, words.maps, words.memory):
-                label = f"{word} {recalled:.0%}" if said.speaks else word
-                maps.append((overlay(small, heat), label))
-            yield text, table(said), maps
+        try:
+            with shown(picture) as path, torch.no_grad():
+                picture = open_picture(path)
+                pixel_values = self.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+                pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+                image = self.model.get_image_features(pixel_values, return_dict=True)
+                prompt, said = self.model.default_prompt(1), None
+                if self.model.config.use_memory:
+                    memory = self.model.new_memory() if memory is None else memory
+                    said = recall(self.model, self.processor, memory, prompt, image)
+                text, ids = "", []
+                for text, ids in self._stream(prompt, image, memory):  # noqa: B007
+                    yield text, table(said), []
+                words = word_attention(self.model, self.processor, pixel_values, [ids], memory)[0]
+                small, maps = thumbnail(picture, MAP_SIZE), []
+                for word, heat, recalled in zip(words.words, words.maps, words.memory):
+                    label = f"{word} {recalled:.0%}" if said and said.speaks else word
+                    maps.append((overlay(small, heat), label))
+                yield text, table(said), maps
+        except gr.Error:
+            yield "", "", []
+            raise
 
     def ask(self, question: str, memory) -> Iterator[tuple[str, str]]:
         """Answer to a question in words, and what the memory says to it."""
@@ -143,29 +174,31 @@ class Page:
             for text, _ in self._stream(prompt, None, memory):
                 yield text, said
 
-    def teach(self, path: str | None, sentence: str, memory):
+    def teach(self, picture: dict | None, sentence: str, memory):
         """The memory with a sentence about the picture, and the emptied text box."""
-        if path is None:
+        if picture is None:
             raise gr.Error("Choose a picture first.")
         if not sentence.strip():
             raise gr.Error("Type a sentence first.")
-        with told():
+        with shown(picture) as path:
             memory = self.model.new_memory() if memory is None else memory
             return teach.add(self.model, self.processor, memory, path, sentence.strip()), ""
 
-    def forget(self, number: int | None, memory):
-        """The memory without the item of this number."""
-        if number is None or memory is None:
+    def forget(self, uid: str | None, memory):
+        """The memory without the item of this uid."""
+        if uid is None:
             raise gr.Error("Choose what to forget.")
+        if uid not in uids(memory):  # a second click, before the list is new
+            raise gr.Error("This is not in the memory any more: nothing was forgotten.")
         with told():
-            return self.model.forget(memory, number)
+            return self.model.forget(memory, uids(memory).index(uid))
 
     def items(self, memory):
-        """The list to forget from, and the download that is no longer of this memory."""
+        """The list to forget from, and without what was of the memory before: the download, the answer and what was said to it."""
         names = [] if memory is None else stored_sentences(memory, self.processor)
-        choices = [(f"{number}. {name}", number) for number, name in enumerate(names)]
+        choices = [(f"{number}. {name}", uid) for number, (name, uid) in enumerate(zip(names, uids(memory)))]
         label = f"What it was taught ({len(names)})"
-        return gr.Dropdown(choices=choices, value=None, label=label), gr.DownloadButton(visible=False)
+        return gr.Dropdown(choices=choices, value=None, label=label), gr.DownloadButton(visible=False), "", ""
 
     def save(self, memory) -> Iterator[gr.DownloadButton]:
         """A file of the memory, to download."""
@@ -191,9 +224,14 @@ class Page:
 def build(model, processor) -> gr.Blocks:
     """The page of a model; `launch` shows it."""
     page, one = Page(model, processor), {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-    with gr.Blocks(title="MicroVLM", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    about, shares = "Teach it a sentence. Show the picture again.", "In per cent, how much of it came from the memory."
+    teachable = model.config.use_memory
+    if not teachable:
+        about, shares = "This checkpoint has no memory: it cannot be taught.", ""
+    # every hour, what is older than a day: a picture that is still shown can be taught
+    with gr.Blocks(title="MicroVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         memory = gr.State(None)
-        gr.Markdown("# MicroVLM\nDrop a picture. Teach it a sentence. Show the picture again.")
+        gr.Markdown(f"# MicroVLM\nDrop a picture. {about}")
         picture = gr.Image(
             type="filepath",
             image_mode=None,
@@ -208,16 +246,17 @@ def build(model, processor) -> gr.Blocks:
             [e for e in examples if os.path.isfile(e[0])], picture, label="Or one of these", cache_examples=False
         )
         caption = gr.Textbox(label="Caption", interactive=False, lines=1, max_lines=4, elem_id="caption")
-        said = gr.HTML(NO_MEMORY, elem_id="said", elem_classes="said")
-        sentence = gr.Textbox(
-            label="Teach it", placeholder="This is Bimo the swan.", max_length=200, elem_id="sentence"
-        )
-        write = gr.Button("Teach", variant="primary", elem_id="teach")
-        question = gr.Textbox(label="Ask it", placeholder="Who is the swan?", max_length=200, elem_id="question")
-        put = gr.Button("Ask", elem_id="ask")
-        answer = gr.Textbox(label="Answer", interactive=False, lines=1, max_lines=4, elem_id="answer")
-        answer_said = gr.HTML("", elem_id="answer_said", elem_classes="said")
-        gr.Markdown("#### Where each word looks\nIn per cent, how much of it came from the memory.")
+        said = gr.HTML(NO_MEMORY, visible=teachable, elem_id="said", elem_classes="said")
+        with gr.Column(visible=teachable):
+            sentence = gr.Textbox(
+                label="Teach it", placeholder="This is Bimo the swan.", max_length=200, elem_id="sentence"
+            )
+            write = gr.Button("Teach", variant="primary", elem_id="teach")
+            question = gr.Textbox(label="Ask it", placeholder="Who is the swan?", max_length=200, elem_id="question")
+            put = gr.Button("Ask", elem_id="ask")
+            answer = gr.Textbox(label="Answer", interactive=False, lines=1, max_lines=4, elem_id="answer")
+            answer_said = gr.HTML("", elem_id="answer_said", elem_classes="said")
+        gr.Markdown(f"#### Where each word looks\n{shares}")
         maps = gr.Gallery(
             show_label=False,
             height="auto",
@@ -226,38 +265,52 @@ def build(model, processor) -> gr.Blocks:
             buttons=[],
             elem_id="maps",
         )
-        stored = gr.Dropdown([], label="What it was taught (0)", interactive=True, elem_id="stored")
-        drop = gr.Button("Forget it", elem_id="forget")
-        with gr.Row():
-            keep = gr.Button("Save memory", elem_id="save", min_width=120)
-            take = gr.UploadButton("Load memory", file_count="single", elem_id="load", min_width=120)
-        download = gr.DownloadButton("Download", visible=False, elem_id="download")
+        with gr.Column(visible=teachable):
+            stored = gr.Dropdown([], label="What it was taught (0)", interactive=True, elem_id="stored")
+            drop = gr.Button("Forget it", elem_id="forget")
+            with gr.Row():
+                keep = gr.Button("Save memory", elem_id="save", min_width=120)
+                take = gr.UploadButton("Load memory", file_count="single", elem_id="load", min_width=120)
+            download = gr.DownloadButton("Download", visible=False, elem_id="download")
 
-        seen = {"inputs": [picture, memory], "outputs": [caption, said, maps], "show_progress": "minimal"}
-        listed = {"fn": page.items, "inputs": memory, "outputs": [stored, download], "api_visibility": "private"}
-        picture.change(page.look, **seen, **one)
+        # gradio's preprocessing opens the picture and looks for the choice, and says in its own words what is wrong with them
+        raw = {"preprocess": False, **one}
+        seen = {"fn": page.look, "inputs": [picture, memory], "outputs": [caption, said, maps], **raw}
+        seen["show_progress"] = "minimal"
+        listed = {"fn": page.items, "inputs": memory, "outputs": [stored, download, answer, answer_said]}
+        listed["api_visibility"] = "private"
+        picture.change(**seen)
         for event in (write.click, sentence.submit):
-            done = event(page.teach, [picture, sentence, memory], [memory, sentence], **one)
-            done.success(**listed).then(page.look, **seen, **one)
+            done = event(page.teach, [picture, sentence, memory], [memory, sentence], **raw)
+            done.success(**listed).then(**seen)
         for event in (put.click, question.submit):
             event(page.ask, [question, memory], [answer, answer_said], show_progress="minimal", **one)
-        drop.click(page.forget, [stored, memory], memory, **one).success(**listed).then(page.look, **seen, **one)
-        take.upload(page.load, take, memory, **one).success(**listed).then(page.look, **seen, **one)
+        done = drop.click(page.forget, [stored, memory], memory, **raw)
+        done.success(**listed).then(**seen)
+        take.upload(page.load, take, memory, **one).success(**listed).then(**seen)
         keep.click(page.save, memory, download, **one)
     return blocks
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), metavar="FOLDER_OR_ID", help="default: this repo")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--share", action="store_true", help="a public address, through gradio's server")
     options = parser.parse_args(arguments)
-    blocks = build(*load(options.model, options.revision))
     looks = {"theme": THEME, "css": CSS, "footer_links": [], "ssr_mode": False}
-    blocks.launch(server_port=options.port, share=options.share, show_error=True, max_file_size="200mb", **looks)
+    try:
+        model, processor = load(options.model, options.revision)
+        if model.config.model_type != "microvlm":
+            raise ValueError(f"{options.model} is a model of type {model.config.model_type}, not a MicroVLM.")
+        blocks = build(model, processor)
+        blocks.launch(server_port=options.port, share=options.share, show_error=True, max_file_size="200mb", **looks)
+    except (OSError, ValueError, SafetensorError) as error:
+        print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

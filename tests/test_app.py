@@ -1,8 +1,9 @@
-"""The page: its handlers, and the real thing in a browser.
+"""The page: its handlers, its server, and the real thing in a browser.
 
 APP_SCREENSHOTS=docs python -m pytest tests/test_app.py    # also takes docs/app_desktop.png and docs/app_phone.png
 """
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlparse
 
 import pytest
@@ -22,11 +24,14 @@ from safetensors.torch import load_file, save_file
 
 gr = pytest.importorskip("gradio")
 
+import httpx  # noqa: E402
+
 import app  # noqa: E402
 from caption import load  # noqa: E402
 
-SWAN, DRUM = (str(ROOT / "examples" / name) for name in ("swan.png", "drum.png"))
-FACT = "This is Bimo the swan."
+SWAN, DRUM = ({"path": str(ROOT / "examples" / name)} for name in ("swan.png", "drum.png"))
+FACT, OTHER = "This is Bimo the swan.", "This is Tavo the drum."
+GONE = "The picture is no longer here: show it again."
 SECONDS = 150  # for one step of the browser, on a busy machine
 
 
@@ -50,7 +55,7 @@ def last(steps):
 
 def test_a_caption_comes_in_pieces_and_is_the_models(page):
     (caption, said, maps), steps = last(page.look(SWAN, None))
-    pixel_values = page.processor.image_processor([Image.open(SWAN)], return_tensors="pt")["pixel_values"]
+    pixel_values = page.processor.image_processor([Image.open(SWAN["path"])], return_tensors="pt")["pixel_values"]
     prompt = page.model.default_prompt(1)
     pixel_values = pixel_values.to(page.model.dtype)
     ids = page.model.generate(input_ids=prompt, pixel_values=pixel_values, max_new_tokens=32, do_sample=False)
@@ -68,12 +73,22 @@ def test_what_was_taught_is_recalled_listed_and_forgotten(page, taught):
     assert all(re.search(r" \d+%$", label) for _, label in maps)
     (_, said, _), _ = last(page.look(DRUM, taught))
     assert "The memory is silent" in said and FACT in said
-    listed, download = page.items(taught)
-    assert listed.choices == [(f"0. {FACT}", 0)] and not download.visible
-    empty = page.forget(0, taught)
+    listed, download, *answer = page.items(taught)
+    ((label, uid),) = listed.choices
+    assert label == f"0. {FACT}" and not download.visible and answer == ["", ""]
+    empty = page.forget(uid, taught)
     assert last(page.look(SWAN, empty))[0][1] == app.NO_MEMORY
     assert page.items(empty)[0].choices == [] == page.items(None)[0].choices
     assert taught.counts.tolist() == [1]  # another visitor's would be untouched
+
+
+def test_a_stale_choice_forgets_nothing_else(page, taught):
+    both = page.teach(DRUM, OTHER, taught)[0]
+    uid = page.items(both)[0].choices[0][1]
+    left = page.forget(uid, both)
+    assert [label for label, _ in page.items(left)[0].choices] == [f"0. {OTHER}"]
+    with pytest.raises(gr.Error, match="nothing was forgotten"):
+        page.forget(uid, left)
 
 
 def test_a_question_is_answered_from_the_memory(page, taught):
@@ -107,17 +122,102 @@ def test_a_bad_file_is_refused_by_name(page, taught, tmp_path):
         assert why in error.value.message and f"memory file {path.name} is refused" in error.value.message
 
 
-def test_wrong_use_is_told(page, taught, tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+def bad_pictures(folder):
+    """Files that are no pictures or too large, each with a part of what is said."""
+    names = ("broken", "empty", "cut", "large", "bomb", "no picture and " + "a long name " * 12)
+    broken, empty, cut, large, bomb, long = (folder / f"{name}.png" for name in names)
+    for path in (broken, long):
+        path.write_bytes(b"no picture")
+    empty.touch()
+    cut.write_bytes(Path(SWAN["path"]).read_bytes()[:1000])
+    Image.new("1", (9000, 9000)).save(large)
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    unread = "is not a picture that Pillow can read"
+    whys = (unread, "it has 0 bytes", "cannot be decoded", "9000 x 9000 pixels", "too large for Pillow", unread)
+    return list(zip((broken, empty, cut, large, bomb, long), whys))
+
+
+def test_a_bad_picture_is_refused_by_name(page, tmp_path):
+    for path, why in bad_pictures(tmp_path):
+        looking, picture = page.look({"path": str(path)}, None), {"path": str(path)}
+        assert next(looking) == ("", "", [])  # nothing of the picture before
+        for wrong in (lambda: list(looking), lambda: page.teach(picture, FACT, None)):  # noqa: B023
+            with pytest.raises(gr.Error) as error:
+                wrong()
+            message = error.value.message
+            assert message.startswith(path.name) and why in message and "\n" not in message
+            assert tmp_path.parts[1] not in message.replace(path.name, "")
+
+
+def test_a_picture_that_is_gone_is_told(page, tmp_path):
+    for picture in ({"path": str(tmp_path / "gone.png")}, {"path": None}):
+        for wrong in (lambda: list(page.look(picture, None)), lambda: page.teach(picture, FACT, None)):  # noqa: B023
+            with pytest.raises(gr.Error) as error:
+                wrong()
+            assert error.value.message == GONE
+
+
+def test_files_stay_for_a_day(page):
+    assert app.build(page.model, page.processor).delete_cache == (3600, 86400)
+
+
+def test_a_checkpoint_without_memory_captions(page, tmp_path):
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (tmp_path / path.name).symlink_to(path)
+    config = json.loads((ROOT / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "use_memory": False}))
+    plain = app.Page(*load(tmp_path))
+    (caption, said, maps), _ = last(plain.look(SWAN, None))
+    (expected, _, expected_maps), _ = last(page.look(SWAN, None))
+    assert caption == expected and said == "" and [word for _, word in maps] == [word for _, word in expected_maps]
+    for wrong in (lambda: plain.teach(SWAN, FACT, None), lambda: list(plain.ask("Who is the swan?", None))):
+        with pytest.raises(gr.Error, match="no episodic memory"):
+            wrong()
+
+    def is_shown(block):
+        return getattr(block, "visible", True) and (block.parent is None or is_shown(block.parent))
+
+    for each, has_memory in ((page, True), (plain, False)):
+        blocks = app.build(each.model, each.processor).blocks.values()
+        visible = {block.elem_id: is_shown(block) for block in blocks if getattr(block, "elem_id", None)}
+        assert visible["picture"] and visible["caption"] and visible["maps"]
+        teaching = ("said", "sentence", "teach", "question", "ask", "answer", "stored", "forget", "save", "load")
+        assert {visible[name] for name in teaching} == {has_memory}
+        text = " ".join(block.value for block in blocks if isinstance(block, gr.Markdown))
+        assert ("This checkpoint has no memory" in text) != has_memory == ("from the memory" in text)
+
+
+@pytest.mark.parametrize("name", ["missing", "no/where", "empty"])
+def test_a_checkpoint_that_cannot_be_loaded_is_a_line(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert app.main(["--model", name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("app.py: ") and error.count("\n") == 1
+
+
+def test_a_taken_port_and_another_model_are_a_line(page, monkeypatch, capsys):
+    monkeypatch.setattr(app, "load", lambda *_: (page.model, page.processor))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert app.main(["--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("app.py: ") and str(port) in error and error.count("\n") == 1
+    monkeypatch.setattr(app, "load", lambda *_: (SimpleNamespace(config=SimpleNamespace(model_type="llava")), None))
+    assert app.main([]) == 2
+    assert "is a model of type llava, not a MicroVLM." in capsys.readouterr().err
+
+
+def test_wrong_use_is_told(page, taught):
     for wrong in (
         lambda: page.teach(None, FACT, None),
         lambda: page.teach(SWAN, "  ", None),
         lambda: page.teach(SWAN, "word " * 100, None),  # longer than can be stored
         lambda: list(page.ask(" ", None)),
-        lambda: list(page.look(str(broken), None)),
         lambda: page.forget(None, taught),
-        lambda: page.forget(5, taught),
+        lambda: page.forget("5", taught),
+        lambda: page.forget("5", None),
         lambda: list(page.save(None)),
         lambda: page.load(None),
     ):
@@ -140,7 +240,7 @@ def test_sentences_are_shown_as_text(page):
     assert "<script" not in app.table(said) and "and 3 more" in app.table(said)
 
 
-# -------------------------------------------------------------------------------------------------------------------- browser
+# --------------------------------------------------------------------------------------------------------------------- server
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +265,68 @@ def address(tmp_path_factory):
     finally:
         server.terminate()
         server.wait(30)
+
+
+class Visitor:
+    """What a browser sends for one visitor, without the browser."""
+
+    def __init__(self, address, name):
+        self.address, self.name, self.client = f"{address}/gradio_api", name, httpx.Client(timeout=SECONDS)
+        events = self.client.get(f"{address}/config").json()["dependencies"]
+        self.events = {event["api_name"]: event["id"] for event in events}
+
+    def upload(self, path):
+        with open(path, "rb") as file:
+            (there,) = self.client.post(f"{self.address}/upload", files={"files": (path.name, file)}).json()
+        return {"path": there, "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
+
+    def __call__(self, event, *data):
+        """What an event ends in: its outputs as `data`, of those that do not stream, or an `error`."""
+        event = {"data": data, "fn_index": self.events[event], "session_hash": self.name}
+        self.client.post(f"{self.address}/queue/join", json=event).raise_for_status()
+        path = f"{self.address}/queue/data"
+        with self.client.stream("GET", path, params={"session_hash": self.name}) as lines:
+            for line in lines.iter_lines():
+                message = json.loads(line.removeprefix("data:") or "{}")
+                if message.get("msg") == "process_completed":
+                    return message["output"]
+
+
+def test_a_bad_picture_is_refused_by_name_on_the_page(address, tmp_path):
+    visitor = Visitor(address, "bad")
+    visitor("load_example", 0)  # makes the component anew
+    for path, why in bad_pictures(tmp_path):
+        picture = visitor.upload(path)
+        for said in (visitor("look", picture, None), visitor("teach", picture, FACT, None)):
+            assert said["error"].startswith(path.name) and why in said["error"] and "/" not in said["error"]
+
+
+def test_a_picture_that_is_gone_is_told_on_the_page(address, tmp_path):
+    visitor = Visitor(address, "gone")
+    path = tmp_path / "swan.png"
+    shutil.copy(SWAN["path"], path)
+    picture = visitor.upload(path)
+    os.remove(picture["path"])
+    assert visitor("look", picture, None)["error"] == visitor("teach", picture, FACT, None)["error"] == GONE
+    assert "error" not in visitor("teach", visitor.upload(path), FACT, None)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["before the list is new", "after"])
+def test_a_stale_choice_forgets_nothing_else_on_the_page(address, listed):
+    visitor = Visitor(address, f"stale {listed}")
+    for picture, fact in ((SWAN, FACT), (DRUM, OTHER)):
+        assert "error" not in visitor("teach", visitor.upload(Path(picture["path"])), fact, None)
+    choices = visitor("items", None)["data"][0]["choices"]
+    first = json.loads(json.dumps(choices[0][1]), parse_int=lambda digits: int(float(digits)))  # as a browser
+    assert "error" not in visitor("forget", first, None)
+    if listed:
+        visitor("items", None)
+    assert "nothing was forgotten" in visitor("forget", first, None).get("error", "")
+    names, _, *answer = visitor("items", None)["data"]
+    assert [label for label, _ in names["choices"]] == [f"0. {OTHER}"] and answer == ["", ""]
+
+
+# -------------------------------------------------------------------------------------------------------------------- browser
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +368,10 @@ def test_in_a_browser(address, browser, tmp_path):
     def show(path):
         tab.locator("#picture input[type=file]").first.set_input_files(path)
 
+    def choose(fact):
+        tab.locator("#stored input").click()
+        tab.get_by_role("option", name=fact).click()
+
     def open_page():
         tab.goto(address)
         expect(tab.locator("#picture input[type=file]").first).to_be_attached()
@@ -214,7 +380,7 @@ def test_in_a_browser(address, browser, tmp_path):
         tab.locator("button.gallery-item").nth(app.EXAMPLES.index(name)).click()
 
     open_page()
-    show(SWAN)
+    show(SWAN["path"])
     expect(caption).to_have_value(re.compile(r"\w+"))
     expect(said).to_contain_text("The memory is empty.")
     expect(tab.locator("#maps img").first).to_be_visible()
@@ -238,20 +404,34 @@ def test_in_a_browser(address, browser, tmp_path):
     facts = tmp_path / "facts.safetensors"
     saved.value.save_as(facts)
 
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    show(broken)
+    expect(tab.get_by_text("broken.png is not a picture that Pillow can read.").first).to_be_visible()
+    expect(caption).to_have_value("")
+
     example("drum")
     expect(said).to_contain_text("The memory is silent.")
+    tab.locator("#sentence textarea, #sentence input").first.fill(OTHER)
+    button("teach").click()
+    expect(tab.locator("#stored")).to_contain_text("(2)")
+    expect(tab.locator("#answer textarea")).to_have_value("")
+    expect(tab.locator("#answer_said")).not_to_contain_text(FACT)
     example("swan")
     expect(said).to_contain_text("The memory speaks.")
 
-    tab.locator("#stored input").click()
-    tab.get_by_role("option", name=FACT).click()
+    choose(FACT)
+    button("forget").dblclick()
+    expect(said).to_contain_text("The memory is silent.")
+    expect(tab.locator("#stored")).to_contain_text("(1)")
+    choose(OTHER)
     button("forget").click()
     expect(said).to_contain_text("The memory is empty.")
 
     # a reload takes the memory away, the file brings it back; on a phone this time
     tab.set_viewport_size({"width": 360, "height": 740})
     open_page()
-    show(SWAN)
+    show(SWAN["path"])
     expect(said).to_contain_text("The memory is empty.")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(facts.read_bytes()[:-1000])
