@@ -128,7 +128,8 @@ def hub_id(name: str, kind: str = "datasets") -> str | None:
     """The id `owner/name` in a Hub id or a path `hf://kind/owner/name/...`; None for a local path."""
     if match := re.match(rf"hf://{kind}/([^/@]+/[^/@]+)", name):
         return match[1]
-    return name if REPO_ID.fullmatch(name) and not Path(name).exists() else None
+    is_file = Path(name).exists() or (kind == "datasets" and Path(name).suffix in (".parquet", ".tar"))
+    return name if REPO_ID.fullmatch(name) and not is_file else None
 
 
 def shown(name: str) -> str:
@@ -275,7 +276,11 @@ def check_repo(folder: str | Path) -> None:
         ("tokenizer_config.json", tokenizer, ()),
     ):
         if isinstance(content, dict):
-            problems += _check_code(folder, name, content.get("auto_map", {}), classes)
+            auto_map = content.get("auto_map") or {}
+            if isinstance(auto_map, dict):
+                problems += _check_code(folder, name, auto_map, classes)
+            else:
+                problems.append(f"auto_map of {name} is not an object")
     problems += _check_weights(folder) + _check_card(folder)
     if problems:
         raise ValueError(f"{folder} is not a complete Hub repo: {'; '.join(dict.fromkeys(problems))}.")
@@ -298,7 +303,9 @@ def _check_code(folder: Path, name: str, auto_map: dict, classes: tuple[str, ...
     needed = []
     for auto_class, references in auto_map.items():
         for reference in references if isinstance(references, list) else [references]:
-            if reference and "--" in reference:
+            if reference and not isinstance(reference, str):
+                problems.append(f"{name}: auto_map entry {auto_class} is {reference!r}, not a class")
+            elif reference and "--" in reference:
                 problems.append(f"{name}: auto_map entry {auto_class} is code of another repo ({reference})")
             elif reference:
                 needed.append((reference.rpartition(".")[0], f"{auto_class} in {name}"))
@@ -310,7 +317,12 @@ def _check_code(folder: Path, name: str, auto_map: dict, classes: tuple[str, ...
         seen.add(module)
         path = folder / f"{module}.py"
         if path.is_file():
-            needed += [(imported, f"imported by {path.name}") for imported in sorted(get_relative_imports(path))]
+            try:
+                imports = sorted(get_relative_imports(path))
+            except UnicodeDecodeError:
+                problems.append(f"{path.name} is not UTF-8 text")
+                continue
+            needed += [(imported, f"imported by {path.name}") for imported in imports]
         else:
             problems.append(f"{path.name} is missing ({reason})")
     return problems
@@ -324,9 +336,16 @@ def _check_weights(folder: Path) -> list[str]:
         files["model.safetensors"] = set()
     elif (folder / "model.safetensors.index.json").is_file():
         index = _read_json(folder / "model.safetensors.index.json")
-        if isinstance(index, str) or not index.get("weight_map"):
-            return [index if isinstance(index, str) else "model.safetensors.index.json has no weight_map"]
-        for tensor, name in index["weight_map"].items():
+        if isinstance(index, str):
+            return [index]
+        weight_map = index.get("weight_map")
+        if (
+            not weight_map
+            or not isinstance(weight_map, dict)
+            or not all(isinstance(v, str) for v in weight_map.values())
+        ):
+            return ["model.safetensors.index.json has no weight_map from tensors to files"]
+        for tensor, name in weight_map.items():
             files.setdefault(name, set()).add(tensor)
     elif (folder / "adapter_config.json").is_file():
         files["adapter_model.safetensors"] = set()

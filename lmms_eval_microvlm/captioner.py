@@ -1,6 +1,7 @@
 """From the harness's pictures and contexts to captions and log-likelihoods; needs no lmms-eval.
 
-An empty context asks with the checkpoint's own prompt, as `evaluate_hf.py` does; any other goes through the chat template.
+An empty context asks with the checkpoint's own prompt, as `evaluate_hf.py` does; any other goes through the chat template, its pictures
+before the text, or where `<image>` stands in the text.
 """
 
 import torch
@@ -36,12 +37,21 @@ class Captioner:
         """Prompts with their pictures as `input_ids`, `attention_mask` (B, T), padded on the left, and `pixel_values`.
 
         Raises:
-            ValueError: an empty context with another number of pictures than one.
+            ValueError: an empty context with another number of pictures than one, or another number of `<image>` than of pictures.
         """
         tokenizer, lines = self.processor.tokenizer, []
         for context, images in zip(contexts, pictures, strict=True):
             if context.strip():
-                content = [*({"type": "image"} for _ in images), {"type": "text", "text": context}]
+                parts = context.split(self.processor.image_token)
+                parts = parts if len(parts) > 1 else [*[""] * len(images), context]
+                if len(parts) - 1 != len(images):
+                    raise ValueError(
+                        f"a context has {len(parts) - 1} {self.processor.image_token} for {len(images)} pictures."
+                    )
+                content = []
+                for place, part in enumerate(parts):
+                    content += [{"type": "image"}] if place else []
+                    content += [{"type": "text", "text": part}] if part.strip() else []
                 chat = [{"role": "user", "content": content}]
                 text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
                 text = self.processor(images=[images] if images else None, text=[text])

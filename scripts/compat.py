@@ -130,9 +130,13 @@ def run(wanted: str, expected: dict) -> bool:
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
 
 
+def version_number(text: str) -> str:
+    return str(Version(text))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", help="default: the ends of the supported range")
+    parser.add_argument("versions", nargs="*", type=version_number, help="default: the ends of the supported range")
     options = parser.parse_args(argv)
     installed, chosen = version("transformers"), options.versions
     try:

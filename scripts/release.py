@@ -60,6 +60,8 @@ LOADERS = {"from_pretrained", "pipeline", "hf_hub_download", "snapshot_download"
 BRANCHES = {"main", "master", "HEAD"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+CODE = r"^```.*?^```|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).)+?(?<!`)(?P=ticks)(?!`)"
+LINK_OR_CODE = re.compile(f"{LINK.pattern}|{CODE}", re.MULTILINE | re.DOTALL)
 ABSOLUTE = re.compile(r"[a-z]+:|/")
 PICTURE = re.compile(r"[\w./-]+\.(?:png|jpg)")
 
@@ -148,6 +150,12 @@ def snippets(card: str) -> list[str]:
     return SNIPPET.findall(card)
 
 
+def links(card: str) -> list[tuple[bool, str]]:
+    """Targets in the folder to which a card links, each with whether it is shown as a picture; what looks like a link in code is none."""
+    found = [match for match in LINK_OR_CODE.finditer(card) if match[3] and not ABSOLUTE.match(match[3])]
+    return [(bool(match[1]), match[3]) for match in found]
+
+
 def pinned(card: str, repo_id: str, revision: str) -> str:
     """A card whose Python snippets load from a Hub id at a revision, where they loaded from `"."`."""
 
@@ -168,11 +176,11 @@ def linked(card: str, files: set[str], repository: str | None, revision: str) ->
 
     def link(match: re.Match) -> str:
         mark, text, target, part = match[1], match[2], match[3], match[4] or ""
-        if ABSOLUTE.match(target) or target in files:
+        if target is None or ABSOLUTE.match(target) or target in files:
             return match[0]
         return f"{mark}[{text}]({repository.rstrip('/')}/blob/{revision}/{target}{part})" if repository else text
 
-    return LINK.sub(link, card)
+    return LINK_OR_CODE.sub(link, card)
 
 
 def noted(card: str, repository: str | None) -> str:
@@ -184,7 +192,7 @@ def noted(card: str, repository: str | None) -> str:
 
 def pictures_of(card: str) -> set[str]:
     """Paths of the pictures that a card shows, or that its Python snippets open."""
-    shown = {target for mark, _, target, _ in LINK.findall(card) if mark and not ABSOLUTE.match(target)}
+    shown = {target for is_picture, target in links(card) if is_picture}
     for code in snippets(card):
         shown |= {text for text in _strings(code) if PICTURE.fullmatch(text)}
     return shown
@@ -247,19 +255,21 @@ def _class_problems(folder: Path) -> list[str]:
     found = []
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         try:
-            entries = json.loads((folder / name).read_text()).get("auto_map", {})
-        except (OSError, ValueError, AttributeError):
+            entries = dict(json.loads((folder / name).read_text()).get("auto_map") or {})
+        except (OSError, ValueError, AttributeError, TypeError):
             continue  # check_repo says so
         for auto_class, references in entries.items():
             for reference in references if isinstance(references, list) else [references]:
-                module, _, class_name = (reference or "").rpartition(".")
+                module, _, class_name = (reference if isinstance(reference, str) else "").rpartition(".")
                 path = folder / f"{module}.py"
-                if reference and path.is_file():
+                if module and path.is_file():
                     try:
                         body = ast.parse(path.read_text(encoding="utf-8")).body
                     except SyntaxError as error:
                         found.append(f"{path.name} is not Python: {error.msg}, line {error.lineno}")
                         continue
+                    except ValueError:
+                        continue  # not UTF-8, check_repo says so
                     if not any(isinstance(node, ast.ClassDef) and node.name == class_name for node in body):
                         found.append(f"{name}: {auto_class} is {reference}, but {path.name} defines no {class_name}")
     return found
@@ -278,7 +288,7 @@ def _card_problems(folder: Path) -> list[str]:
     licence = data.get("license")
     if licence not in LICENCES:
         found.append(f"README.md: license is {licence!r}, expected one of {', '.join(LICENCES)}")
-    elif (folder / "LICENSE").is_file() and LICENCES[licence] not in (folder / "LICENSE").read_text(encoding="utf-8"):
+    elif (folder / "LICENSE").is_file() and LICENCES[licence].encode() not in (folder / "LICENSE").read_bytes():
         found.append(f"LICENSE is not the text of {licence}")
     tags = data.get("tags")
     if not (isinstance(tags, list) and tags and all(isinstance(tag, str) and tag.strip() for tag in tags)):
@@ -290,7 +300,7 @@ def _card_problems(folder: Path) -> list[str]:
                     found.append(f"README.md: model-index has no number for {metric.get('type')!r}")
     for number, code in enumerate(snippets(text), 1):
         found += _snippet_problems(number, code)
-    targets = {target for _, _, target, _ in LINK.findall(text) if not ABSOLUTE.match(target)} | pictures_of(text)
+    targets = {target for _, target in links(text)} | pictures_of(text)
     found += [
         f"README.md: {target} is not in the folder" for target in sorted(targets) if not (folder / target).is_file()
     ]
@@ -319,7 +329,7 @@ def _snippet_problems(number: int, code: str) -> list[str]:
             continue
         revision = keywords.get("revision")
         where = f"README.md: snippet {number}, line {node.lineno}: {name}"
-        if revision is None:
+        if revision is None or (isinstance(revision, ast.Constant) and revision.value is None):
             found.append(f"{where} has no revision=")
         elif getattr(revision, "value", None) in BRANCHES:
             found.append(f"{where} has revision={revision.value!r}, which moves")
@@ -404,13 +414,10 @@ def push_commands(folder: Path, repo_id: str, revision: str) -> list[str]:
     ]
 
 
-def put_in_place(built: Path, target: Path) -> None:
-    """Rename a folder to its place; what is there is replaced when it is a release.
-
-    Raises:
-        ReleaseError: the target holds something else.
-    """
-    old = None
+def check_target(target: Path) -> None:
+    """Raises ReleaseError where something is that is no release."""
+    if target.is_symlink():
+        raise ReleaseError(f"{target} is a link: give the path of the folder itself")
     if target.exists():
         if not target.is_dir() or (any(target.iterdir()) and not (target / "ATTRIBUTION.md").is_file()):
             raise ReleaseError(f"{target} is no release: give another path")
@@ -419,6 +426,17 @@ def put_in_place(built: Path, target: Path) -> None:
             raise ReleaseError(
                 f"{target} holds {strange[0].relative_to(target)}, which no release wrote: give another path"
             )
+
+
+def put_in_place(built: Path, target: Path) -> None:
+    """Rename a folder to its place; what is there is replaced when it is a release.
+
+    Raises:
+        ReleaseError: the target holds something else.
+    """
+    check_target(target)
+    old = None
+    if target.exists():
         old = Path(tempfile.mkdtemp(prefix=".old.", dir=target.parent))
         os.replace(target, old)
     try:
@@ -434,6 +452,7 @@ def put_in_place(built: Path, target: Path) -> None:
 def release(options: argparse.Namespace) -> None:
     """Build, check, load, put in place, print. Raises ReleaseError."""
     target = Path(options.folder)
+    check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent.absolute()))  # `load` works elsewhere
     try:

@@ -31,6 +31,12 @@ print(json.dumps(said))
 """
 
 
+def test_what_is_no_version_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compat.main(["abc"])
+    assert "invalid version_number value: 'abc'" in capsys.readouterr().err
+
+
 def test_other_versions_are_refused_by_name(tmp_path):
     found = compat.supported()
     lowest, end = (next(s.version for s in found if s.operator == sign) for sign in (">=", "<"))

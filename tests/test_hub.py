@@ -244,6 +244,7 @@ def test_hub_ids(tmp_path, monkeypatch):
         "../x": None,
         "mini": None,
     }
+    ids["data/gone.parquet"] = ids["data/gone.tar"] = None
     assert {name: hub_id(name) for name in ids} == ids
 
 
@@ -347,8 +348,9 @@ def test_shards_are_complete(run):
     index.write_text(json.dumps(content))
     (run / second).unlink()
     assert problem(run) == f"{second} is missing"
-    index.write_text("{}")
-    assert problem(run) == "model.safetensors.index.json has no weight_map"
+    for wrong in ({}, {"weight_map": None}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 7}}):
+        index.write_text(json.dumps(wrong))
+        assert problem(run) == "model.safetensors.index.json has no weight_map from tensors to files"
 
 
 def test_half_written_weights_are_refused(run):
@@ -379,6 +381,25 @@ def test_code_and_formulas_in_a_card_are_no_fields(run):
     with (run / "README.md").open("a") as file:
         file.write('`{"a": 1}` ${HOME} {} {0..9} `howpublished={\\url{https://huggingface.co/x/y}}, year={2025}`\n')
     check_repo(run)
+
+
+@pytest.mark.parametrize(
+    "auto_map, message",
+    [
+        (None, "config.json has no auto_map entry AutoConfig"),
+        (["AutoConfig"], "auto_map of config.json is not an object"),
+        ({"AutoConfig": 7}, "config.json: auto_map entry AutoConfig is 7, not a class"),
+    ],
+)
+def test_bad_auto_maps_are_named(run, auto_map, message):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    assert message in problem(run).split("; ")
+
+
+def test_code_that_is_no_text_is_named(run):
+    (run / "cache_microvlm.py").write_bytes(b"\xff\xfe")
+    assert problem(run) == "cache_microvlm.py is not UTF-8 text"
 
 
 def test_everything_missing_is_named_at_once(tmp_path):

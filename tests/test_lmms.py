@@ -70,6 +70,17 @@ def test_contexts_of_several_lengths_share_a_batch(captioner, pictures):
     assert "pixel_values" not in captioner.inputs(["a question"], [[]])
 
 
+def test_pictures_stand_where_the_context_says(captioner, pictures):
+    ids = lambda context, n: captioner.inputs([context], [pictures[:n]])["input_ids"][0].tolist()  # noqa: E731
+    assert ids("<image>\na red square", 1) == ids("a red square", 1)
+    image = [captioner.model.config.image_token_id] * captioner.model.config.num_prefix_tokens
+    one, two = (captioner.processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a red", "a blue"))
+    said = ids("a red<image>a blue <image>", 2)
+    assert any(said[i:][: len(one + image + two + image)] == one + image + two + image for i in range(len(said)))
+    with pytest.raises(ValueError, match="^a context has 2 <image> for 1 pictures.$"):
+        ids("<image> or <image>", 1)
+
+
 def test_an_answer_ends_before_a_stop_string(captioner, pictures):
     whole = captioner.generate([""], [[pictures[0]]])[0]
     stop = whole[len(whole) // 2]

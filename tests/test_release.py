@@ -105,6 +105,15 @@ def test_links_lead_somewhere():
     assert release.linked(card, {"b.md", "docs/c.png"}, "https://e.f/r/", "v1") == there
 
 
+def test_links_in_code_are_no_links(folder):
+    code = "`a[i](x.md)` ``b`[i](x.png)``\n\n```bash\nc[i](x.md) ![d](x.png)\n```\n\n"
+    card = code + "[`e`](docs/e.md) `f` [g](docs/g.md)"
+    assert release.linked(card, set(), None, "v1") == code + "`e` `f` g"
+    assert release.links(card) == [(False, "docs/e.md"), (False, "docs/g.md")] and not release.pictures_of(card)
+    (folder / "README.md").write_text((folder / "README.md").read_text() + code)
+    assert release.problems(folder, LIMIT) == []
+
+
 def test_the_card_says_what_runs_elsewhere(complete):
     card = (complete / "README.md").read_text()
     title = card.index("\n# MicroVLM\n")
@@ -168,6 +177,7 @@ def test_pickles(folder):
         ("tags:\n", "tags: [7]\nkinds:\n", "README.md: tags is [7], expected a list of words"),
         ("![Recall", "![x](docs/none.png) ![Recall", "README.md: docs/none.png is not in the folder"),
         (', revision="v1.2.3"', "", "README.md: snippet 1, line 3: from_pretrained has no revision="),
+        ('revision="v1.2.3"', "revision=None", "README.md: snippet 1, line 3: from_pretrained has no revision="),
         (
             'revision="v1.2.3"',
             'revision="main"',
@@ -197,9 +207,20 @@ def test_unreadable_metadata(folder):
     assert problem.startswith(f"{folder} is not a complete Hub repo: the metadata of README.md cannot be read (while")
 
 
-def test_licence_text(folder):
-    (folder / "LICENSE").write_text("Do what you like.\n")
+@pytest.mark.parametrize("text", [b"Do what you like.\n", b"\xff\xfe"])
+def test_licence_text(folder, text):
+    (folder / "LICENSE").write_bytes(text)
     assert release.problems(folder, LIMIT) == ["LICENSE is not the text of apache-2.0"]
+
+
+def test_what_check_repo_refuses_is_said_once(folder):
+    (folder / "modeling_microvlm.py").write_bytes(b"\xff\xfe")
+    config = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps(config | {"auto_map": [1]}))
+    (problem,) = release.problems(folder, LIMIT)
+    assert problem.endswith(
+        ": modeling_microvlm.py is not UTF-8 text; auto_map of processor_config.json is not an object."
+    )
 
 
 def test_heavy_weights(folder):
@@ -221,7 +242,7 @@ def test_code_that_does_not_run_leaves_no_folder(folder, tmp_path):
     assert list(target.parent.iterdir()) == []
 
 
-def test_other_folders_are_not_replaced(complete, tmp_path):
+def test_other_folders_are_not_replaced(complete, tmp_path, monkeypatch):
     def put(target):
         built = Path(shutil.copytree(complete, tmp_path / "built"))
         try:
@@ -237,6 +258,10 @@ def test_other_folders_are_not_replaced(complete, tmp_path):
     assert [p.name for p in mine.iterdir()] == ["thesis.md"]
     target = tmp_path / "there"
     put(target)
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(release.ReleaseError, match="link is a link: give the path of the folder itself$"):
+        put(tmp_path / "link")
+    (tmp_path / "link").unlink()
     (target / "docs" / "old.png").write_bytes(b"old")
     put(target)  # a release takes the place of a release
     assert not (target / "docs" / "old.png").exists()
@@ -245,6 +270,9 @@ def test_other_folders_are_not_replaced(complete, tmp_path):
         put(target)
     assert json.loads((target / "config.json").read_text())["model_type"] == "microvlm"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "there"]
+    monkeypatch.setattr(release, "build", None)  # refused before anything is built
+    with pytest.raises(SystemExit, match="^not released: .*mine is no release: give another path$"):
+        release.main([str(mine)])
 
 
 def test_relative_folder_in_a_fresh_environment(tmp_path, monkeypatch):
