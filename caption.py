@@ -247,25 +247,68 @@ class ContactSheet:
         draw = ImageDraw.Draw(cell)
         lines = textwrap.wrap(text, width=36, max_lines=3, placeholder=" ...")
         draw.multiline_text((0, self.CELL + 6), "\n".join(lines), fill=colour, font=self.font)
-        name = textwrap.shorten(os.path.basename(caption.path), width=36, placeholder="...")
+        name = self.shortened(" ".join(os.path.basename(caption.path).split()))
         draw.text((0, self.CELL + 62), name, fill="gray", font=self.font)
         row, column = divmod(self.used, self.COLUMNS)
         self.used += 1
         x, y = self.GAP + column * (self.CELL + self.GAP), self.GAP + row * (self.CELL + self.TEXT + self.GAP)
         self.sheet.paste(cell, (x, y))
 
+    def shortened(self, name: str) -> str:
+        """As much of a name as a cell is wide, with an ellipsis where some is left out."""
+        if self.font.getlength(name) <= self.CELL:
+            return name
+        while self.font.getlength(f"{name}...") > self.CELL:
+            name = name[:-1]
+        return f"{name}..."
+
     def finish(self) -> None:
         self.sheet.save(self.file, "PNG")
+
+
+def _temporary(path: str | os.PathLike) -> tuple[int, str]:
+    """Handle and name of a new file beside `path`.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise OSError(f"cannot write {path}: there is no folder {folder}.")
+    if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise OSError(f"cannot write {path}: it is not a regular file.")
+    try:
+        return tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def check_outputs(**outputs: str | None) -> None:
+    """Refuse, before any work, what could not be written after it.
+
+    Args:
+        outputs: option -> path, or None.
+
+    Raises:
+        OSError: a path that cannot be written.
+        ValueError: two options with one path.
+    """
+    options: dict[str, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        handle, temporary = _temporary(path)
+        os.close(handle)
+        os.unlink(temporary)
+        if (other := options.setdefault(os.path.realpath(path), option)) != option:
+            raise ValueError(f"--{other} and --{option} are the same file, {path}.")
 
 
 @contextmanager
 def replacing(path: str, mode: str) -> Iterator[IO]:
     """Open a new file that takes the place of `path` when all went well, and disappears when not."""
-    folder, name = os.path.split(os.path.abspath(path))
     encoding = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-    if not os.path.isdir(folder):
-        raise OSError(f"cannot write {path}: there is no folder {folder}.")
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    handle, temporary = _temporary(path)
     try:
         with os.fdopen(handle, mode, **encoding) as file:
             yield file
@@ -303,7 +346,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--png", metavar="FILE", help="write a contact sheet")
     add("--recursive", action="store_true", help="also look into the folders of folders")
     add("--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's")
-    add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--device", type=usable_device, help="cpu, cuda, mps (default: the best there is)")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -311,6 +354,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def usable_device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text).tolist()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from error
+    return text
 
 
 def say(message: str) -> None:
@@ -327,6 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     with ExitStack() as stack:
         try:
+            check_outputs(json=None if args.json == "-" else args.json, html=args.html, png=args.png)
             outputs = []
             if args.json and args.json != "-":
                 outputs.append(JsonLines(stack.enter_context(replacing(args.json, "w"))))

@@ -15,8 +15,8 @@
 - speed: seconds to the first token, tokens and pictures a second, on this machine (`--device`, `--dtype`).
 - size: parameters, bytes on the disk.
 
-What cannot be measured is listed with its reason. docs/evaluation.md says more. Exit code: 0; 1, something could not be read or written;
-2, wrong arguments.
+What cannot be measured is listed with its reason. docs/evaluation.md says more. Files are written after every data set. Exit code: 0; 1,
+something could not be read or written; 2, wrong arguments; 130, interrupted.
 """
 
 import argparse
@@ -47,8 +47,16 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from caption import DTYPES, load, positive, replacing
-from data_microvlm import CaptionCollator, caption_noun, decode_row, load_rows, make_names, text_ids
+from caption import DTYPES, check_outputs, load, positive, replacing, usable_device
+from data_microvlm import (
+    CaptionCollator,
+    caption_noun,
+    decode_row,
+    load_rows,
+    make_names,
+    row_caption,
+    text_ids,
+)
 
 ROOT = Path(__file__).resolve().parent
 GROUPS = ("captions", "language", "retrieval", "memory", "speed", "size")
@@ -181,12 +189,14 @@ def meteor(candidates: list[str], references: list[str]) -> float:
     said, wanted = ({i: [c] for i, c in enumerate(captions)} for captions in (said, wanted))
     try:
         return float(scorer.compute_score(wanted, said)[0])
-    except (ValueError, OSError) as error:  # no number came, or the pipe is closed
+    except (ValueError, OSError, KeyboardInterrupt) as error:  # no number came, the pipe is closed, or Ctrl-C
         meteor_scorer.cache_clear()
         if scorer.lock.locked():  # its end would wait for it
             scorer.lock.release()
         scorer.meteor_p.kill()
         scorer.meteor_p.stdin = BytesIO()  # closed again when the scorer goes
+        if isinstance(error, KeyboardInterrupt):
+            raise
         lines = scorer.meteor_p.stderr.read().decode(errors="replace").strip().splitlines()
         raise RuntimeError(f"METEOR's Java program failed: {lines[-1] if lines else error}") from error
 
@@ -272,10 +282,10 @@ def language_scores(losses: torch.Tensor, tokens: torch.Tensor, captions: list[s
         losses: nats of each caption, (N,).
         tokens: of each caption, (N,).
     """
-    total, number = float(losses.sum()), int(tokens.sum())
-    bits = total / math.log(2) / sum(len(c.encode()) for c in captions)
+    total, number = losses.double().sum(), int(tokens.sum())
+    bits = float(total) / math.log(2) / sum(len(c.encode()) for c in captions)
     loss = total / number
-    return {"lm_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits, "tokens": number}
+    return {"lm_loss": float(loss), "perplexity": float(loss.exp()), "bits_per_byte": bits, "tokens": number}
 
 
 def retrieval_scores(model, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[dict, dict[str, str]]:
@@ -287,6 +297,8 @@ def retrieval_scores(model, image_embeds: torch.Tensor, text_embeds: torch.Tenso
     for k in RANKS[len(ranks) :]:
         missing[f"recall at {k}"] = f"among {R} pictures it is always 1"
     recalls = retrieval_recalls(image_embeds, text_embeds, RANKS)
+    if not (image_embeds.isfinite().all() and text_embeds.isfinite().all()):
+        recalls = dict.fromkeys(recalls, math.nan)  # nothing is nearer than NaN: every recall would be 1
     out = {"pairs": R} | {name: v if int(name.rpartition("_")[2]) in ranks else None for name, v in recalls.items()}
     if R == 1:
         missing["alignment_loss"] = "one pair has no negatives"
@@ -324,6 +336,9 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
 
     Returns:
         A dictionary per size; per size the scope probabilities `known` and `unrelated` they come from; and what was not measured.
+
+    Raises:
+        UnreadableRowError: a row without caption or picture; the message names it.
     """
     if getattr(model.model, "memory", None) is None:
         return [], {}, {"memory": "the checkpoint has no memory (config.use_memory is false)"}
@@ -332,7 +347,7 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
     recall, missing, out, scopes = benchmark("memory_recall"), {}, [], {}
     if len(rows) > MEMORY_POOL:
         rows = rows.select(range(MEMORY_POOL))
-    fits = [i for i, caption in enumerate(rows["caption"]) if fact_fits(model, processor.tokenizer, caption)]
+    fits = [i for i, row in enumerate(rows) if fact_fits(model, processor.tokenizer, row_caption(row))]
     if len(fits) < len(rows):
         missing[f"memory of {len(rows) - len(fits)} pictures"] = "their caption is too long for a fact"
         rows = rows.select(fits)
@@ -345,7 +360,11 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
             missing[f"memory of {size} facts"] = limit
             continue
         kept: dict = {}
-        found = recall.measure(bench, size, queries, ("new",), kept)
+        try:
+            found = recall.measure(bench, size, queries, ("new",), kept)
+        except (ValueError, torch.linalg.LinAlgError) as error:  # what it holds is not finite
+            missing[f"memory of {size} facts"] = str(error)
+            continue
         scope, of_facts = found["unrelated"], found["new"]
         entry = {"facts": size, "questions": len(kept["known"]), "memory_kl": float(kept["memory"].kl().mean())}
         ids, features = model.default_prompt(1), bench.views[0][0][:1]
@@ -436,9 +455,9 @@ def open_rows(path: str, limit: int | None = None):
         FileNotFoundError: no such file.
         ValueError: no rows, no picture or caption column, a format that is not known, or a Hub id without limit.
     """
-    if not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).suffix:
-        from stream_microvlm import load_stream, take_rows
+    from stream_microvlm import is_hub_dataset, load_stream, take_rows
 
+    if is_hub_dataset(path):
         if limit is None:
             raise ValueError(f"{path} is no file or folder; as a data set of the Hub it needs --limit.")
         rows = take_rows(load_stream(path), limit)
@@ -507,6 +526,12 @@ def evaluate(model, processor, rows, options, train=None) -> tuple[dict, dict]:
         result["speed"] = speed_scores(model, processor, rows, options.batch_size)
     if "size" in groups:
         result["size"] = size_scores(model, options.model, options.revision)
+    columns = {name: values for name, values in result.items() if isinstance(values, dict)}
+    columns |= {f"memory of {entry['facts']} facts": entry for entry in result.get("memory", [])}
+    for name, values in columns.items():
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key], missing[f"{name}: {key}"] = None, f"the result is {value}"
     return result | {"not_measured": missing}, more
 
 
@@ -650,19 +675,22 @@ FRONT = re.compile(r"\A(\ufeff?---[ \t]*(\r?\n))(.*?)(^---[ \t]*(?:\r?\n|\Z))", 
 INDEX = re.compile(r"^model-index:.*?(?=^[^\s-]|\Z)", re.DOTALL | re.MULTILINE)
 
 
-def card_metrics(result: dict) -> dict[str, tuple[str, float]]:
-    """metric type -> label and value of what a model card says: captions, language, retrieval and memory of the model itself."""
-    found = {}
+def card_metrics(result: dict) -> dict[str, tuple[str, float, dict[str, int]]]:
+    """metric type -> label, value and sample size of what a model card says: captions, language, retrieval and memory of the model itself."""
+    found, pictures = {}, {"pictures": result["pictures"]}
     for title, labels, columns in blocks(result):
         if title in ("Language", "Retrieval"):
-            found |= {key: (labels[key], columns[""][key]) for key in labels if key not in ("tokens", "pairs")}
+            found |= {
+                key: (labels[key], columns[""][key], pictures) for key in labels if key not in ("tokens", "pairs")
+            }
         elif title == "Captions":
-            found |= {key: (label, columns["model"][key]) for key, label in labels.items()}
+            found |= {key: (label, columns["model"][key], pictures) for key, label in labels.items()}
         elif title == "Memory":
             for entry in result["memory"]:
-                facts = entry["facts"]
-                found |= {f"memory_{facts}_{k}": (f"{labels[k]}, {facts} facts", entry[k]) for k in CARD_MEMORY}
-    return {key: pair for key, pair in found.items() if pair[1] is not None}
+                facts, questions = entry["facts"], {"questions": entry["questions"]}
+                of = f"{facts} fact{'s' * (facts > 1)}"
+                found |= {f"memory_{facts}_{k}": (f"{labels[k]}, {of}", entry[k], questions) for k in CARD_MEMORY}
+    return {key: figure for key, figure in found.items() if figure[1] is not None}
 
 
 def card_group(metric: str) -> str | None:
@@ -705,10 +733,10 @@ def card_results(results: dict[str, dict]) -> list[EvalResult]:
             metric_type=metric,
             metric_name=label,
             metric_value=round(value, 6),
-            metric_args={"pictures": result["pictures"]} | unusual(result),
+            metric_args=sample | unusual(result),
         )
         for path, result in results.items()
-        for metric, (label, value) in card_metrics(result).items()
+        for metric, (label, value, sample) in card_metrics(result).items()
     ]
 
 
@@ -840,9 +868,8 @@ def plots(result: dict, more: dict) -> list[str]:
     found = []
     if "word_f1" in more:
         found.append(plot_tag(lambda axis: histogram(axis, {"": more["word_f1"]}, (0, 1), "word F1"), "Captions"))
-    if "loss" in more:
-        span = 0, max(more["loss"])
-        draw = lambda axis: histogram(axis, {"": more["loss"]}, span, "loss, nats a token")  # noqa: E731
+    if losses := [loss for loss in more.get("loss", []) if math.isfinite(loss)]:
+        draw = lambda axis: histogram(axis, {"": losses}, (0, max(losses)), "loss, nats a token")  # noqa: E731
         found.append(plot_tag(draw, "References, given the picture"))
     if result.get("memory"):
         found.append(plot_tag(lambda axis: draw_recall(axis, result["memory"]), "Taught names said"))
@@ -972,11 +999,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--facts", type=positive, nargs="+", default=[1, 4, 16, 64], help="sizes of memories (default: %(default)s)")
     add("--queries", type=positive, default=32, help="questions of each sort per memory size (default: %(default)s)")
     add("--batch-size", type=positive, default=16)
-    add("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    add("--device", type=usable_device, default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     what = "of weights that are not packed; auto: the checkpoint's (default: %(default)s)"
     add("--dtype", default="float32", choices=DTYPES, help=what)
     add("--limit", type=positive, help="only the first so many rows")
-    add("--show", type=int, default=0, help="print so many captions beside their references")
+    add("--show", type=not_negative, default=0, help="print so many captions beside their references")
     add("--no-meteor", action="store_true", help="leave METEOR out: its Java program takes seconds to start")
     add("--yardstick", metavar="TRAIN", help="training data for the nearest-neighbour caption")
     add("--yardstick-exclude-copyleft", action="store_true")
@@ -988,20 +1015,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.data = list(dict.fromkeys(options.data))
     options.metrics += ["memory"] if options.memory and "memory" not in options.metrics else []
-    for name in ("json", "markdown", "html", "card"):
-        if (path := getattr(options, name)) and not Path(path).resolve().parent.is_dir():
-            parser.error(f"--{name} {path}: there is no folder {Path(path).resolve().parent}")
+    try:
+        check_outputs(json=options.json, markdown=options.markdown, html=options.html, card=options.card)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     needs = {"matplotlib": options.html, "pycocoevalcap": "captions" in options.metrics}
     for module, needed in needs.items():
         if needed and importlib.util.find_spec(module) is None:
             parser.error(f"{'--html' if module == 'matplotlib' else 'captions'} needs {module}: pip install '.[eval]'")
     if options.yardstick and "captions" not in options.metrics:
         parser.error("--yardstick needs the group captions")
-    try:
-        torch.zeros(1, device=options.device).tolist()
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device}: {str(error).partition(chr(10))[0]}")
     return options
+
+
+def not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def write_text(path: str, text: str) -> None:
@@ -1013,15 +1043,19 @@ def run(options: argparse.Namespace) -> None:
     """The command, see above."""
     sets = {path: open_rows(path, options.limit) for path in options.data}
     if options.card:
-        read_card(options.card)
-        card_results({path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()})
-    model, processor = load(options.model, options.revision, options.dtype, options.device)
-    if not hasattr(model, "default_prompt"):
-        raise ValueError(f"{options.model} is a {type(model).__name__}: only checkpoints of MicroVLM can be scored.")
+        nothing = {path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()}
+        card_with(options.card, nothing, options.metrics, options.model)
     train = None
     if options.yardstick:
         train = load_rows(options.yardstick, exclude_copyleft=options.yardstick_exclude_copyleft)
+        if not len(train):
+            raise ValueError(f"{options.yardstick} has no rows.")
+    model, processor = load(options.model, options.revision, options.dtype, options.device)
+    if not hasattr(model, "default_prompt"):
+        raise ValueError(f"{options.model} is a {type(model).__name__}: only checkpoints of MicroVLM can be scored.")
+    if train is not None:
         train = train, teacher_features(train, processor.image_processor)
+    name = Path(options.model).resolve().name if Path(options.model).exists() else options.model
     results, sections = {}, []
     for path, rows in sets.items():
         results[path], more = evaluate(model, processor, rows, options, train)
@@ -1030,17 +1064,15 @@ def run(options: argparse.Namespace) -> None:
             print(f"  {candidate!r}  <- {reference!r}")
         print_result(path, results[path])
         if options.json:
-            write_text(options.json, json.dumps(results, indent=1))
+            write_text(options.json, json.dumps(results, indent=1, allow_nan=False))
+        if options.markdown:
+            write_text(options.markdown, markdown(results))
+        if options.card:
+            write_text(options.card, card_with(options.card, results, options.metrics, name))
         if options.html:
             examples = example_tags(model, processor, rows, more, options.examples)
             sections.append(html_section(path, results[path], plots(results[path], more), examples))
-    name = Path(options.model).resolve().name if Path(options.model).exists() else options.model
-    if options.markdown:
-        write_text(options.markdown, markdown(results))
-    if options.html:
-        write_text(options.html, html_page(name, sections))
-    if options.card:
-        write_text(options.card, card_with(options.card, results, options.metrics, name))
+            write_text(options.html, html_page(name, sections))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1050,6 +1082,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, SafetensorError, TarError, DatasetsError) as error:
         print(f"evaluate_hf.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("evaluate_hf.py: interrupted; data sets scored until then are written", file=sys.stderr)
+        return 130
     return 0
 
 

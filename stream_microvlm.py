@@ -8,6 +8,7 @@ taken up at any row: the shuffle buffer of `datasets` is lost when a run stops.
 """
 
 import random
+import re
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
@@ -19,6 +20,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from data_microvlm import caption_length, is_remote, named_columns
 
 READ_BATCH = 32  # rows read at a time
+FILES = (".tar", ".parquet", ".jsonl", ".json", ".csv", ".tsv", ".zip", ".gz")  # no data set's id ends like this
+
+
+def is_hub_dataset(path: str) -> bool:
+    """Whether a path is a data set's id, `owner/name`: nothing on this machine is called so, and it is not named like a file of rows."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not (Path(path).suffix in FILES or Path(path).exists())
 
 
 def load_stream(path: str | list[str], format: str | None = None, revision: str | None = None) -> IterableDataset:
@@ -34,13 +41,11 @@ def load_stream(path: str | list[str], format: str | None = None, revision: str 
         ValueError: unknown format, or no picture or caption column.
     """
     paths = [str(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
-    suffixes = {Path(p).suffix for p in paths}
-    if suffixes == {""} and len(paths) == 1 and paths[0].count("/") == 1 and not Path(paths[0]).exists():
+    if len(paths) == 1 and is_hub_dataset(paths[0]):
         rows = load_dataset(paths[0], split="train", streaming=True, revision=revision)
     else:
-        format = format or {frozenset({".tar"}): "webdataset", frozenset({".parquet"}): "parquet"}.get(
-            frozenset(suffixes)
-        )
+        suffixes = frozenset(Path(p).suffix for p in paths)
+        format = format or {frozenset({".tar"}): "webdataset", frozenset({".parquet"}): "parquet"}.get(suffixes)
         if format not in ("webdataset", "parquet"):
             raise ValueError(f"{paths[0]}: a stream is of .tar or .parquet files, or of a data set on the Hub.")
         for p in paths:

@@ -136,6 +136,33 @@ def test_what_cannot_be_done_is_said_before_it_is_tried(pictures, capsys, option
     assert not [name for name in names(pictures.iterdir()) if "out.json" in name]
 
 
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("more", "cannot write more: it is not a regular file."),
+        ("new/", "cannot write new/: it is not a regular file."),
+        ("", "cannot write : it is not a regular file."),
+        ("n" * 250, f"cannot write {'n' * 250}: File name too long."),
+        ("more/../out.json", "--json and --html are the same file, more/../out.json."),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_before_loading(pictures, capsys, monkeypatch, output, message):
+    monkeypatch.setattr(caption, "load", None)
+    monkeypatch.chdir(pictures)
+    before = names(pictures.iterdir())
+    code, out, err = call(capsys, "p1.png", "--json", "out.json", "--html", output)
+    assert code == 2 and out == "" and err == f"caption.py: {message}\n"
+    assert names(pictures.iterdir()) == before
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "toaster"])
+def test_a_device_that_is_not_there_is_said_in_a_line(pictures, capsys, device):
+    with pytest.raises(SystemExit) as error:
+        call(capsys, pictures, "--device", device)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and line.startswith(f"caption.py: error: argument --device: cannot use {device!r}: ")
+
+
 @pytest.mark.parametrize("option", ["--batch-size", "--max-new-tokens", "--num-beams"])
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
 def test_numbers_are_checked(option, value, capsys):
@@ -294,3 +321,17 @@ def test_long_captions_stay_in_their_cell(tmp_path):
     assert image.crop((12, 12 + sheet.CELL, 12 + sheet.CELL, image.height)).getextrema()[0] < 128  # there is text
     below = [image.crop((x, sheet.CELL + 74, x + sheet.CELL, image.height)).tobytes() for x in (12, 264, 516)]
     assert below[0] == below[1] == below[2]  # the file's name, whatever the caption
+
+
+@pytest.mark.parametrize("name", ["i" * 300, "W" * 300, "a word " * 50])
+def test_a_long_name_is_cut_at_its_end(tmp_path, monkeypatch, name):
+    drawn, draw = [], caption.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(caption.ImageDraw.ImageDraw, "text", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k))
+    sheet = caption.ContactSheet(tmp_path / "a.png", 2)
+    for path in (f"{name}.png", "short.png"):
+        sheet.add(caption.Caption(path, text="", picture=picture()))
+    cut, whole = (text for text in drawn if text)
+    kept = cut.removesuffix("...")
+    assert whole == "short.png" and cut != kept and name.startswith(kept)
+    width = sheet.font.getlength
+    assert width(cut) <= sheet.CELL < width(f"{name[: len(kept) + 1]}...")

@@ -15,9 +15,10 @@ import torch
 import yaml
 from conftest import IMAGE_ID, ROOT
 from huggingface_hub import EvalResult, ModelCard
-from toy_data import CAPTIONS, pairs, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
+from toy_data import CAPTIONS, pairs, toy_checkpoint, toy_model, toy_processor, use_cache, write_folder, write_parquet
 
 import evaluate_hf
+import stream_microvlm
 from data_microvlm import UnreadableRowError, load_rows
 
 
@@ -422,6 +423,8 @@ def test_the_card_gets_a_model_index_and_keeps_the_rest(full_run):
         assert found["perplexity"].metric_value == pytest.approx(entry["language"]["perplexity"], abs=1e-6)
         assert found["memory_2_recall_view"].metric_value == round(entry["memory"][1]["recall_view"], 6)
         assert found["exact"].metric_args == {"pictures": entry["pictures"]}
+        assert found["memory_2_recall_view"].metric_args == {"questions": entry["memory"][1]["questions"]}
+        assert found["memory_1_memory_kl"].metric_name.endswith(", 1 fact")
         assert found["exact"].dataset_split == ("validation" if name.startswith("validation") else "test")
         assert "meteor" not in found and "text_to_image_recall_at_10" not in found  # not measured: not zero
 
@@ -608,8 +611,13 @@ def test_another_dtype(monkeypatch, tmp_path, full_run):
         (["--facts", "-1"], "whole number of at least 1"),
         (["--html", "nowhere/report.html"], "there is no folder"),
         (["--metrics", "size", "--yardstick", "x.parquet"], "--yardstick needs the group captions"),
-        (["--device", "toaster"], "--device toaster: "),
-        (["--device", "meta"], "--device meta: "),
+        (["--json", str(ROOT)], f"cannot write {ROOT}: it is not a regular file."),
+        (["--card", "n" * 250], "File name too long."),
+        (["--json", "x.out", "--card", "./x.out"], "--json and --card are the same file, ./x.out."),
+        (["--show", "-1"], "whole number of at least 0"),
+        (["--device", "toaster"], "argument --device: cannot use 'toaster': "),
+        (["--device", "meta"], "argument --device: cannot use 'meta': "),
+        (["--device", "cuda:99"], "argument --device: cannot use 'cuda:99': "),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
     ],
 )
@@ -621,15 +629,22 @@ def test_wrong_arguments_are_said_at_once(arguments, message, capsys):
 
 def test_data_that_is_not_there_is_said_before_a_model_is_loaded(monkeypatch, tmp_path, capsys):
     use_cache(monkeypatch, tmp_path / "cache")
-    empty = write_parquet(tmp_path / "toy.parquet", pairs())
-    card = tmp_path / "card.md"
+    toy = str(write_parquet(tmp_path / "toy.parquet", pairs(licence=["GPL-3.0"] * 8)))
+    card, flow = tmp_path / "card.md", tmp_path / "flow.md"
     card.write_text("---\na: [\n---\n")
+    flow.write_text("---\n{license: mit}\n---\n")
     for arguments, message in (
         (["--data", "nowhere.parquet"], "nowhere.parquet does not exist"),
+        (["--data", "owner/name.parquet"], "owner/name.parquet does not exist"),
         (["--data", "owner/name"], "needs --limit"),
+        (["--data", "owner/name.v2"], "needs --limit"),
         (["--data", "picture.bmp"], "expected a .parquet file"),
-        (["--data", str(empty), "--card", str(card)], "is not YAML"),
-        (["--data", str(empty), "--card", str(tmp_path / "none.md")], "none.md"),
+        (["--data", toy, "nowhere.tar"], "nowhere.tar does not exist"),
+        (["--data", toy, "--yardstick", "nowhere.parquet"], "nowhere.parquet does not exist"),
+        (["--data", toy, "--yardstick", toy, "--yardstick-exclude-copyleft"], "has no rows"),
+        (["--data", toy, "--card", str(card)], "is not YAML"),
+        (["--data", toy, "--card", str(flow)], "use YAML in block style"),
+        (["--data", toy, "--card", str(tmp_path / "none.md")], "none.md"),
     ):
         capsys.readouterr()
         assert evaluate_hf.main(["--model", str(tmp_path / "no model"), *arguments]) == 1
@@ -645,6 +660,143 @@ def test_an_unreadable_row_ends_the_command(monkeypatch, tmp_path, capsys):
     model = toy_checkpoint(tmp_path / "model")
     assert evaluate_hf.main(command(model, data, metrics="language", json=tmp_path / "s.json")) == 1
     assert "row toy-5: picture cannot be read" in capsys.readouterr().err and not (tmp_path / "s.json").exists()
+
+
+@pytest.mark.parametrize("caption", [None, " "])
+def test_memory_names_a_row_without_caption(monkeypatch, tmp_path, capsys, caption):
+    use_cache(monkeypatch, tmp_path / "cache")
+    bad = pairs()
+    bad[5]["caption"] = caption
+    data = write_parquet(tmp_path / "bad.parquet", bad)
+    model = toy_checkpoint(tmp_path / "model", use_memory=True, memory_config=MEMORY)
+    assert evaluate_hf.main(command(model, data, metrics="memory")) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "evaluate_hf.py: row toy-5 has no caption."
+
+
+def test_a_data_set_of_the_hub_may_have_a_dot_in_its_name(monkeypatch, tmp_path):
+    use_cache(monkeypatch, tmp_path / "cache")
+    data, asked, load_dataset = write_parquet(tmp_path / "toy.parquet", pairs()), [], stream_microvlm.load_dataset
+
+    def from_file(name, **options):
+        asked.append(name)
+        return load_dataset("parquet", data_files=str(data), **options)
+
+    monkeypatch.setattr(stream_microvlm, "load_dataset", from_file)
+    assert evaluate_hf.open_rows("owner/name.v2", 3)["caption"][:] == CAPTIONS[:3] and asked == ["owner/name.v2"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    write_folder(tmp_path / "owner/name.v2", pairs(2))
+    assert len(evaluate_hf.open_rows("owner/name.v2")) == 2 and len(asked) == 1  # a folder of that name
+    for name in ("owner/gone.csv", "owner/gone.parquet"):
+        with pytest.raises((ValueError, FileNotFoundError), match=name):
+            evaluate_hf.open_rows(name, 3)
+
+
+# ------------------------------------------------------------------------------------------------------ ended in the middle
+
+
+@pytest.mark.parametrize("how", ["bad row", "interrupt"])
+def test_what_was_measured_is_written_when_a_later_set_fails(monkeypatch, tmp_path, capsys, how):
+    use_cache(monkeypatch, tmp_path / "cache")
+    bad, evaluate = pairs(5), evaluate_hf.evaluate
+    bad[3]["image"]["bytes"] = b"no picture"
+    good, bad = write_parquet(tmp_path / "good.parquet", pairs()), write_parquet(tmp_path / "bad.parquet", bad)
+
+    def interrupted(model, processor, rows, *arguments):
+        if len(rows) == 5:
+            raise KeyboardInterrupt
+        return evaluate(model, processor, rows, *arguments)
+
+    if how == "interrupt":
+        monkeypatch.setattr(evaluate_hf, "evaluate", interrupted)
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "html", "card")}
+    files["card"].write_text("# Toy\n")
+    arguments = command(toy_checkpoint(tmp_path / "model"), good, bad, metrics="language", examples=1, **files)
+    code, message = {
+        "bad row": (1, "row toy-3: picture cannot be read"),
+        "interrupt": (130, "interrupted; data sets scored until then are written"),
+    }[how]
+    assert evaluate_hf.main(arguments) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"evaluate_hf.py: {message}")
+    entry = json.loads(files["json"].read_text())
+    assert list(entry) == [str(good)]
+    perplexity = entry[str(good)]["language"]["perplexity"]
+    assert evaluate_hf.shown(perplexity) in files["markdown"].read_text()
+    assert evaluate_hf.shown(perplexity) in Page(files["html"].read_text()).words
+    (value,) = [
+        r.metric_value for r in ModelCard.load(files["card"]).data.eval_results if r.metric_type == "perplexity"
+    ]
+    assert value == pytest.approx(perplexity)
+
+
+def test_an_interrupt_in_meteor_ends_its_java_program(monkeypatch, tmp_path):
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\nexec sleep 60\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(Meteor, "_stat", interrupted)
+    evaluate_hf.meteor_scorer.cache_clear()
+    scorer = evaluate_hf.meteor_scorer()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_hf.meteor(["a"], ["a"])
+    assert not scorer.lock.locked() and scorer.meteor_p.wait(10) < 0  # at exit, its end waits for the lock
+    assert evaluate_hf.meteor_scorer.cache_info().currsize == 0
+
+
+# ------------------------------------------------------------------------------------------------------ no number came out
+
+
+def test_a_result_that_is_not_finite_is_none_with_its_reason(monkeypatch, tmp_path):
+    use_cache(monkeypatch, tmp_path / "cache")
+    model = toy_model(use_memory=True, memory_config=MEMORY)
+    model.model.language_model.embed_tokens.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "model")
+    toy_processor().save_pretrained(tmp_path / "model")
+    data = write_parquet(tmp_path / "toy.parquet", pairs(concept=KINDS))
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "html", "card")}
+    files["card"].write_text("# Toy\n")
+    groups = ["captions", "language", "retrieval", "memory"]
+    options = {"metrics": groups, "facts": [2], "queries": 2, "examples": 1}
+    assert evaluate_hf.main(command(tmp_path / "model", data, **options, **files)) == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    entry = json.loads(files["json"].read_text(), parse_constant=refuse)[str(data)]
+    for group, metric in (
+        ("language", "lm_loss"),
+        ("language", "perplexity"),
+        ("retrieval", "alignment_loss"),
+        ("retrieval", "image_to_text_recall_at_1"),  # nothing is nearer than NaN
+    ):
+        assert entry[group][metric] is None
+        assert entry["not_measured"][f"{group}: {metric}"] == "the result is nan"
+    assert "not finite" in entry["not_measured"]["memory of 2 facts"] and entry["memory"] == []
+    assert entry["model"]["exact"] == 0 and entry["language"]["tokens"] > 0
+    for name in ("markdown", "html"):
+        assert "language: perplexity" in files[name].read_text()
+    metrics = {r.metric_type for r in ModelCard.load(files["card"]).data.eval_results}
+    assert "exact" in metrics and "perplexity" not in metrics and "alignment_loss" not in metrics
+
+
+def test_infinite_figures_of_a_memory_are_none_too(monkeypatch, rows):
+    found = [{"facts": 2, "memory_kl": math.inf, "questions": 2}]
+    monkeypatch.setattr(evaluate_hf, "memory_scores", lambda *arguments: (found, {}, {}))
+    options = evaluate_hf.parse_arguments(command("unused", "x", metrics="memory"))
+    result, _ = evaluate_hf.evaluate(toy_model(), toy_processor(), rows, options)
+    assert result["memory"] == [{"facts": 2, "memory_kl": None, "questions": 2}]
+    assert result["not_measured"] == {"memory of 2 facts: memory_kl": "the result is inf"}
+
+
+@pytest.mark.parametrize("nats, perplexity", [(2.0, math.exp(2)), (1e4, math.inf), (math.inf, math.inf)])
+def test_perplexity_of_large_losses(nats, perplexity):
+    scores = evaluate_hf.language_scores(torch.tensor([3 * nats]), torch.tensor([3]), ["a b"])
+    assert scores["lm_loss"] == nats and scores["perplexity"] == pytest.approx(perplexity)
 
 
 def test_examples_lie_evenly():
