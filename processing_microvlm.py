@@ -186,7 +186,15 @@ def check_array(image: np.ndarray | torch.Tensor) -> None:
 
 
 def as_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """Whole numbers of another type as uint8 where they fit, else as float32: torchvision resizes neither int32 nor int64."""
+    """Whole numbers of another type as uint8: 16-bit ones scaled, others where they fit, else as float32: torchvision resizes neither int32
+    nor int64.
+    """
+    if image.dtype == np.uint16:
+        return scale_to_8_bit(image)
+    if image.dtype == torch.uint16:
+        return torch.from_numpy(scale_to_8_bit(image.cpu().numpy()))
+    if image.dtype in (torch.uint32, torch.uint64):  # torch cannot compare them
+        image = image.to(torch.int64)
     if isinstance(image, torch.Tensor):
         whole = image.dtype != torch.uint8 and not image.is_floating_point()
         to = torch.uint8 if whole and 0 <= image.min() and image.max() <= 255 else torch.float32
@@ -265,15 +273,9 @@ class MicroVLMImageProcessor(TorchvisionBackend):
             check_size(image, max_pixels)
             image = to_rgb(image, max_pixels) if do_convert_rgb else image
         elif isinstance(image, (np.ndarray, torch.Tensor)):
-            if image.dtype == torch.uint16:
-                image = torch.from_numpy(scale_to_8_bit(image.numpy()))
-            if image.dtype in (torch.uint32, torch.uint64):  # torch cannot compare them
-                image = image.to(torch.int64)
             check_array(image)
-        if isinstance(image, torch.Tensor):
             image = as_uint8(image)
-        elif isinstance(image, np.ndarray):
-            image = scale_to_8_bit(image) if image.dtype == np.uint16 else as_uint8(image)
+        if isinstance(image, np.ndarray):
             image = np.require(image, requirements="CW")  # torch takes neither read-only arrays nor bgr[..., ::-1]
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 

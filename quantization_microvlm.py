@@ -366,6 +366,11 @@ class Scheme:
         return rows, 1 if self.group_size == "row" else -(-columns // self.group_size)
 
 
+def kernel_input(x: torch.Tensor) -> torch.Tensor:
+    """Float16, which the kernels do not take, as float32; another dtype as it is."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 class PackedWeight(nn.Module):
     """A matrix (R, C) of whole numbers, stored packed, and its scales.
 
@@ -423,9 +428,7 @@ class PackedWeight(nn.Module):
         self.lay_out()
         row_bias = None if bias is None else bias.detach().float()
         matrix = (self.panels, self.row_scales, row_bias, self.rows, self.columns, self.format.bits)
-        if x.dtype == torch.float16:  # which the kernels do not take
-            return low_bit_linear(x.float(), *matrix).half()
-        return low_bit_linear(x, *matrix)
+        return low_bit_linear(kernel_input(x), *matrix).to(x.dtype)
 
     @property
     def whole_numbers(self) -> bool:
@@ -595,9 +598,7 @@ class PackedEmbedding(nn.Module):
                 part.lay_out()
                 rows = MixedRows(part.panels, part.row_scales, part.format.bits, where, self.num_embeddings)
                 self._mixed.append(rows)
-        if x.dtype == torch.float16:
-            return low_bit_linear_mixed(x.float(), self._mixed, self.embedding_dim).half()
-        return low_bit_linear_mixed(x, self._mixed, self.embedding_dim)
+        return low_bit_linear_mixed(kernel_input(x), self._mixed, self.embedding_dim).to(x.dtype)
 
     def parts(self) -> list[tuple[PackedWeight, torch.Tensor]]:
         """The two parts, and which rows each holds."""
