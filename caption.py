@@ -283,23 +283,26 @@ def _temporary(path: str | os.PathLike) -> tuple[int, str]:
         raise OSError(f"cannot write {path}: {error.strerror}.") from error
 
 
-def check_outputs(**outputs: str | None) -> None:
+def check_outputs(inputs: Iterable[str], **outputs: str | None) -> None:
     """Refuse, before any work, what could not be written after it.
 
     Args:
+        inputs: paths that are read.
         outputs: option -> path, or None.
 
     Raises:
         OSError: a path that cannot be written.
-        ValueError: two options with one path.
+        ValueError: two options with one path, or one with the path of an input.
     """
-    options: dict[str, str] = {}
+    options, read = {}, {os.path.realpath(path) for path in inputs}
     for option, path in outputs.items():
         if path is None:
             continue
         handle, temporary = _temporary(path)
         os.close(handle)
         os.unlink(temporary)
+        if os.path.realpath(path) in read:
+            raise ValueError(f"--{option} would be written over the input {path}.")
         if (other := options.setdefault(os.path.realpath(path), option)) != option:
             raise ValueError(f"--{other} and --{option} are the same file, {path}.")
 
@@ -379,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     with ExitStack() as stack:
         try:
-            check_outputs(json=None if args.json == "-" else args.json, html=args.html, png=args.png)
+            check_outputs(paths, json=None if args.json == "-" else args.json, html=args.html, png=args.png)
             outputs = []
             if args.json and args.json != "-":
                 outputs.append(JsonLines(stack.enter_context(replacing(args.json, "w"))))

@@ -1016,7 +1016,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.data = list(dict.fromkeys(options.data))
     options.metrics += ["memory"] if options.memory and "memory" not in options.metrics else []
     try:
-        check_outputs(json=options.json, markdown=options.markdown, html=options.html, card=options.card)
+        check_outputs(options.data, json=options.json, markdown=options.markdown, html=options.html, card=options.card)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     needs = {"matplotlib": options.html, "pycocoevalcap": "captions" in options.metrics}

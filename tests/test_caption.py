@@ -143,6 +143,7 @@ def test_what_cannot_be_done_is_said_before_it_is_tried(pictures, capsys, option
         ("new/", "cannot write new/: it is not a regular file."),
         ("", "cannot write : it is not a regular file."),
         ("n" * 250, f"cannot write {'n' * 250}: File name too long."),
+        ("more/../p1.png", "--html would be written over the input more/../p1.png."),
         ("more/../out.json", "--json and --html are the same file, more/../out.json."),
     ],
 )

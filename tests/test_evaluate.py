@@ -614,6 +614,7 @@ def test_another_dtype(monkeypatch, tmp_path, full_run):
         (["--json", str(ROOT)], f"cannot write {ROOT}: it is not a regular file."),
         (["--card", "n" * 250], "File name too long."),
         (["--json", "x.out", "--card", "./x.out"], "--json and --card are the same file, ./x.out."),
+        (["--data", "d.parquet", "--json", "./d.parquet"], "--json would be written over the input ./d.parquet."),
         (["--show", "-1"], "whole number of at least 0"),
         (["--device", "toaster"], "argument --device: cannot use 'toaster': "),
         (["--device", "meta"], "argument --device: cannot use 'meta': "),
