@@ -324,6 +324,10 @@ def longest_name(tokenizer) -> str:
     return max(zip(names, text_ids(tokenizer, [f" {name}" for name in names])), key=lambda pair: len(pair[1]))[0]
 
 
+def counted(facts: int) -> str:
+    return "1 fact" if facts == 1 else f"{facts} facts"
+
+
 def fact_fits(model, tokenizer, caption: str) -> bool:
     """Whether "This is Bimo the <what the caption names>." can be stored, whatever the name."""
     fact = text_ids(tokenizer, f"This is {longest_name(tokenizer)} the {caption_noun(caption)}.")
@@ -357,13 +361,13 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
     for size in dict.fromkeys(sizes):
         if size > min(len(rows), most):
             limit = f"a memory holds {most}" if size > most else f"there are only {len(rows)} pictures"
-            missing[f"memory of {size} facts"] = limit
+            missing[f"memory of {counted(size)}"] = limit
             continue
         kept: dict = {}
         try:
             found = recall.measure(bench, size, queries, ("new",), kept)
         except (ValueError, torch.linalg.LinAlgError) as error:  # what it holds is not finite
-            missing[f"memory of {size} facts"] = str(error)
+            missing[f"memory of {counted(size)}"] = str(error)
             continue
         scope, of_facts = found["unrelated"], found["new"]
         entry = {"facts": size, "questions": len(kept["known"]), "memory_kl": float(kept["memory"].kl().mean())}
@@ -378,11 +382,11 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
         entry |= {new: scope.get(old) for old, new in names.items()}
         entry |= {name: (found.get("forget") or {}).get(name) for name in ("forgotten", "kept", "kept_before")}
         if "auroc" not in scope:
-            missing[f"scope of {size} facts"] = "every picture shares a word of its caption with a stored one"
+            missing[f"scope of {counted(size)}"] = "every picture shares a word of its caption with a stored one"
         if size == 1:
             missing["forgetting of 1 fact"] = "half of one fact is none"
         if entry["recall_style"] is None:
-            missing[f"other style, {size} facts"] = "no concept has a second picture that is not stored"
+            missing[f"other style, {counted(size)}"] = "no concept has a second picture that is not stored"
         out.append(entry)
         scopes[size] = {name: kept[name] for name in ("known", "unrelated") if name in kept}
     return out, scopes, missing
@@ -527,7 +531,7 @@ def evaluate(model, processor, rows, options, train=None) -> tuple[dict, dict]:
     if "size" in groups:
         result["size"] = size_scores(model, options.model, options.revision)
     columns = {name: values for name, values in result.items() if isinstance(values, dict)}
-    columns |= {f"memory of {entry['facts']} facts": entry for entry in result.get("memory", [])}
+    columns |= {f"memory of {counted(entry['facts'])}": entry for entry in result.get("memory", [])}
     for name, values in columns.items():
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -605,7 +609,7 @@ SIZE_LABELS = {
 def blocks(result: dict) -> list[tuple[str, dict[str, str], dict[str, dict]]]:
     """What of one data set goes into tables: title, metric -> label, and column name -> metric -> value."""
     captioners = {name: result[key] for key, name in CAPTIONERS.items() if key in result}
-    memories = {f"{entry['facts']} facts": entry for entry in result.get("memory", [])}
+    memories = {counted(entry["facts"]): entry for entry in result.get("memory", [])}
     single = lambda key: {"": result[key]} if key in result else {}  # noqa: E731
     found = [
         ("Captions", CAPTION_LABELS, captioners),
@@ -688,8 +692,9 @@ def card_metrics(result: dict) -> dict[str, tuple[str, float, dict[str, int]]]:
         elif title == "Memory":
             for entry in result["memory"]:
                 facts, questions = entry["facts"], {"questions": entry["questions"]}
-                of = f"{facts} fact{'s' * (facts > 1)}"
-                found |= {f"memory_{facts}_{k}": (f"{labels[k]}, {of}", entry[k], questions) for k in CARD_MEMORY}
+                found |= {
+                    f"memory_{facts}_{k}": (f"{labels[k]}, {counted(facts)}", entry[k], questions) for k in CARD_MEMORY
+                }
     return {key: figure for key, figure in found.items() if figure[1] is not None}
 
 
@@ -878,7 +883,7 @@ def plots(result: dict, more: dict) -> list[str]:
         found.append(plot_tag(lambda axis: draw_roc(axis, scopes), "ScopeNet: unrelated and known let through"))
         most = max(scopes)
         sides = {name: scopes[most][name].tolist() for name in ("known", "unrelated")}
-        title = f"ScopeNet with {most} facts"
+        title = f"ScopeNet with {counted(most)}"
         found.append(plot_tag(lambda axis: histogram(axis, sides, (0, 1), "probability that it is known"), title))
     return found
 
@@ -902,7 +907,7 @@ def draw_recall(axis, memory: list[dict]) -> None:
 
 def draw_roc(axis, scopes: dict[int, dict]) -> None:
     for size, scope in scopes.items():
-        axis.plot(*roc(scope["known"], scope["unrelated"]), lw=1, label=f"{size} facts")
+        axis.plot(*roc(scope["known"], scope["unrelated"]), lw=1, label=counted(size))
     axis.plot([0, 1], [0, 1], ":", color="grey")
     axis.set_xlabel("unrelated")
     axis.set_ylabel("known")
