@@ -999,6 +999,23 @@ if hasattr(os, "register_at_fork"):
 _here = threading.local()
 
 
+@functools.cache
+def _openmp():
+    """`omp_set_num_threads` of this process, or None."""
+    try:
+        return ctypes.CDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows
+        return None
+
+
+def _set_threads(number: int) -> None:
+    """Give torch so many threads in this thread alone; where its OpenMP cannot be reached, in those started from now on too."""
+    if _openmp() is not None:
+        _openmp()(number)
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
+
+
 @contextlib.contextmanager
 def kernel_threads():
     """Leave this thread's share of the cores to the kernels: torch's own operations run on one thread meanwhile.
@@ -1010,11 +1027,11 @@ def kernel_threads():
         yield
         return
     _here.threads = threads
-    torch.set_num_threads(1)
+    _set_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        _set_threads(threads)
         del _here.threads
 
 
