@@ -248,6 +248,7 @@ class PackedDecoder:
         self.model, self.config = model, model.config
         self.layers = [Layer(layer) for layer in model.layers]
         self.norm = Norm(model.norm)
+        self.made_of = self.weights()
         self.local = threading.local()  # a step writes to tensors of its own: one for each thread
         self.table = None
 
@@ -269,6 +270,15 @@ class PackedDecoder:
             for m in linears
         )
 
+    def weights(self) -> list[tuple]:
+        """Where the weights lie, and how often they were written to."""
+        parts = [t for part in (self.model.layers, self.model.norm) for t in (*part.parameters(), *part.buffers())]
+        return [(t.data_ptr(), None if t.is_inference() else t._version) for t in parts]
+
+    def is_current(self) -> bool:
+        """Whether the model's weights are still those that this was made of."""
+        return self.weights() == self.made_of
+
     def tensors(self) -> list[torch.Tensor]:
         """What a token reads of the weights, as it lies in memory."""
         parts = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, (Product, Norm))]
@@ -287,6 +297,7 @@ class PackedDecoder:
         cos, sin = self.model.rotary_emb(self.norm.weight, positions.unsqueeze(0))
         return torch.cat([t[0, :, : t.shape[-1] // 2] for t in (cos, sin)], -1)
 
+    @torch.compiler.disable
     @kernel_threads()
     @torch.inference_mode(False)  # what is kept from a pass in that mode must be writable outside
     @torch.no_grad()

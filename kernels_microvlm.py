@@ -1002,10 +1002,9 @@ _here = threading.local()
 @functools.cache
 def _openmp():
     """`omp_set_num_threads` of this process, or None."""
-    try:
-        return ctypes.CDLL(None).omp_set_num_threads
-    except (AttributeError, OSError, TypeError):  # TypeError: Windows
-        return None
+    _pool_functions()  # LLVM knows the process's symbols once it has compiled something
+    address = binding.address_of_symbol("omp_set_num_threads")
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address) if address else None
 
 
 def _set_threads(number: int) -> None:
@@ -1537,6 +1536,13 @@ def low_bit_linear_reference(
     return y.view(*x.shape[:-1], rows)
 
 
+def _check_width(x: torch.Tensor, columns: int) -> None:
+    """Rounded inputs are filled up to a multiple of 64 columns, which hides another width."""
+    if x.shape[-1] != columns:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected {columns} columns.")
+
+
+@torch.compiler.disable
 def low_bit_linear(
     x: torch.Tensor,
     panels: torch.Tensor,
@@ -1558,6 +1564,7 @@ def low_bit_linear(
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
+    _check_width(x, columns)
     x_q, s, sums = quantize_rows(x.reshape(-1, x.shape[-1]))
     y = low_bit_linear_quantized(x_q, s, sums, panels, scale, bias, rows, columns, bits, x.dtype)
     return y.view(*x.shape[:-1], rows)
@@ -1599,6 +1606,7 @@ def low_bit_linear_mixed_reference(x: torch.Tensor, parts: Sequence[MixedRows], 
     return y
 
 
+@torch.compiler.disable
 def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[MixedRows], columns: int) -> torch.Tensor:
     """`low_bit_linear` with a matrix in parts, whose rows lie among each other.
 
@@ -1613,6 +1621,7 @@ def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[MixedRows], columns: i
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
+    _check_width(x, columns)
     if not _native(x):
         y = x.new_empty(*x.shape[:-1], parts[0].rows)
         for part in parts:

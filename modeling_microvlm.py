@@ -364,6 +364,10 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             self.adapter = MicroVLMAdapter(config.adapter_config, hidden_size)
         with refusing("text_config"):
             self.language_model = AutoModel.from_config(config.text_config)
+        if missing := [name for name in ("embed_tokens", "layers", "norm") if not hasattr(self.language_model, name)]:
+            raise ValueError(
+                f"text model {config.text_config.model_type!r} has no {missing[0]}: MicroVLM takes decoders that are built like Llama."
+            )
         self.alignment = MicroVLMAlignment(hidden_size, config.alignment_config.projection_size)
         self.fusion = None
         if config.use_fusion:
@@ -375,7 +379,10 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             head_dim = getattr(text, "head_dim", None) or hidden_size // text.num_attention_heads
             self.memory = EpisodicMemory(config.memory_config, vision_width, hidden_size, text.vocab_size)
             self.memory_projection = MemoryProjection(
-                config.memory_config, text.num_hidden_layers, text.num_key_value_heads, head_dim
+                config.memory_config,
+                text.num_hidden_layers,
+                getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+                head_dim,
             )
             self.scope = ScopeNet(config.memory_config)
         if config.qat_config.ternary_modules:
@@ -462,6 +469,18 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                 )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    def count_pictures(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Pictures of each row (B,), by its placeholders.
+
+        Raises:
+            ValueError: a row with another number of placeholders than a multiple of P.
+        """
+        P, found = self.config.num_prefix_tokens, (input_ids == self.config.image_token_id).sum(1)
+        if not torch.compiler.is_compiling() and bool((found % P).any()):
+            row = int((found % P).nonzero()[0])
+            raise ValueError(f"row {row} has {int(found[row])} image placeholders, a picture needs {P}.")
+        return found // P
+
     @can_return_tuple
     def forward(
         self,
@@ -501,18 +520,16 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             pooling_attentions = image.pooling_attentions
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, prefix)
             inputs_embeds = inputs_embeds.masked_scatter(mask, prefix)
+            whole = prefix.shape[1] == self.config.num_prefix_tokens  # not the rest of a prompt that is cached in part
+            if input_ids is not None and whole:
+                self.count_pictures(input_ids)
 
         if memory_readout is not None:
             past_key_values, kwargs["use_cache"] = self._attach(
                 memory_readout, past_key_values, kwargs.get("use_cache")
             )
-        if (
-            position_ids is None
-            and attention_mask is not None
-            and attention_mask.ndim == 2
-            and isinstance(past_key_values, MemoryCache)
-            and past_key_values.num_memory_tokens
-        ):  # memory tokens have no position, so how far the text stands from its beginning matters: padding does not count
+        # padding does not count: memory tokens have no position, so how far the text stands from its beginning matters, now or in a later pass
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         replayed = []  # layers that may read the memory again, in the replay of a checkpoint
         if self._is_checkpointing and isinstance(past_key_values, MemoryCache) and past_key_values.is_read_only:
@@ -521,6 +538,8 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             layer._can_checkpoint_with_cache = True
         try:
             decoder, extra = self.packed_decoder(), {"return_dict": True, **kwargs}
+            if decoder is not None and (past_key_values is None or not past_key_values.get_seq_length()):
+                decoder = self.packed_decoder(checked=True)
             if (
                 decoder is not None
                 and not inputs_embeds.requires_grad
@@ -552,10 +571,14 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             pooling_attentions=pooling_attentions,
         )
 
-    def packed_decoder(self) -> PackedDecoder | None:
-        """The fast way through the language model, if its weights are packed, it is on a CPU and not in training."""
+    def packed_decoder(self, checked: bool = False) -> PackedDecoder | None:
+        """The fast way through the language model, if its weights are packed, it is on a CPU and not in training; `checked`: made anew if they
+        have changed.
+        """
         if self.training:
             return None
+        if checked and getattr(self, "_decoder", None) is not None and not self._decoder.is_current():
+            del self._decoder
         if not hasattr(self, "_decoder"):
             supported = PackedDecoder.supports(self.language_model)
             self._decoder = PackedDecoder(self.language_model) if supported else None
@@ -599,14 +622,16 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         return cache, use_cache
 
     def get_text_mask(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
-        """Positions (B, T) of words: neither padding nor placeholder nor one of the prompt's control tokens."""
+        """Positions (B, T) of words: neither padding nor placeholder nor one of the prompt's control tokens. The mask may also cover what a
+        cache holds, (B, past + T).
+        """
         text = self.config.text_config
         control = {self.config.image_token_id, *(self.config.default_prompt_ids or [])}
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(text, name, None)
             control.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
         mask = ~torch.isin(input_ids, torch.tensor(sorted(control), device=input_ids.device))
-        return mask if attention_mask is None else mask & attention_mask.bool()
+        return mask if attention_mask is None else mask & attention_mask[:, -input_ids.shape[1] :].bool()
 
     def get_memory_query(
         self,
@@ -620,7 +645,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             input_ids: (B, T).
             vision_features: of all pictures, (N, 1 + patches, vision width).
         """
-        per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.num_prefix_tokens  # pictures (B,)
+        per_row = self.count_pictures(input_ids)
         found, given = int(per_row.sum()), 0 if vision_features is None else len(vision_features)
         if found != given:
             raise ValueError(f"The text has placeholders for {found} pictures, {given} were given.")
@@ -713,7 +738,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         Returns:
             image_embeds (R, projection), text_embeds (R, projection) and match_logits (R, 2) or None.
         """
-        per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.num_prefix_tokens  # pictures (B,)
+        per_row = self.count_pictures(input_ids)
         owner = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(per_row)  # (N,)
         rows = torch.nonzero((per_row > 0) & text_mask.any(1)).flatten()  # (R,)
         shape = (len(input_ids), *image_hidden_states.shape[1:])
@@ -733,11 +758,25 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
         return image_embeds, text_embeds, match_logits
 
 
+def check_no_gate(gate) -> None:
+    """Raises ValueError for a gate that there is no memory for."""
+    if not (isinstance(gate, str) and gate == "auto"):
+        raise ValueError(
+            "memory_gate is for a memory, which was not given: a cache keeps the one it has, with its gate."
+        )
+
+
+def without(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Scores (B, V) with -inf at the tokens; those outside the vocabulary are none of it."""
+    tokens = tokens.to(scores.device)
+    return scores.index_fill(-1, tokens[(tokens >= 0) & (tokens < scores.shape[-1])], -math.inf)
+
+
 class IndexedSuppressTokens(SuppressTokensLogitsProcessor):
     """As the parent, which looks every token of the vocabulary up in the list: milliseconds per token."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores.index_fill(-1, self.suppress_tokens.to(scores.device), -math.inf)
+        return without(scores, self.suppress_tokens)
 
 
 class IndexedMinNewTokens(MinNewTokensLengthLogitsProcessor):
@@ -746,7 +785,7 @@ class IndexedMinNewTokens(MinNewTokensLengthLogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[-1] - self.prompt_length_to_skip >= self.min_new_tokens:
             return scores
-        return scores.index_fill(-1, self.eos_token_id.to(scores.device), -math.inf)
+        return without(scores, self.eos_token_id)
 
 
 class IndexedMinLength(MinLengthLogitsProcessor):
@@ -755,7 +794,7 @@ class IndexedMinLength(MinLengthLogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[-1] >= self.min_length:
             return scores
-        return scores.index_fill(-1, self.eos_token_id.to(scores.device), -math.inf)
+        return without(scores, self.eos_token_id)
 
 
 INDEXED = {
@@ -838,11 +877,17 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             memory_readout: of `read_memory`, instead of `memory`.
 
         Raises:
-            ValueError: placeholders and pictures do not match, `use_fusion` on a model built without the block, or a memory of
-                another model or of another number of rows.
+            ValueError: placeholders and pictures do not match, `use_fusion` on a model built without the block, a memory of
+                another model or of another number of rows, or a gate without a memory.
         """
         if memory is not None and memory_readout is not None:
             raise ValueError("You cannot specify both memory and memory_readout at the same time")
+        if memory is None:
+            check_no_gate(memory_gate)
+        if return_alignment not in (None, False, True, "only"):
+            raise ValueError(f"return_alignment must be True, False or 'only', got {return_alignment!r}.")
+        if use_fusion and self.model.fusion is None:
+            raise ValueError("use_fusion=True needs a model built with config.use_fusion=True; this one has no block.")
         if memory is not None:
             asked = attention_mask
             if labels is not None:  # the answer is no part of the question
@@ -897,8 +942,6 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             )
 
         image_embeds = text_embeds = match_logits = None
-        if use_fusion and self.model.fusion is None:
-            raise ValueError("use_fusion=True needs a model built with config.use_fusion=True; this one has no block.")
         if return_alignment and outputs.image_hidden_states is not None:
             image_embeds, text_embeds, match_logits = self._align(
                 input_ids, outputs.image_hidden_states, labels, attention_mask, use_fusion
@@ -1202,8 +1245,10 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
             memory_gate: `auto` (ScopeNet decides), `on`, `off`, or per row (B,), boolean or a weight in [0, 1].
 
         Raises:
-            ValueError: a memory of another model or of another number of rows.
+            ValueError: a memory of another model or of another number of rows, or a gate without a memory.
         """
+        if memory is None:
+            check_no_gate(memory_gate)
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
@@ -1311,6 +1356,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         return inputs
 
 
+MicroVLMModel.register_for_auto_class("AutoModel")  # so that a saved base model, too, has its code beside it
 MicroVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["MicroVLMForConditionalGeneration", "MicroVLMModel", "MicroVLMPreTrainedModel"]

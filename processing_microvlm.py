@@ -189,6 +189,8 @@ def as_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """Whole numbers of another type as uint8: 16-bit ones scaled, others where they fit, else as float32: torchvision resizes neither int32
     nor int64.
     """
+    if image.dtype in (np.bool_, torch.bool):
+        return image * (np.uint8(255) if isinstance(image, np.ndarray) else torch.tensor(255, dtype=torch.uint8))
     if image.dtype == np.uint16:
         return scale_to_8_bit(image)
     if image.dtype == torch.uint16:

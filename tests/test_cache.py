@@ -265,6 +265,38 @@ def test_what_the_library_kept_goes_on(model, steps):
     assert len(steps) == len(said) and torch.equal(torch.cat(said, 1), out[:, length + 1 :])
 
 
+@torch.no_grad()
+def test_new_weights_of_a_part_are_seen(model):
+    """Whoever loads them: the part itself, one of its layers, or an assignment in place."""
+    text, inputs = model.model.language_model, tiny_inputs(1)
+    said = [model(**inputs).logits]
+    state = {name: t.clone() for name, t in text.state_dict().items()}
+    norm, weight = (next(n for n in state if n.endswith(e)) for e in ("input_layernorm.weight", "q_proj.weight"))
+    try:
+        text.load_state_dict(state | {norm: 3 * state[norm]})
+        said.append(model(**inputs).logits)
+        text.layers[0].self_attn.q_proj.weight.copy_(state[weight].flip(0))
+        said.append(model(**inputs).logits)
+        assert not any(torch.allclose(a, b) for a, b in zip(said, said[1:]))
+        model.model._decoder = None  # the library's layers
+        torch.testing.assert_close(model(**inputs).logits, said[-1], rtol=0.1, atol=0.1 * float(said[-1].std()))
+    finally:
+        text.load_state_dict(state)
+        model.model.__dict__.pop("_decoder", None)
+    assert torch.equal(model(**inputs).logits, said[0])
+
+
+def test_a_packed_model_compiles_around_its_kernels(model):
+    """Dynamo does not trace into them."""
+    inputs = tiny_inputs(1)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
 def test_an_activation_that_the_kernels_lack_goes_the_library_s_way():
     section = {"llama": "gelu", "bitnet": "silu"}
     for text, act in section.items():

@@ -405,8 +405,8 @@ def test_stop_strings(options):
 
 def test_indexed_processors_are_the_librarys():
     model, scores, ids = tiny_model(), torch.randn(2, 128), torch.zeros(2, 9, dtype=torch.long)
-    config = GenerationConfig(suppress_tokens=[4, 17], min_new_tokens=3, min_length=9, eos_token_id=[0, 5])
-    config._eos_token_tensor = torch.tensor([0, 5])
+    config = GenerationConfig(suppress_tokens=[4, 17, 128, -1], min_new_tokens=3, min_length=9, eos_token_id=[0, 5])
+    config._eos_token_tensor = torch.tensor([0, 5, -1])
     for length in (6, 7):  # two of three new tokens, and enough
         ours = model._get_logits_processor(config, input_ids_seq_length=9 - (8 - length), device="cpu")
         assert [type(p).__name__ for p in ours] == ["IndexedMinLength", "IndexedMinNewTokens", "IndexedSuppressTokens"]

@@ -256,10 +256,15 @@ def test_argument_errors():
         kernels.low_bit_linear(x, panels, scale[:5], None, 6, 70, 2)
     with pytest.raises(ValueError, match=r"bias is torch.float64 \(6,\)"):
         kernels.low_bit_linear(x, panels, scale, scale.double(), 6, 70, 2)
-    with pytest.raises(
-        ValueError, match=r"x_q is torch.int8 \(2, 64\) on cpu; expected contiguous torch.int8 \(2, 128\)"
-    ):
-        kernels.low_bit_linear(x[:, :64], panels, scale, None, 6, 70, 2)
+    part = kernels.MixedRows(panels, scale, 2, torch.arange(6), 6)
+    for width in (64, 69, 71):  # all but the first are filled up to 128 columns, as 70 are
+        wrong = torch.zeros(2, width)
+        for call in (
+            lambda: kernels.low_bit_linear(wrong, panels, scale, None, 6, 70, 2),  # noqa: B023
+            lambda: kernels.low_bit_linear_mixed(wrong, [part], 70),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=rf"x is torch.float32 \(2, {width}\); expected 70 columns"):
+                call()
     with pytest.raises(ValueError, match=r"x is torch.float16 \(2, 70\); expected float32 or bfloat16"):
         kernels.quantize_rows(x.half())
     with pytest.raises(ValueError, match="dtype is torch.float16; expected"):

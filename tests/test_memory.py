@@ -572,6 +572,21 @@ class TestState:
             wanted = [0.2, 0.2, 1 / (1 + math.exp(-between[0])), 0.5, 1 / (1 + math.exp(-between[1])), 0.8, 0.8]
             torch.testing.assert_close(got, torch.tensor(wanted))
 
+    def test_a_mask_is_no_list_of_rows(self):
+        with pytest.raises(TypeError, match="^select takes the numbers of rows, not a mask of booleans.$"):
+            written(2).select(torch.tensor([True, False]))
+
+    @pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-6])
+    def test_a_memory_that_has_forgotten_loads(self, noise, tmp_path):
+        """With little noise, too: 40 written into 16 slots, 36 forgotten."""
+        state = written(1, 40, slots=16, noise=noise)
+        for _ in range(36):
+            state = state.forget(0)
+        state.save(tmp_path / "memory")
+        loaded = MemoryState.load(tmp_path / "memory", new_state(slots=16, noise=noise))
+        mean, covariance, _ = ridge(loaded.addresses[0], loaded.contents[0], noise)
+        torch.testing.assert_close(loaded.mean[0], mean, rtol=1e-6, atol=1e-6)
+
     def test_select(self):
         state = written(3, 2).forget(1, row=0)
         got = state.select([2, 0, 2])
@@ -766,6 +781,11 @@ class TestFiles:
         with pytest.raises(OSError, match="disk full"):
             state.forget(0).save(path)
         assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+    def test_a_folder_is_refused(self, tmp_path):
+        with pytest.raises(ValueError) as error:
+            self.load(tmp_path)
+        assert str(error.value) == f"memory file {tmp_path} is refused: it is not a file."
 
     def test_no_such_file(self, tmp_path):
         with pytest.raises(FileNotFoundError) as error:

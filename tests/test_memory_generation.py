@@ -76,6 +76,29 @@ def tokens(model, inputs: dict, **kwargs) -> torch.Tensor:
     return model.generate(**inputs, **(GREEDY | kwargs))[:, inputs["input_ids"].shape[1] :]
 
 
+@pytest.mark.parametrize("first", ["plain", "off", "on"])
+@torch.no_grad()
+def test_a_memory_in_a_later_pass_on_padded_rows(first):
+    """Forward passes of a batch padded on the left give each row's own logits, whichever of them reads the memory."""
+    model = build("qwen2")
+    memory, (batch, alone) = model.write_memory(**FACTS), padded()
+    new = torch.tensor([[9, 17, 23]])
+
+    def two_passes(inputs):
+        read = {} if first == "plain" else {"memory": memory, "memory_gate": first}
+        B = len(inputs["input_ids"])
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        cache = model(**inputs | {"attention_mask": mask}, **read, use_cache=True)
+        cache = getattr(cache, "past_key_values", None) or cache.cache
+        mask = torch.cat([mask, torch.ones(B, 3, dtype=torch.long)], 1)
+        words = {"input_ids": new.expand(B, -1), "attention_mask": mask, "past_key_values": cache}
+        return model(**words, memory=memory, memory_gate="on").logits
+
+    together = two_passes(batch)
+    for i, one in enumerate(alone):
+        torch.testing.assert_close(together[i : i + 1], two_passes(one), **CLOSE)
+
+
 def tokens_on(model, inputs: dict, memory: MemoryState, **kwargs) -> torch.Tensor:
     """New tokens with the memory on: in every row others than without it, or all comparisons would be vacuous."""
     got = tokens(model, inputs, memory=memory, memory_gate="on", **kwargs)

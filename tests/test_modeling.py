@@ -146,6 +146,10 @@ class TestBuilding:
                 "text model 'cohere' has logit_scale=0.0625: "
                 "its head is more than one linear map, which MicroVLM does not support.",
             ),
+            (
+                {"text_config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4}},
+                "text model 'gpt2' has no embed_tokens: MicroVLM takes decoders that are built like Llama.",
+            ),
         ],
     )
     def test_what_cannot_work_is_refused(self, change, message):
@@ -168,6 +172,7 @@ class TestSaving:
         assert_same_tensors(MicroVLMModel.from_pretrained(folder), model.model)
         model.model.save_pretrained(tmp_path / "base")
         assert_same_tensors(type(model).from_pretrained(tmp_path / "base").model, model.model)
+        assert_same_tensors(AutoModel.from_pretrained(tmp_path / "base", trust_remote_code=True).model, model.model)
 
     def test_shards(self, saved, tmp_path):
         model, _ = saved
@@ -455,6 +460,16 @@ class TestBadInput:
             "Image features and image tokens do not match: 1 pictures need 5 placeholders (5 each), the text has 0."
         )
 
+    @pytest.mark.parametrize("alignment", [False, True, "only"])
+    def test_placeholders_of_a_row_are_whole_pictures(self, alignment):
+        inputs = tiny_inputs()
+        inputs["input_ids"][0, inputs["input_ids"][0] != IMAGE_ID] = 7
+        inputs["input_ids"][0, -1] = IMAGE_ID
+        inputs["input_ids"][1, inputs["input_ids"][1].tolist().index(IMAGE_ID)] = 7
+        with pytest.raises(ValueError) as error:
+            tiny_model()(**inputs, return_alignment=alignment)
+        assert str(error.value) == "row 0 has 6 image placeholders, a picture needs 5."
+
     @pytest.mark.parametrize(
         "inputs, message",
         [
@@ -487,6 +502,18 @@ class TestBadInput:
             (
                 {"input_ids": torch.ones(1, 2).long(), "use_fusion": True},
                 "use_fusion=True needs a model built with config.use_fusion=True; this one has no block.",
+            ),
+            (
+                tiny_inputs() | {"return_alignment": "only", "use_fusion": True},
+                "use_fusion=True needs a model built with config.use_fusion=True; this one has no block.",
+            ),
+            (
+                tiny_inputs() | {"return_alignment": "onlyy"},
+                "return_alignment must be True, False or 'only', got 'onlyy'.",
+            ),
+            (
+                tiny_inputs() | {"memory_gate": "off"},
+                "memory_gate is for a memory, which was not given: a cache keeps the one it has, with its gate.",
             ),
         ],
     )

@@ -235,6 +235,8 @@ def test_arrays_of_other_shapes_and_widths(processor):
         assert torch.allclose(pixels(array), expected, atol=1e-6), array.shape
         assert torch.allclose(pixels([array]), expected, atol=1e-6), array.shape
     assert pixels(transparent).eq(1).all()  # white shows through
+    for mask in (half > 0, torch.from_numpy(half > 0), Image.fromarray(half > 0)):
+        assert pixels(mask).eq(1).all()
 
 
 def test_chat_template(processor, tmp_path):
