@@ -386,7 +386,7 @@ def _check_card(folder: Path) -> list[str]:
 def push_folder(
     folder: str | Path,
     repo_id: str,
-    private: bool = True,
+    private: bool | None = True,
     commit_message: str = "Upload checkpoint",
     revision: str | None = None,
     token: str | None = None,
@@ -399,7 +399,7 @@ def push_folder(
     Args:
         folder: config, code, processor, tokenizer, weights and card, see `check_repo`.
         repo_id: `owner/name`, created when missing.
-        private: the repo has to be private.
+        private: the repo has to be private; None: a new one is what its owner's settings on the Hub say.
         commit_message: first line of the commit.
         revision: branch, created when missing; default: main.
         token: default: the one of `hf auth login` or HF_TOKEN.

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -51,8 +53,10 @@ from data_microvlm import (
     EpisodeCollator,
     FeatureCollator,
     PictureEpisodeCollator,
+    UnreadableRowError,
     cache_vision_features,
     caption_length,
+    decode_row,
     gray_copy,
     is_remote,
     load_rows,
@@ -92,7 +96,8 @@ RECIPE_KEYS = {
     "optimizer": "muon: Muon on the weights of linear layers, AdamW on the rest; default: training.optim",
     "learning_rates": "regular expression -> learning rate, for parts that differ from training.learning_rate",
     "calibration_rows": "standardise the adapter's input with statistics of so many training pictures; 0: keep",
-    "loss_weights": "lm, align, match, with a teacher distill, and with episodes memory_kl, address_kl, reconstruction, scope, key",
+    "loss_weights": "lm (1 where it is left out), align, match (with config.use_fusion), with a teacher distill, and with episodes "
+    "memory_kl, address_kl, reconstruction, scope, key",
     "distillation": "teacher (a checkpoint), temperature: `distill` is the KL divergence from its logits; for quantisation-aware training "
     "the model's own full-precision weights",
     "data": "train, validation (paths, globs, hf:// addresses), format, exclude_copyleft, image_size, augmentation, "
@@ -101,7 +106,7 @@ RECIPE_KEYS = {
     "vision_cache (views, folder: keep the features of a frozen vision tower), "
     "episodes (teach the memory: size for PictureEpisodeCollator, or groups, sizes, shares, names, key_pairs for EpisodeCollator)",
     "evaluation": "captions: so many fixed validation pictures are captioned at every evaluation; memory: so many batches of episodes",
-    "max_nonfinite_steps": "so many steps in a row without a finite loss end the run; they change no weight; default 3",
+    "max_nonfinite_steps": "so many steps in a row without a finite loss and gradient end the run; they change no weight; default 3",
     "training": "TrainingArguments",
 }
 DATA_KEYS = {
@@ -122,6 +127,8 @@ DATA_KEYS = {
 }
 EVALUATION_KEYS = {"captions", "memory"}
 ALIGNMENT_INPUTS = {"input_ids", "attention_mask", "labels", "pixel_values", "mm_encoder_outputs"}
+LIST_KEYS = ("trainable", "compile")
+DOTTED_KEYS = ("config", "learning_rates")  # whose own keys have dots
 STOPPED = 143  # exit code after SIGTERM, as a shell gives it
 EPISODE_INPUTS = (
     "support_features",
@@ -154,14 +161,14 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
     """A recipe with `section.key=value` overrides (YAML values) applied.
 
     Raises:
-        ValueError: unknown or missing keys, or an override without `=`.
+        ValueError: unknown or missing keys, an override without `=`, or weights of losses that the recipe does not compute.
     """
     recipe = yaml.load(Path(path).read_text(), RecipeLoader)
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--set takes key=value, got {override!r}.")
-        *parents, leaf = name.split(".")
+        *parents, leaf = name.split(".", 1 if name.partition(".")[0] in DOTTED_KEYS else -1)
         section = recipe
         for parent in parents:
             section = section.setdefault(parent, {})
@@ -170,6 +177,12 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
     for key in ("model", "trainable", "data", "training"):
         if key not in recipe:
             raise ValueError(f"{path} has no {key!r}: {RECIPE_KEYS[key]}.")
+    for key in LIST_KEYS:
+        value = recipe.get(key)
+        if isinstance(value, str):
+            recipe[key] = [value]
+        elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise ValueError(f"{key} takes a list of texts, got {value!r}.")
     for key, value in recipe["training"].items():
         if key.endswith("_strategy") and value is False:  # YAML reads `no` as false
             recipe["training"][key] = "no"
@@ -193,6 +206,9 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
     check_keys("loss_weights", recipe.setdefault("loss_weights", {"lm": 1.0, "align": 0.0}), LOSSES)
     if bool(recipe["loss_weights"].get("distill")) != bool(recipe.get("distillation", {}).get("teacher")):
         raise ValueError("loss_weights.distill and distillation.teacher go together.")
+    taught = [name for name in MEMORY_LOSSES if recipe["loss_weights"].get(name)]
+    if taught and not episodes:
+        raise ValueError(f"loss_weights: {', '.join(taught)} need data.episodes, which teach the memory.")
     return recipe
 
 
@@ -200,10 +216,12 @@ def change_config(config, values: dict[str, Any]):
     """A config with values changed by dotted name, checked as a new one is.
 
     Raises:
-        ValueError: a name the config does not have, or a value it refuses.
+        ValueError: a name the config does not have, a whole section, or a value it refuses.
     """
     changed = config.to_dict()
     for name, value in values.items():
+        if isinstance(getattr(config, name, None), PreTrainedConfig):
+            raise ValueError(f"config: {name} is a section: name its values one by one, as {name}.NAME.")
         *parents, leaf = name.split(".")
         section = changed
         for parent in parents:
@@ -287,6 +305,24 @@ def embedded_pairs(outputs) -> torch.Tensor:
     return torch.stack([outputs.image_embeds, outputs.text_embeds], 1).float()
 
 
+def random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """States of the generators that a forward pass on `device` draws from."""
+    return torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+@contextmanager
+def drawn_again(state: tuple[torch.Tensor, ...] | None, device: torch.device) -> Iterator[None]:
+    """Let a block draw the numbers that followed `random_state`, and what comes behind it those it would have drawn without the block."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        for generator in state[1:]:
+            torch.cuda.set_rng_state(generator, device)
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Write under another name and rename."""
     temporary = path.with_name(path.name + ".tmp")
@@ -309,7 +345,7 @@ class EpochCallback(TrainerCallback):
 
 
 class StepGuard(TrainerCallback):
-    """Before every optimizer step, ranks agree on whether the loss was finite and whether to stop."""
+    """Before every optimizer step, ranks agree on whether loss and gradient were finite and whether to stop."""
 
     def __init__(self, trainer: "MicroVLMTrainer"):
         self.trainer = trainer
@@ -333,7 +369,8 @@ class MicroVLMTrainer(Trainer):
         learning_rates: regular expression on parameter names -> learning rate; the first that matches counts.
         eval_collator: collator of the evaluation data (no augmentation); default: the training one.
         muon: Muon (timm's) on the weights of linear layers, AdamW on the rest, instead of `args.optim`.
-        max_nonfinite_steps: so many steps in a row whose loss is not finite end the run. None of them changes a weight.
+        max_nonfinite_steps: so many steps in a row whose loss or gradient is not finite end the run. None of them changes a weight
+            or saves a checkpoint. With an fp16 scaler or DeepSpeed the loss alone is looked at.
         caption_rows: pictures that are captioned at every evaluation, rows of `load_rows`.
         memory_batches: episodes that the memory is evaluated on.
         teacher: a model of the same vocabulary and prompt for the `distill` loss, the mean over the step's tokens of
@@ -342,8 +379,9 @@ class MicroVLMTrainer(Trainer):
         status: what the model cards of the checkpoints say beside step, date and metrics; default: no cards.
 
     Raises:
-        ValueError: a pattern of `learning_rates` that matches no parameter; the memory's losses with FSDP or DeepSpeed.
-        RuntimeError: too many steps without a finite loss; the message names their rows.
+        ValueError: a pattern of `learning_rates` that matches no parameter; the memory's losses with FSDP or DeepSpeed; label smoothing;
+            a weight of `match` for a model without the fusion block.
+        RuntimeError: too many steps without a finite loss and gradient; the message names their rows.
     """
 
     def __init__(
@@ -375,6 +413,10 @@ class MicroVLMTrainer(Trainer):
             raise ValueError(
                 "the memory's losses are not for FSDP or DeepSpeed, which gather weights for the model's own forward alone: use DDP."
             )
+        if self.args.label_smoothing_factor:
+            raise ValueError("training.label_smoothing_factor does not reach the losses here: leave it out.")
+        if loss_weights.get("match") and not self.model.config.use_fusion:
+            raise ValueError("loss_weights: match needs a model with config.use_fusion.")
         self.eval_collator = eval_collator or self.data_collator
         self.loss_weights = loss_weights
         self.learning_rates = learning_rates or {}
@@ -463,23 +505,26 @@ class MicroVLMTrainer(Trainer):
             index = next(i for i, batch in enumerate(self.micro_batches) if batch is inputs)
             if index == 0:  # not when the batches are fetched: a resumed run has its random numbers only after that
                 self.step_pairs = self._embed_step(self.micro_batches)
-            inputs = inputs | {"step_pairs": self.step_pairs[index]}
+            pairs, state = self.step_pairs[index]
+            inputs = inputs | {"step_pairs": pairs, "random_state": state}
         return super().training_step(model, inputs, num_items_in_batch)
 
     @torch.no_grad()
-    def _embed_step(self, batches: list[dict]) -> list[tuple[torch.Tensor, int]]:
-        """For each micro-batch of a step the embeddings of all the step's pairs, of all ranks, and the place of its own among them."""
+    def _embed_step(self, batches: list[dict]) -> list[tuple[tuple[torch.Tensor, int], tuple[torch.Tensor, ...]]]:
+        """For each micro-batch of a step the embeddings of all the step's pairs, of all ranks, and the place of its own among them; and the
+        state of the random numbers they were drawn with."""
         self.model_wrapped.train()
-        own = []
+        own, states = [], []
         for batch in batches:
             inputs, _ = self._model_inputs(self._prepare_inputs(batch))
             inputs = {k: v for k, v in inputs.items() if k in ALIGNMENT_INPUTS}
+            states.append(random_state(self.args.device))
             with self.compute_loss_context_manager():
                 own.append(embedded_pairs(self.model_wrapped(**inputs, return_alignment="only", use_fusion=False)))
         ranks = self._gather_rows(torch.cat(own))
         everything, place, out = torch.cat(ranks), sum(map(len, ranks[: self.accelerator.process_index])), []
-        for pairs in own:
-            out.append((everything, place))
+        for pairs, state in zip(own, states):
+            out.append(((everything, place), state))
             place += len(pairs)
         return out
 
@@ -494,7 +539,7 @@ class MicroVLMTrainer(Trainer):
 
     def _model_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments of `forward` for a batch, and those of `memory_losses` for its episodes, if any."""
-        inputs = {k: v for k, v in inputs.items() if k not in ("row_names", "cursor", "step_pairs")}
+        inputs = {k: v for k, v in inputs.items() if k not in ("row_names", "cursor", "step_pairs", "random_state")}
         episode = {k: inputs.pop(k) for k in EPISODE_INPUTS if k in inputs}
         inner = self.accelerator.unwrap_model(self.model_wrapped)
         if (
@@ -534,7 +579,7 @@ class MicroVLMTrainer(Trainer):
         return self.accelerator.unwrap_model(model).contrastive_loss(pairs[:, 0], pairs[:, 1])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        names, step_pairs = inputs.get("row_names", []), inputs.get("step_pairs")
+        names, step_pairs, drawn = inputs.get("row_names", []), inputs.get("step_pairs"), inputs.get("random_state")
         inputs, episode = self._model_inputs(inputs)
         align, match = (self.loss_weights.get(name, 0.0) for name in ("align", "match"))
         kwargs = {"return_alignment": True} if align or match else {}
@@ -552,7 +597,8 @@ class MicroVLMTrainer(Trainer):
         # else the memory's own losses alone; several ranks meet in the wrapped forward, so there it always runs
         weights = (align, match, self.loss_weights.get("lm", 1.0), self.loss_weights.get("distill"))
         speaks = not model.training or any(weights) or model is not self.model
-        outputs = model(**inputs, **kwargs) if speaks else None
+        with drawn_again(drawn, self.args.device):
+            outputs = model(**inputs, **kwargs) if speaks else None
         # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all
         # ranks. Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that
         # is a mean over its own micro-batch has to be divided by their number, or it would count that often. The
@@ -611,18 +657,27 @@ class MicroVLMTrainer(Trainer):
         items = kwargs.get("num_items_in_batch")
         return total / (on.sum() if items is None else items)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.grad_norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
+        return grad_norm
+
     def agree(self) -> None:
-        """What the ranks have to know of each other before a step: a loss that is not finite, a request to stop."""
-        flags = torch.tensor([len(self.nonfinite_rows), int(self.stop.requested)], device=self.args.device)
-        bad, stop = self.accelerator.reduce(flags, "sum").tolist()
-        self.stop.agreed = bool(stop)
-        if not bad:
-            self.nonfinite_steps = 0
+        """What the ranks have to know of each other before a step: a loss or gradient that is not finite, a request to stop."""
+        # with a scaler or DeepSpeed the gradient may overflow: they skip that step by themselves
+        wrong = self.accelerator.scaler is None and not self.is_deepspeed_enabled and not math.isfinite(self.grad_norm)
+        flags = torch.tensor([len(self.nonfinite_rows), int(wrong), int(self.stop.requested)], device=self.args.device)
+        bad, wrong, stop = self.accelerator.reduce(flags, "sum").tolist()
+        if not bad and not wrong:
+            self.nonfinite_steps, self.stop.agreed = 0, bool(stop)
             return
+        self.stop.agreed = False  # there is nothing to save
         names, self.nonfinite_rows = self.nonfinite_rows, []
+        if not bad:  # any of the step's rows
+            names = [name for batch in self.micro_batches for name in batch.get("row_names", [])]
         self.nonfinite_steps += 1
         step = self.state.global_step + 1
-        message = f"the loss of step {step} is not finite"
+        message = f"the {'loss' if bad else 'gradient'} of step {step} is not finite"
         if names:
             logger.warning("%s: rows %s", message, ", ".join(names))
         if self.nonfinite_steps >= self.max_nonfinite_steps or self.is_deepspeed_enabled:
@@ -739,7 +794,13 @@ class MicroVLMTrainer(Trainer):
     # ---- checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As the parent, with a marker written last: what was interrupted is told from what is complete, and only then old ones go."""
+        """As the parent, with a marker written last: what was interrupted is told from what is complete, and only then old ones go.
+
+        Behind a step that was not finite nothing is saved: the weights may be why.
+        """
+        if self.nonfinite_steps:
+            logger.warning("no checkpoint at step %d, which was not finite", self.state.global_step)
+            return
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             remove_checkpoint(folder)
@@ -759,17 +820,27 @@ class MicroVLMTrainer(Trainer):
 
     def _data_state(self) -> dict[str, Any]:
         readers = [self.accelerator.num_processes, self.args.dataloader_num_workers]
-        return {"readers": readers, "batches": self.batches, "cursors": list(self.cursors.values())}
+        names = ("shuffle_buffer", "seed", "limit", "group_size", "num_shards")
+        order = {name: getattr(self.stream, name) for name in names}
+        order["sources"] = None if self.status is None else self.status["data"]
+        return {"readers": readers, "order": order, "batches": self.batches, "cursors": list(self.cursors.values())}
 
     def resume_stream(self, checkpoint: Path) -> None:
         """Let the stream go on behind the rows that this rank had seen.
 
         Raises:
-            ValueError: the run had other ranks or workers, among which its shards were shared.
+            ValueError: the run had other ranks or workers, among which its shards were shared, or its rows came in another order.
         """
         own = checkpoint / f"data_rank{self.args.process_index}.json"
         state = json.loads((own if own.exists() else checkpoint / "data_rank0.json").read_text())
-        readers = self._data_state()["readers"]
+        now = self._data_state()
+        readers = now["readers"]
+        for name, value in state.get("order", {}).items():  # checkpoints of earlier versions do not say
+            if value != now["order"][name]:
+                raise ValueError(
+                    f"{checkpoint} was written with {name} {value!r}; a stream goes on exactly with the same only, not with "
+                    f"{now['order'][name]!r}."
+                )
         if state["readers"] != readers:
             raise ValueError(
                 f"{checkpoint} was written with {state['readers'][0]} ranks of {state['readers'][1]} data loader workers; a stream "
@@ -838,7 +909,7 @@ class MicroVLMTrainer(Trainer):
         private = self.args.hub_private_repo if private is None else private
         repo_id = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name
         token, revision = token or self.args.hub_token, revision or self.args.hub_revision
-        return push_folder(folder, repo_id, bool(private), message, revision, token)
+        return push_folder(folder, repo_id, private, message, revision, token)
 
     # ---- optimizer
 
@@ -856,10 +927,9 @@ class MicroVLMTrainer(Trainer):
                     groups[rate, name in decay, self.muon and parameter in linear].append(parameter)
             if self.muon:
                 betas = (self.args.adam_beta1, self.args.adam_beta2)
-                cls, kwargs = timm.optim.Muon, {"betas": betas, "nesterov": True}
+                cls, kwargs = timm.optim.Muon, {"lr": self.args.learning_rate, "betas": betas, "nesterov": True}
             else:
                 cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-                kwargs.pop("lr", None)
             self.optimizer = cls(
                 [
                     {"params": p, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
@@ -934,6 +1004,43 @@ def load_validation(data: dict[str, Any]):
             raise ValueError("data.validation on the Hub needs data.validation_limit: its rows are kept on the disk.")
         return take_rows(load_stream(path, data.get("format"), data.get("revision")), limit)
     return load_rows(path, data.get("format"), limit=limit)
+
+
+def readable_rows(rows, count: int, processor):
+    """The first `count` rows that can be decoded, or as many as there are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = []
+    for index in range(len(rows)):
+        if len(found) == count:
+            break
+        try:
+            decode_row(rows[index], processor.image_processor)
+            found.append(index)
+        except UnreadableRowError as error:
+            logger.warning("evaluation.captions: skipped: %s", error)
+    if not found:
+        raise ValueError(f"evaluation.captions: none of the {len(rows)} validation rows can be read.")
+    return rows.select(found)
+
+
+def check_teacher(data: dict[str, Any], model, teacher) -> None:
+    """Refuse a teacher that would be given features of another vision tower than its own.
+
+    Raises:
+        ValueError: it has other weights, or the student's do not stay as they are.
+    """
+    key = next((key for key in ("vision_cache", "episodes") if data.get(key)), None)
+    if key is None:
+        return
+    own, other = (m.model.vision_tower.state_dict() for m in (model, teacher))
+    same = own.keys() == other.keys() and all(torch.equal(own[name].cpu(), other[name].cpu()) for name in own)
+    if not same or any(p.requires_grad for p in model.model.vision_tower.parameters()):
+        raise ValueError(
+            f"distillation.teacher has another vision tower than the model, whose features data.{key} gives to both: leave data.{key} out."
+        )
 
 
 class TrainingData:
@@ -1084,6 +1191,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{os.environ['WORLD_SIZE']} processes were started, but each would train alone: without a GPU set training.use_cpu: true."
         )
     output = Path(args.output_dir)
+    starts = {"model": recipe["model"], "distillation.teacher": recipe.get("distillation", {}).get("teacher")}
+    for key, start in starts.items():
+        if start and Path(start).is_dir() and os.path.realpath(start) == os.path.realpath(output):
+            raise ValueError(f"training.output_dir {output} is the folder of {key}, which the run would overwrite.")
     checkpoint = newest_complete(output) if options.resume else None
     if not options.resume and any(map(is_complete, checkpoints(output))):
         raise FileExistsError(
@@ -1095,7 +1206,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index == 0:
         print(trainable_table(model), flush=True)
     data = TrainingData(recipe, args, processor, model)
-    for name in recipe.get("compile", []):
+    for name in recipe.get("compile") or []:
         model.get_submodule(name).compile()
 
     teacher, distillation = None, recipe.get("distillation", {})
@@ -1103,16 +1214,18 @@ def main(argv: list[str] | None = None) -> None:
         teacher = AutoModelForImageTextToText.from_pretrained(
             distillation["teacher"], trust_remote_code=True, dtype=torch.float32
         )
+        check_teacher(recipe["data"], model, teacher)
     evaluation = recipe.get("evaluation", {})
     fixed = None
     if evaluation.get("captions"):
         if data.validation is None:
             raise ValueError("evaluation.captions needs data.validation.")
-        order = data.validation.shuffle(seed=args.seed)
-        fixed = order.select(range(min(evaluation["captions"], len(order))))
+        fixed = readable_rows(data.validation.shuffle(seed=args.seed), evaluation["captions"], processor)
     if args.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        # pushed with the run: without hub_token
+        training = {key: value for key, value in recipe["training"].items() if not key.endswith("_token")}
+        write_text(output / "recipe.yaml", yaml.safe_dump(recipe | {"training": training}, sort_keys=False))
         write_text(output / "training_arguments.json", args.to_json_string())
     sources = recipe["data"]["train"]
     status = {

@@ -27,7 +27,10 @@ def mark_complete(checkpoint: Path) -> None:
     """List a checkpoint's files and sizes in its marker."""
     files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     temporary = checkpoint / f"{MARKER}.tmp"
-    temporary.write_text(json.dumps({"files": files}, indent=1))
+    with temporary.open("w") as file:
+        json.dump({"files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, checkpoint / MARKER)
 
 
@@ -36,7 +39,10 @@ def is_complete(checkpoint: Path) -> bool:
     marker = checkpoint / MARKER
     if not marker.exists():
         return False
-    files = json.loads(marker.read_text())["files"]
+    try:
+        files = json.loads(marker.read_text())["files"]
+    except ValueError:  # empty or damaged
+        return False
     return all(
         (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items()
     )

@@ -62,6 +62,15 @@ def test_pushes_as_it_goes(run, hub, tmp_path):  # noqa: F811
     assert hub.read("someone/toy-run", "model.safetensors") == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
+def test_a_token_is_not_published(run, tmp_path):  # noqa: F811
+    run["training"] |= {"max_steps": 1, "save_strategy": "no"}
+    train_hf.main([write_recipe(tmp_path, **run), "--set", "training.hub_token=hf_secret"])
+    out = tmp_path / "out"
+    assert "hub_token" not in (out / "recipe.yaml").read_text()
+    published = [p for p in out.rglob("*") if p.is_file() and p.name != "training_args.bin"]  # it is not pushed
+    assert published and not [p.name for p in published if b"hf_secret" in p.read_bytes()]
+
+
 def test_trains_on_a_stream_from_the_hub(run, hub, tmp_path):  # noqa: F811
     """As the CC12M recipes do: shards of the same layout under the same names, by address; and the whole data set by its id."""
     rows, shards = pairs(), {}

@@ -163,6 +163,26 @@ def test_other_readers_are_refused(stream_run, tmp_path):
     )
 
 
+def test_another_order_of_rows_is_refused(stream_run, tmp_path):
+    stream_run["training"] |= {"max_steps": 4, "dataloader_num_workers": 0, "seed": 1}
+    recipe, shards = write_recipe(tmp_path, **stream_run), stream_run["data"]["train"]
+    train_hf.main([recipe])
+    changes = [
+        ("data.stream.shuffle_buffer=4", "shuffle_buffer 3", "4"),
+        ("training.seed=2", "seed 1", "2"),
+        ("data.limit=5", "limit None", "5"),
+        ("training.train_sampling_strategy=group_by_length", "group_size 1", "4"),
+        (f"data.train={tmp_path}/shards/[01].tar", "num_shards 3", "2"),
+        (f"data.train={tmp_path}/shards/?.tar", f"sources {[shards]!r}", repr([f"{tmp_path}/shards/?.tar"])),
+    ]
+    for change, written, now in changes:
+        with pytest.raises(ValueError) as error:
+            train_hf.main([recipe, "--resume", "--set", change])
+        assert str(error.value) == (
+            f"{tmp_path}/out/checkpoint-4 was written with {written}; a stream goes on exactly with the same only, not with {now}."
+        )
+
+
 # --- complete and incomplete checkpoints
 
 
@@ -187,6 +207,13 @@ def test_what_counts_as_complete(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"^{tmp_path} has no complete checkpoint to go on from.$"):
         newest_complete(tmp_path)
     assert not is_complete(fake_checkpoint(tmp_path, 15, finished=False))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"files": {"model', b"\x00" * 80, b"\xff"])
+def test_a_damaged_marker_is_none(tmp_path, content):
+    first, second = fake_checkpoint(tmp_path, 5), fake_checkpoint(tmp_path, 10)
+    (second / MARKER).write_bytes(content)
+    assert not is_complete(second) and newest_complete(tmp_path) == first
 
 
 def test_a_removal_cut_short_leaves_nothing_that_passes(tmp_path, monkeypatch):
@@ -273,6 +300,37 @@ def test_a_step_without_a_finite_loss_changes_nothing(poisoned, caplog):
     assert "the loss of step 3 is not finite: rows toy-4, toy-5" in caplog.text
     losses = [e["lm_loss"] for e in trainer.state.log_history if "lm_loss" in e]
     assert len(losses) == 2 and all(loss == loss for loss in losses)  # logged where there was one
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, caplog, clip):
+    """Though the loss is; the checkpoint before stays, and the run goes on."""
+    use_cache(monkeypatch, tmp_path / "cache")
+    rows = load_rows(str(write_parquet(tmp_path / "toy.parquet", pairs())))
+    model, calls, states = toy_model(), [], []
+
+    def overflow(gradient):
+        calls.append(1)
+        return gradient * torch.inf if len(calls) in (3, 4) else gradient  # both micro-batches of step 2
+
+    model.model.adapter.q_proj.weight.register_hook(overflow)
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3, "max_grad_norm": clip}
+    saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "optim": "adamw_torch"}
+    trainer = toy_trainer(tmp_path, rows, model, **sizes, **saves)
+    saved = train_hf.MicroVLMTrainer._save_checkpoint
+
+    def spy(model, trial):
+        states.append(state(trainer.model))
+        saved(trainer, model, trial)
+        assert all(torch.isfinite(t).all() for t in states[-1].values())
+        names.append([c.name for c in checkpoints(tmp_path / "out")])
+
+    names, trainer._save_checkpoint = [], spy
+    trainer.train()
+    assert same_state(states[0], states[1]) and not same_state(states[1], states[2])
+    assert names == [["checkpoint-1"], ["checkpoint-1"], ["checkpoint-3"]]
+    assert "the gradient of step 2 is not finite: rows toy-2, toy-3" in caplog.text
+    assert "no checkpoint at step 2, which was not finite" in caplog.text
 
 
 def test_too_many_of_them_end_the_run_and_are_named(poisoned):

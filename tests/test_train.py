@@ -45,7 +45,7 @@ from train_hf import (
     trainable_table,
 )
 
-RECIPES = sorted(ROOT.glob("recipes/*stage*.yaml"))
+RECIPES = [*sorted(ROOT.glob("recipes/*stage*.yaml")), ROOT / "recipes/finetune.yaml"]
 FAMILIES = ("microvlm-m", "microvlm-v", "nano")
 MINIMAL = {"model": "m", "trainable": ["adapter"], "data": {"train": "d"}, "training": {"output_dir": "o"}}
 
@@ -168,6 +168,27 @@ def test_a_run_learns_from_its_teacher(run, tmp_path):
     assert log[-1] < log[0]
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_teacher_sees_with_its_own_tower(run, tmp_path, same):
+    teacher = toy_model()
+    student = AutoModelForImageTextToText.from_pretrained(run["model"], trust_remote_code=True)
+    teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
+    if not same:
+        torch.nn.init.normal_(next(teacher.model.vision_tower.parameters()))
+    teacher.save_pretrained(tmp_path / "teacher")
+    run |= {"distillation": {"teacher": str(tmp_path / "teacher")}, "loss_weights": {"lm": 0.0, "distill": 1.0}}
+    run["data"]["vision_cache"] = {"views": 1, "folder": str(tmp_path / "features")}
+    run["training"]["max_steps"] = 1
+    if same:
+        return train_hf.main([write_recipe(tmp_path, **run)])
+    with pytest.raises(ValueError) as error:
+        train_hf.main([write_recipe(tmp_path, **run)])
+    assert str(error.value) == (
+        "distillation.teacher has another vision tower than the model, whose features data.vision_cache gives to both: "
+        "leave data.vision_cache out."
+    )
+
+
 # --- groups of similar length
 
 
@@ -224,6 +245,12 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         ({"distillation": {"teacher": "t"}}, "loss_weights.distill and distillation.teacher go together."),
         ({"distillation": {"student": "t"}}, "unknown key in distillation: student. Known: teacher, temperature."),
         ({"data": {"validation": "v"}}, "{path} has no data.train: the training data."),
+        ({"trainable": 3}, "trainable takes a list of texts, got 3."),
+        ({"compile": ["a", 1]}, "compile takes a list of texts, got ['a', 1]."),
+        (
+            {"loss_weights": {"lm": 1, "scope": 0.2, "key": 0.0, "memory_kl": 0.1}},
+            "loss_weights: memory_kl, scope need data.episodes, which teach the memory.",
+        ),
     ],
 )
 def test_unknown_keys_are_refused(changes, message, tmp_path):
@@ -281,6 +308,33 @@ def test_overrides(tmp_path):
         load_recipe(path, ["data.trian=x"])
 
 
+def test_one_text_is_a_list_of_one(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path), ["trainable=adapter", "compile=model.adapter"])
+    assert recipe["trainable"] == ["adapter"] and recipe["compile"] == ["model.adapter"]
+
+
+def test_overrides_of_dotted_names_leave_the_rest_of_a_section(tmp_path):
+    config = toy_model(use_memory=True, memory_config={"num_slots": 16}).config
+    rates = {r"layers\.1\.": 1e-3}
+    path = write_recipe(tmp_path, config={"memory_config.code_size": 32}, learning_rates=rates)
+    overrides = [
+        "config.memory_config.observation_noise=0.02",
+        "config.use_fusion=true",
+        r"learning_rates.layers\.0\.=0.5",
+    ]
+    recipe = load_recipe(path, overrides)
+    assert recipe["learning_rates"] == rates | {r"layers\.0\.": 0.5}
+    changed = train_hf.change_config(config, recipe["config"])
+    found, before = changed.memory_config, config.memory_config
+    assert (found.code_size, found.observation_noise, found.num_slots) == (32, 0.02, 16) and changed.use_fusion
+    assert before.num_slots != type(before)().num_slots
+    for value in ({"code_size": 32}, None):
+        with pytest.raises(ValueError) as error:
+            train_hf.change_config(config, {"memory_config": value})
+        message = "config: memory_config is a section: name its values one by one, as memory_config.NAME."
+        assert str(error.value) == message
+
+
 def test_numbers_without_a_point_are_numbers(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(write_recipe(tmp_path) and yaml.safe_dump(MINIMAL) + "learning_rates: {adapter: 5e-4}\n")
@@ -310,7 +364,7 @@ def test_every_stage_recipe_fits_its_model(path, tmp_path):
     recipe = load_recipe(str(path))
     training = {"report_to": "none"} | recipe["training"] | {"output_dir": str(tmp_path)}
     TrainingArguments(**{k: v for k, v in training.items() if k not in ("bf16", "fp16")}, bf16=False, fp16=False)
-    model = recipe_model(path.stem, recipe)
+    model = recipe_model(path.stem.replace("finetune", "nano"), recipe)
     set_trainable(model, recipe["trainable"])
     train_hf.check_patterns("learning_rates", recipe.get("learning_rates") or {}, model)
     assert any(p.requires_grad for p in model.parameters())
@@ -495,6 +549,19 @@ def test_muon_takes_the_weights_of_linear_layers(rows, tmp_path):
     assert spread[15] > 0.5 * spread[0]  # the gradient of four captions has rank 17; all of it moves alike
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_the_lowest_rate_is_the_one_asked_for(muon, rows, tmp_path):
+    """A part with a rate of its own falls to the same share of it."""
+    options = {"muon": muon, "learning_rates": {"adapter": 0.5}}
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.01}}
+    trainer = toy_trainer(tmp_path, rows, trainer_kwargs=options, optim="adamw_torch", **schedule)
+    trainer.create_optimizer_and_scheduler(5)
+    for _ in range(5):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert sorted(set(trainer.lr_scheduler.get_last_lr())) == pytest.approx([0.01, 0.05])
+
+
 def test_a_rate_of_zero_keeps_a_part(rows, tmp_path):
     model = toy_model()
     before = state(model)
@@ -597,6 +664,39 @@ def test_step_equals_one_composed_by_hand(batch_size, accumulation, weights, row
     assert ("align_loss" in entry) == bool(weights["align"])
     if weights["align"]:
         assert entry["align_loss"] == pytest.approx(align.item(), rel=1e-5)
+
+
+def test_both_passes_of_a_step_draw_the_same_dropout(rows, tmp_path, monkeypatch):
+    adapter = {"vision_hidden_size": 24, "num_patches": 16, "num_prefix_tokens": 5, "mlp_hidden_size": 16}
+    model = toy_model(adapter_config=adapter | {"num_attention_heads": 4, "dropout": 0.2})
+    passes, alignment = [], MicroVLMTrainer._alignment
+
+    def spy(self, model, outputs, step_pairs):
+        pairs, place = step_pairs
+        live = train_hf.embedded_pairs(outputs).detach()
+        passes.append((live, pairs[place : place + len(live)]))
+        return alignment(self, model, outputs, step_pairs)
+
+    monkeypatch.setattr(MicroVLMTrainer, "_alignment", spy)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    toy_trainer(tmp_path, rows, model, {"lm": 1.0, "align": 1.0}, max_steps=2, **sizes).train()
+    assert len(passes) == 4
+    for live, first in passes:
+        torch.testing.assert_close(live, first, rtol=1e-5, atol=1e-6)
+    model.train()
+    batch = CaptionCollator(toy_processor(), model.default_prompt(1)[0].tolist())(list(rows)[:2])
+    one, two = (train_hf.embedded_pairs(model(**batch, return_alignment=True)) for _ in range(2))
+    assert not torch.allclose(one, two, atol=1e-2)  # it has dropout
+
+
+def test_losses_that_would_do_nothing_are_refused(rows, tmp_path):
+    with pytest.raises(
+        ValueError, match="^training.label_smoothing_factor does not reach the losses here: leave it out.$"
+    ):
+        toy_trainer(tmp_path, rows, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="^loss_weights: match needs a model with config.use_fusion.$"):
+        toy_trainer(tmp_path, rows, loss_weights={"lm": 1.0, "match": 0.5})
+    toy_trainer(tmp_path, rows, toy_model(use_fusion=True), {"lm": 1.0, "match": 0.5})
 
 
 def test_accumulated_weights_equal_those_of_one_batch(rows, tmp_path):
@@ -844,6 +944,44 @@ def test_resume_continues_bit_for_bit(accumulation, run, tmp_path, capsys):
     message = f"^{out} has checkpoints of a run: --resume goes on with it, or choose another output_dir.$"
     with pytest.raises(FileExistsError, match=message):
         train_hf.main([recipe])
+
+
+@pytest.mark.parametrize("key", ["model", "distillation.teacher"])
+def test_the_folder_it_starts_from_is_not_written_to(run, tmp_path, key):
+    if key != "model":
+        run |= {"distillation": {"teacher": run["model"]}, "loss_weights": {"distill": 1.0}, "model": "x"}
+    (tmp_path / "link").symlink_to(tmp_path / "start")
+    before = {path: path.read_bytes() for path in (tmp_path / "start").iterdir()}
+    run["training"]["output_dir"] = str(tmp_path / "link")
+    with pytest.raises(ValueError) as error:
+        train_hf.main([write_recipe(tmp_path, **run)])
+    assert (
+        str(error.value)
+        == f"training.output_dir {tmp_path}/link is the folder of {key}, which the run would overwrite."
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / "start").iterdir()} == before
+
+
+def test_the_log_of_a_resumed_run_between_logging_steps(run, tmp_path):
+    """Weights go on exactly; the first line after a checkpoint between two of them is the mean since the checkpoint."""
+    run["training"] |= {"logging_steps": 2}
+    recipe, out = write_recipe(tmp_path, **run), tmp_path / "out"
+    train_hf.main([recipe])
+    through, log = load_file(out / "model.safetensors"), json.loads((out / "log.json").read_text())
+    shutil.rmtree(out / "checkpoint-6")
+    train_hf.main([recipe, "--resume"])
+    again = json.loads((out / "log.json").read_text())
+    assert same_state(load_file(out / "model.safetensors"), through)
+    losses = [{e["step"]: e["lm_loss"] for e in entries if "lm_loss" in e} for entries in (log, again)]
+    assert [step for step in losses[0] if losses[0][step] != losses[1][step]] == [4]
+
+
+@pytest.mark.parametrize("private", [None, True, False])
+def test_who_may_see_the_repo_is_handed_on(private, rows, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(train_hf, "push_folder", lambda folder, repo_id, private, *args: given.append(private))
+    toy_trainer(tmp_path, rows, hub_private_repo=private)._push(tmp_path, "message")
+    assert given == [private]
 
 
 def hub_environment(folder: Path) -> dict[str, str]:

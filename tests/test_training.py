@@ -145,6 +145,23 @@ def test_evaluation_and_the_best_checkpoint(run, tmp_path):  # noqa: F811
     assert (out / "curves.png").stat().st_size > 10_000
 
 
+def test_captioned_pictures_are_some_that_can_be_read(run, tmp_path):  # noqa: F811
+    broken = pairs(3)
+    for row in broken[:2]:
+        row["image"]["bytes"] = row["image"]["bytes"][:50]
+    run["data"]["validation"] = str(write_parquet(tmp_path / "broken.parquet", broken))
+    run["data"]["max_unreadable_share"] = 1.0
+    run["evaluation"] = {"captions": 2}
+    run["training"] |= {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    train_hf.main([write_recipe(tmp_path, **run)])
+    captions = json.loads((tmp_path / "out" / "captions" / "step_1.json").read_text())
+    assert [c["reference"] for c in captions] == [broken[2]["caption"]]
+    run["data"]["validation"] = str(write_parquet(tmp_path / "none.parquet", broken[:2]))
+    run["training"]["output_dir"] = str(tmp_path / "none")
+    with pytest.raises(ValueError, match="^evaluation.captions: none of the 2 validation rows can be read.$"):
+        train_hf.main([write_recipe(tmp_path, **run)])
+
+
 def test_evaluation_leaves_the_training_alone(run, tmp_path):  # noqa: F811
     run["evaluation"] = {"captions": 2}
     outputs = []
