@@ -601,24 +601,30 @@ def table(folder: Path) -> str:
     return "\n".join(rows + [f"{part:<16}{n:>9,}{p:>16,}{b:>16,}" for part, (n, p, b) in parts.items()])
 
 
-def check_out(out: Path, force: bool, sources: list[str]) -> None:
+def check_out(out: Path, force: bool, sources: list[str], made: str = "config.json") -> None:
     """Refuse to overwrite what should not be.
+
+    Args:
+        out: folder to write.
+        force: whether it may replace one of its kind.
+        sources: folders or files it is made of; what does not exist is a Hub id.
+        made: what a folder of its kind has.
 
     Raises:
         ValueError: `out` is a file, is or contains a source or this repository, or is a folder that is not empty and
-            either not `force`d or no checkpoint.
+            either not `force`d or without `made`.
     """
     kept = [Path(source).resolve() for source in sources if os.path.exists(source)] + [ROOT]
     for path in kept:
         if path.is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out} would overwrite {path}: choose another folder.")
+            raise ValueError(f"OUT {out} would overwrite {path}: choose another folder.")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file, expected a folder.")
+        raise ValueError(f"OUT {out} is a file, expected a folder.")
     if out.is_dir() and any(out.iterdir()):
         if not force:
-            raise ValueError(f"--out {out} exists and is not empty: choose another folder, or replace it with --force.")
-        if not (out / "config.json").is_file():
-            raise ValueError(f"--out {out} has no config.json, so it is no checkpoint that --force may replace.")
+            raise ValueError(f"OUT {out} exists and is not empty: choose another folder, or replace it with --force.")
+        if not (out / made).exists():
+            raise ValueError(f"OUT {out} has no {made}, so --force does not replace it: choose another folder.")
 
 
 def publish(temporary: Path, out: Path) -> None:

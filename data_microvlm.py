@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Image, load_dataset
+from filelock import FileLock
 from PIL import Image as PILImage
 from tqdm import tqdm
 
@@ -35,8 +36,9 @@ class UnreadableRowError(ValueError):
 
 
 def is_copyleft(licence: str) -> bool:
-    """True for licences that weights which ship are not trained on (GPL family, CC-BY-SA)."""
-    return bool(re.search(r"GPL|GFDL|-SA\b", licence))
+    """True for licences that weights which ship are not trained on (GPL family, Creative Commons share-alike), short or in words."""
+    families = r"GPL|GFDL|General Public Licen|Free Documentation Licen|\b(CC|BY|NC)[-_ ]SA\b|share[- ]?alike"
+    return bool(re.search(families, licence, re.IGNORECASE))
 
 
 def guess_format(path: str) -> str:
@@ -134,7 +136,11 @@ def load_files(folder: str) -> Dataset:
     if not pairs:
         raise FileNotFoundError(f"{folder} has no picture with a caption in a .txt file of the same name.")
     images, captions = zip(*pairs, strict=True)
-    return Dataset.from_dict({"image": list(images), "caption": list(captions)}).cast_column("image", Image())
+    rows = Dataset.from_dict({"image": list(images), "caption": list(captions)})
+    states = [(s.st_size, s.st_mtime_ns) for s in (Path(picture).stat() for picture in images)]
+    digest = hashlib.sha256(f"{rows._fingerprint} {states}".encode()).hexdigest()
+    # in the fingerprint, so that nothing made of other pictures under these names is taken for theirs
+    return rows.cast_column("image", Image(), new_fingerprint=digest[:16])
 
 
 def row_name(row: dict) -> str:
@@ -312,6 +318,7 @@ class PictureEpisodeCollator(CaptionCollator):
 
     Every `size` neighbouring rows share a memory. Half of them, drawn at random, are written to it: the caption under another view of the
     picture. All of them ask: where the row was written the caption can be read back, elsewhere ScopeNet has to say that it cannot.
+    Where the readable rows do not fill the last episode some are repeated, without an answer: for the memory's losses alone.
 
     Args:
         size: rows of an episode; the seed's E = 4.
@@ -325,14 +332,12 @@ class PictureEpisodeCollator(CaptionCollator):
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = self.read_all(rows)
-        if len(pairs) < self.episode_size:
-            raise RuntimeError(
-                f"{len(pairs)} readable rows of {len(rows)} do not fill an episode of {self.episode_size}."
-            )
-        pairs = pairs[: len(pairs) - len(pairs) % self.episode_size]  # what is left of unreadable rows
+        readable = len(pairs)
+        pairs += [pairs[i % readable] for i in range(-readable % self.episode_size)]
         pictures, captions = [picture for picture, _ in pairs], [caption for _, caption in pairs]
         answers = self.answers(captions)
-        batch = self._sequences([self.prompt_ids] * len(pairs), answers) | self.pictures(pictures)
+        asked = [*answers[:readable], *[[]] * (len(pairs) - readable)]
+        batch = self._sequences([self.prompt_ids] * len(pairs), asked) | self.pictures(pictures)
         batch["support_pixel_values"] = self.pictures(pictures, "support")["pixel_values"]
         tokens = torch.full((len(pairs), self.max_tokens), -1)
         for i, ids in enumerate(answers):
@@ -340,7 +345,8 @@ class PictureEpisodeCollator(CaptionCollator):
             tokens[i, : len(ids)] = torch.tensor(ids)
         epoch = int(self.counts[2]) if self.epoch is None else self.epoch
         draw = random.Random(f"{self.seed} {epoch} {captions}")
-        known = torch.tensor([draw.random() < 0.5 for _ in pairs])
+        known = [draw.random() < 0.5 for _ in range(readable)]
+        known = torch.tensor([known[i % readable] for i in range(len(pairs))])  # a repeated row with its first
         batch["support_tokens"] = tokens.view(-1, self.episode_size, self.max_tokens)
         batch["support_active"] = known.view(-1, self.episode_size)
         batch["target_tokens"] = tokens.masked_fill(~known.unsqueeze(1), -1)
@@ -417,7 +423,7 @@ def cache_vision_features(
     """Features of a frozen vision tower for `views` augmentations of every picture, kept in a file.
 
     The file is named after a digest of all that the features depend on, the tower's weights included: with another model,
-    transform or data set it is made anew, never taken for theirs.
+    transform or data set it is made anew, never taken for theirs. Of several processes that need it at once one makes it, the others wait.
 
     Args:
         vision_tower: pictures (N, 3, height, width) -> `last_hidden_state` (N, tokens, width).
@@ -441,16 +447,18 @@ def cache_vision_features(
     index_file = file.with_suffix(".json")
     if not index_file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        training = vision_tower.training
-        vision_tower.eval()
-        shape, readable = write_vision_features(vision_tower, collator, rows, views, part, batch_size)
-        vision_tower.train(training)
-        part.replace(file)
-        index_part = index_file.with_suffix(".json.part")
-        index_part.write_text(json.dumps({"shape": shape, "rows": readable}))
-        index_part.replace(index_file)
+        with FileLock(file.with_suffix(".lock")):
+            if not index_file.exists():
+                part = file.with_suffix(".part")
+                part.unlink(missing_ok=True)
+                training = vision_tower.training
+                vision_tower.eval()
+                shape, readable = write_vision_features(vision_tower, collator, rows, views, part, batch_size)
+                vision_tower.train(training)
+                part.replace(file)
+                index_part = index_file.with_suffix(".json.part")
+                index_part.write_text(json.dumps({"shape": shape, "rows": readable}))
+                index_part.replace(index_file)
     index = json.loads(index_file.read_text())
     features = torch.from_file(str(file), shared=False, size=math.prod(index["shape"]), dtype=torch.bfloat16)
     kept = rows.select(index["rows"]).remove_columns("image")

@@ -32,6 +32,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import compose_hf
 from compose_hf import configuration, modeling, processing, publish, quantization
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "tq2_0", "tq1_0")
@@ -50,6 +51,7 @@ PRE_TOKENIZERS = {
 # sums in another order move a few of them to the neighbouring step.
 ONNX_TOLERANCE, ONNX_ROUNDED_TOLERANCE = 1e-4, 5e-2
 ONNX_OPSET = 20
+EXPORTED = {".onnx", ".data", ".json", ".jinja", ".py"}  # suffixes of the files in a folder with ONNX graphs
 MAX_EMBEDDED_BYTES = 1_500_000_000  # a protobuf ends at 2 GB: weights of larger graphs go into a file beside it
 
 
@@ -556,12 +558,10 @@ def export_onnx(source: str, out: str | Path, revision: str | None = None, force
     out = Path(out)
     if out.suffix == ".gguf":
         raise ValueError(f"OUT {out} ends in .gguf; with --onnx it is a folder.")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT {out} is a file, expected a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        check_out(out, force)
-        if not (out / "onnx").is_dir():
-            raise ValueError(f"OUT {out} has no folder onnx, so it is no export that --force may replace.")
+    compose_hf.check_out(out, force, [source], made="onnx")
+    for path in sorted(out.rglob("*")) if out.is_dir() else ():
+        if path.is_file() and path.suffix not in EXPORTED:
+            raise ValueError(f"OUT {out} holds {path.relative_to(out)}, which no export wrote: choose another folder.")
     model, _ = load_checkpoint(source, revision)
     freeze_ternary(model)
     text = model.config.text_config

@@ -18,6 +18,7 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from caption import replacing
+from compose_hf import publish
 from data_microvlm import CaptionCollator, load_rows, text_ids
 from evaluate_hf import caption_rows, score
 
@@ -203,17 +205,20 @@ def main(argv: list[str] | None = None) -> None:
     pack(model, quantization_of(model).PackedConfig(recipe["modules"]), counts)
     model.to(getattr(torch, recipe.get("dtype", "bfloat16")))
     print(size_table(model), flush=True)
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if processor is not None:
-        processor.save_pretrained(temporary)
-    opened = AutoModelForImageTextToText.from_pretrained(temporary, trust_remote_code=True).eval()
-    stored = model.state_dict()
-    for name, tensor in opened.state_dict().items():
-        if not torch.equal(tensor, stored[name]):
-            raise RuntimeError(f"{name} comes back from the disk changed.")
-    temporary.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        model.save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
+        opened = AutoModelForImageTextToText.from_pretrained(temporary, trust_remote_code=True).eval()
+        stored = model.state_dict()
+        for name, tensor in opened.state_dict().items():
+            if not torch.equal(tensor, stored[name]):
+                raise RuntimeError(f"{name} comes back from the disk changed.")
+        publish(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     files = sum(f.stat().st_size for f in output.glob("*.safetensors"))
     print(f"\n{output}: {files:,} bytes of weights", flush=True)
     if rows is not None:
@@ -230,4 +235,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"quantize_hf.py: {error}")

@@ -9,6 +9,7 @@ unrelated. For each number the threshold is the lowest that lets at most `--fals
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def main() -> None:
         model, AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True), load_rows(options.data)
     )
     slots = model.config.memory_config.num_slots
-    sizes = [size for size in (1, 4, 16, 64, slots) if size < len(bench.captions)]
+    sizes = [size for size in sorted({1, 4, 16, 64, slots}) if size <= slots and size < len(bench.captions)]
     found = {size: scores(bench, size, max(16, 256 // size)) for size in sizes}
     path = Path(options.checkpoint) / "config.json"
     config = json.loads(path.read_text())
@@ -82,6 +83,7 @@ def main() -> None:
         columns = columns[: len(lines[0])]
         print(f"Asked by {kind}.\n\n{table(columns, lines)}\n")
         config["memory_config"][name] = [line[:2] for line in lines]
+    type(model.config).from_dict(copy.deepcopy(config))  # raises where it would not open again
     with replacing(str(path), "w") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -235,7 +235,7 @@ def main() -> None:
         matrices = [{"params": matrices, "weight_decay": recipe["weight_decay"]}]
         optimizers.append(torch.optim.Muon(matrices, lr=1.0, adjust_lr_fn="match_rms_adamw"))
     forward = torch.compile(model) if recipe.get("compile") else model
-    phases, done, batch, log = recipe["phases"], 0, recipe["batch_size"], []
+    phases, done, batch, log, log_file = recipe["phases"], 0, recipe["batch_size"], [], out / "log.json"
     total = sum(p["steps"] for p in phases)
     state_file = out / "state.pt"
     if state_file.exists():
@@ -244,6 +244,8 @@ def main() -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         done = state["step"]
+        log = json.loads(log_file.read_text()) if log_file.exists() else []
+        log = [entry for entry in log if entry["step"] <= done]
         g.manual_seed(recipe["seed"] + done)
         print(f"resumed at step {done}", flush=True)
     elif recipe.get("init"):
@@ -317,7 +319,7 @@ def main() -> None:
         sums.update({k: v.item() for k, v in losses.items()})
         if (step + 1) % 100 == 0:
             rate = (step + 1 - done) * batch / (time.time() - started)
-            parts = " ".join(f"{k} {v / 100:.3f}" for k, v in sums.items())
+            parts = " ".join(f"{k} {v / min(100, step + 1 - done):.3f}" for k, v in sums.items())
             print(f"step {step + 1}/{total} size {size} lr {lr:.1e} {parts} | {rate:.0f} pictures/s", flush=True)
             sums = Counter()
         if (step + 1) % recipe["save_steps"] == 0 or step + 1 == total:
@@ -325,11 +327,11 @@ def main() -> None:
             train_x, val_x = embed(model, images[:labelled], size), embed(model, val_images, size)
             score = nearest_neighbour_exact(train_x, rows[:labelled], val_x, val_rows)
             log.append({"step": step + 1, "size": size, "nearest_neighbour_concept": score})
+            log_file.write_text(json.dumps(log, indent=1))
             print(
                 f"step {step + 1}: nearest neighbour has the right concept for {score:.3f} of validation_seen",
                 flush=True,
             )
-    (out / "log.json").write_text(json.dumps(log, indent=1))
 
 
 if __name__ == "__main__":

@@ -183,10 +183,11 @@ def linked(card: str, files: set[str], repository: str | None, revision: str) ->
     return LINK_OR_CODE.sub(link, card)
 
 
-def noted(card: str, repository: str | None) -> str:
-    """A card that says under its title which of its commands need more than the released folder."""
+def noted(card: str, repo_id: str, revision: str, repository: str | None) -> str:
+    """A card that says under its title where its snippets find their pictures, and which of its commands need more than the released folder."""
     source = f"[the source repository]({repository})" if repository else "the source repository"
-    note = f"> This folder holds the model and its code. `make` and commands with scripts, such as `python caption.py`, are run in {source}."
+    download = f"hf download {repo_id} --revision {revision} --local-dir microvlm"
+    note = f"> The snippets open pictures of `examples/`: `{download}`, and run them there.\n> This folder holds the model and its code. `make` and commands with scripts, such as `python caption.py`, are run in {source}."
     return re.sub(r"^# .+$", lambda title: f"{title[0]}\n\n{note}", card, count=1, flags=re.MULTILINE)
 
 
@@ -222,7 +223,9 @@ def build(root: Path, folder: Path, repo_id: str, revision: str, repository: str
     for name in sorted(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / name, folder / name)
-    (folder / "README.md").write_text(noted(linked(card, names, repository, revision), repository), encoding="utf-8")
+    (folder / "README.md").write_text(
+        noted(linked(card, names, repository, revision), repo_id, revision, repository), encoding="utf-8"
+    )
 
 
 def problems(folder: Path, max_weights: float = 12.0) -> list[str]:

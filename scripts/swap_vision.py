@@ -18,8 +18,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("vision", help="weights of the tower in timm's layout")
-    parser.add_argument("out")
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist")
     options = parser.parse_args(arguments)
+    if Path(options.out).exists():
+        sys.exit(f"error: {options.out} exists: choose another folder.")
     model = load_plain(options.checkpoint)
     processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
     model.model.vision_tower.timm_model.load_state_dict(load_file(options.vision))

@@ -746,7 +746,7 @@ def test_out_is_not_overwritten_by_accident(sources, tmp_path):
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
         compose_hf.compose(vision, text, out)
-    with pytest.raises(ValueError, match="no checkpoint that --force may replace"):
+    with pytest.raises(ValueError, match="has no config.json, so --force does not replace it"):
         compose_hf.compose(vision, text, out, force=True)
     for kept in (vision, str(sources), ROOT, ROOT.parent):
         with pytest.raises(ValueError, match="would overwrite"):
@@ -786,5 +786,5 @@ def test_command_line(sources, tmp_path, monkeypatch, capsys):
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.endswith(tuple("0123456789"))}
     size = sum(t.nbytes for t in read(tmp_path / "out").values())
     assert rows["total"][2] == f"{size:,}" and rows["vision_tower"][:2] == ["150", "5,524,416"]
-    with pytest.raises(SystemExit, match="compose_hf.py: --out .* exists and is not empty"):
+    with pytest.raises(SystemExit, match="compose_hf.py: OUT .* exists and is not empty"):
         compose_hf.main()

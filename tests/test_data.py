@@ -2,6 +2,9 @@
 
 import io
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,18 @@ COPYLEFT = [
     "LGPL-3.0-only",
     "AGPL-3.0-only",
     "GFDL-1.3",
+    "gpl-3.0",
+    "agpl-3.0",
+    "lgpl",
+    "GNU Affero General Public License v3",
+    "GNU Free Documentation Licence",
+    "cc-by-sa-4.0",
+    "CC BY SA 4.0",
+    "cc-by-nc-sa-2.0",
+    "CC-SA-1.0",
+    "https://creativecommons.org/licenses/by-sa/4.0/",
+    "Creative Commons Attribution-ShareAlike 4.0",
+    "Attribution-Share Alike 3.0",
 ]
 FREE = [
     "CC-BY-4.0",
@@ -566,6 +581,38 @@ def test_stale_vision_cache_is_not_taken(processor, tmp_path, toy_tower):
         index.unlink()
     again, _ = cache_vision_features(tower, make(), rows, 1, str(folder), "t")
     assert torch.equal(again, changed)
+
+
+def test_changed_pictures_of_a_folder_are_not_taken_from_the_vision_cache(processor, tmp_path, toy_tower):
+    folder, cache = write_files(tmp_path / "pictures", pairs(4)), tmp_path / "features"
+    make = lambda: cache_vision_features(  # noqa: E731
+        toy_tower, CaptionCollator(processor, PROMPT), load_rows(str(folder)), 1, str(cache), "t"
+    )[0].clone()
+    first = make()
+    assert torch.equal(make(), first) and len(list(cache.glob("*.bin"))) == 1
+    picture = next(folder.rglob("*.png"))
+    picture.write_bytes(png(7))
+    changed = make()
+    assert not torch.equal(changed, first) and len(list(cache.glob("*.bin"))) == 2
+
+
+def test_a_vision_cache_is_made_once_by_two_who_need_it(processor, tmp_path, toy_tower, monkeypatch):
+    rows, write, made = memory_rows(pairs(4)), data_microvlm.write_vision_features, []
+
+    def slow(*args):
+        made.append(threading.get_ident())
+        out = write(*args)
+        time.sleep(0.5)
+        return out
+
+    def need(_):
+        collator = CaptionCollator(processor, PROMPT)
+        return cache_vision_features(toy_tower, collator, rows, 1, str(tmp_path / "features"), "t")[0].clone()
+
+    monkeypatch.setattr(data_microvlm, "write_vision_features", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(need, range(2))
+    assert len(made) == 1 and torch.equal(first, second) and bool(first.any(-1).all())
 
 
 def test_long_captions_are_cut(processor):

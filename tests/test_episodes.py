@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
 from toy_data import pairs, png, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
+from transformers import AutoConfig
 
 from data_microvlm import QUESTIONS, EpisodeCollator, caption_noun, make_names
 
@@ -373,6 +374,25 @@ def test_thresholds_of_a_checkpoint(tmp_path, monkeypatch, capsys):
             on = {line.strip("| ").split(" | ")[column] for line in lines}
             assert on == {"0.000"} if share == "0" else "0" in shares or on == {"1.000"}
     assert found[0] == [[1, 1e-4], [4, 1e-4]] and found[1] != found[0] != found[2]
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_thresholds_of_a_small_memory(tmp_path, monkeypatch, slots):
+    toy_model(use_memory=True, memory_config=MEMORY | {"num_slots": slots}).save_pretrained(tmp_path / "model")
+    toy_processor().save_pretrained(tmp_path / "model")
+    things = ["cat", "dog", "bell", "hat", "cart", "house", "tower", "box"]
+    rows = pairs(concept=things, caption=[f"A {thing}." for thing in things])
+    data = str(write_parquet(tmp_path / "rows.parquet", rows))
+    monkeypatch.setattr(sys, "argv", ["calibrate_scope.py", str(tmp_path / "model"), "--data", data])
+    calibrate_scope.main()
+    config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert [size for size, _ in config.memory_config.scope_threshold] == [1, slots]
+
+    written = (tmp_path / "model/config.json").read_bytes()
+    monkeypatch.setattr(calibrate_scope, "lowest_threshold", lambda *_: -1.0)
+    with pytest.raises(ValueError, match="scope_threshold"):
+        calibrate_scope.main()
+    assert (tmp_path / "model/config.json").read_bytes() == written
 
 
 def test_the_benchmark_runs_and_counts(tmp_path):

@@ -267,8 +267,16 @@ def test_refusals(tmp_path):
     assert out.read_bytes()[:4] == b"GGUF"
     with pytest.raises(ValueError, match="ends in .gguf; with --onnx it is a folder"):
         export_hf.export_onnx(str(source), out)
-    with pytest.raises(ValueError, match="has no folder onnx, so it is no export"):
-        export_hf.export_onnx(str(source), source, force=True)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    other = shutil.copytree(source, tmp_path / "other")
+    for folder, message in ((source, "would overwrite"), (ROOT, "would overwrite"), (other, "has no onnx, so")):
+        with pytest.raises(ValueError, match=message):
+            export_hf.export_onnx(str(source), folder, force=True)
+    (other / "onnx").mkdir()  # as on the Hub: graphs beside weights
+    with pytest.raises(ValueError, match="holds model.safetensors, which no export wrote: choose another folder"):
+        export_hf.export_onnx(str(source), other, force=True)
+    for folder in (source, other):
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_a_packed_checkpoint_is_unpacked_first(tmp_path):

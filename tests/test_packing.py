@@ -4,12 +4,14 @@ import copy
 import json
 import pickle
 import re
+import runpy
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import outspoken_model, tiny_inputs, tiny_model
+from conftest import ROOT, outspoken_model, tiny_inputs, tiny_model
 from microvlm import quantization_microvlm as quantization
 from microvlm.decoder_microvlm import PackedDecoder
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
@@ -472,6 +474,9 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     modules = EVERYTHING | {r"model\.language_model\.embed_tokens": {"group_size": "row", "frequent_rows": 20}}
     recipe.write_text(json.dumps({"modules": modules, "counts": str(data)}))
     out, scores = tmp_path / "out", tmp_path / "scores.json"
+    mine = tmp_path / "out.tmp" / "notes.txt"  # no folder of ours
+    mine.parent.mkdir()
+    mine.write_text("mine")
     quantize_hf.main([str(start), str(out), "--recipe", str(recipe), "--data", str(data), "--json", str(scores)])
     printed = capsys.readouterr().out
     size = (out / "model.safetensors").stat().st_size
@@ -488,6 +493,9 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     with pytest.raises(FileExistsError, match=f"^{re.escape(str(out))} exists: choose another folder.$"):
         quantize_hf.main([str(start), str(out), "--recipe", str(recipe)])
 
+    assert mine.read_text() == "mine" and not list(tmp_path.glob(".out-*"))
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == recipe.stat().st_mode & 0o777
+
     _, model = train_hf.load_model({"model": str(out), "trainable": ["language_model"]})  # unpacked to train
     assert f"{out} is packed: its weights were unpacked to train" in capsys.readouterr().out
     assert {p.dtype for p in model.parameters()} == {torch.float32} and getattr(model, "hf_quantizer", None) is None
@@ -497,6 +505,21 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="is packed: unpack it with model.dequantize"):
         train_hf.load_model({"model": str(out), "trainable": ["adapter"], "quantization": {"load_in_4bit": True}})
     shutil.rmtree(out)
+
+
+def test_an_unreadable_picture_ends_in_one_line(tmp_path, monkeypatch):
+    use_cache(monkeypatch, tmp_path / "cache")
+    start = toy_checkpoint(tmp_path / "start")
+    rows = pairs(2)
+    rows[1]["image"] = {"bytes": b"no picture", "path": None}
+    data = write_parquet(tmp_path / "data.parquet", rows)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"modules": EVERYTHING}))
+    call = ["quantize_hf.py", str(start), str(tmp_path / "out"), "--recipe", str(recipe), "--data", str(data)]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit, match="^quantize_hf.py: row toy-1: picture cannot be read: "):
+        runpy.run_path(str(ROOT / "quantize_hf.py"), run_name="__main__")
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipes_of_packing_are_checked(tmp_path):

@@ -117,9 +117,12 @@ def test_links_in_code_are_no_links(folder):
 def test_the_card_says_what_runs_elsewhere(complete):
     card = (complete / "README.md").read_text()
     title = card.index("\n# MicroVLM\n")
-    assert card[title:].startswith("\n# MicroVLM\n\n> This folder holds the model and its code. ")
+    download = f"hf download {PIN[0]} --revision {PIN[1]} --local-dir microvlm"
+    assert card[title:].startswith(
+        f"\n# MicroVLM\n\n> The snippets open pictures of `examples/`: `{download}`, and run them there.\n> "
+    )
     assert card.count("\n> This folder holds") == 1
-    assert "[the source repository](https://e.f/r)" in release.noted("# T\n\ntext\n", "https://e.f/r")
+    assert "[the source repository](https://e.f/r)" in release.noted("# T\n\ntext\n", *PIN, "https://e.f/r")
 
 
 def test_a_local_path_needs_no_revision(folder):

@@ -138,6 +138,11 @@ def test_swap_vision_changes_the_tower_alone(tmp_path):
     assert not changed({name.removeprefix(tower): t for name, t in new.items() if name.startswith(tower)}, other)
     AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
     assert AutoProcessor.from_pretrained(out, trust_remote_code=True).num_image_tokens == 5
+    for taken in (start, out):
+        before = {path.name: path.read_bytes() for path in taken.iterdir()}
+        with pytest.raises(SystemExit, match=f"^error: {re.escape(str(taken))} exists: choose another folder.$"):
+            swap_vision.main([str(start), str(tmp_path / "tower.safetensors"), str(taken)])
+        assert {path.name: path.read_bytes() for path in taken.iterdir()} == before
 
     other.popitem()
     save_file(other, tmp_path / "tower.safetensors")
@@ -300,6 +305,35 @@ def test_distillation_begins_from_a_packed_tower(packed_checkpoint):
     assert first.keys() == {f"backbone.{name}" for name in plain.state_dict()}
     weight = plain.blocks[0].attn.qkv.weight  # the same seed: eight bits of it
     assert (first["backbone.blocks.0.attn.qkv.weight"] - weight).abs().max() < 0.01 * weight.abs().max()
+
+
+def test_a_distillation_that_goes_on_keeps_its_log(tmp_path, monkeypatch, capsys):
+    use_cache(monkeypatch, tmp_path / "cache")
+    data = write_parquet(tmp_path / "rows.parquet", pairs(concept=list("aabbccdd"), licence=["MIT"] * 8))
+    recipe = {"output_dir": str(tmp_path / "out"), "train_file": str(data), "validation_file": str(data)}
+    recipe |= {"seed": 0, "picture_size": 32, "drop_path": 0.0, "weight_decay": 0.0, "batch_size": 2}
+    recipe |= {"learning_rate": 1e-4, "warmup_steps": 1, "save_steps": 1}
+    recipe["weights"] = {"dense": 1.0, "pooled": 1.0, "concept": 1.0, "words": 1.0}
+    features = torch.randn(8, 320, 2, 2).half(), torch.randn(8, 1280).half()
+    monkeypatch.setattr(distill_vision, "cached_teacher_features", lambda *_: features)
+    monkeypatch.setattr(sys, "argv", ["distill_vision.py", str(tmp_path / "recipe.yaml")])
+
+    def run(steps: int) -> list[int]:
+        recipe["phases"] = [{"steps": steps, "size": 32}]
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        distill_vision.main()
+        return [entry["step"] for entry in json.loads((tmp_path / "out/log.json").read_text())]
+
+    assert run(2) == [1, 2]
+    assert run(2) == [1, 2]  # nothing is left to do
+    assert run(3) == [1, 2, 3]
+    recipe["save_steps"] = 100
+    state = torch.load(tmp_path / "out/state.pt", weights_only=True)
+    torch.save(state | {"step": 98}, tmp_path / "out/state.pt")
+    capsys.readouterr()
+    assert run(100) == [1, 2, 3, 100]
+    dense = float(re.search(r"^step 100/100 .* dense ([\d.]+) ", capsys.readouterr().out, re.MULTILINE)[1])
+    assert 0.1 < dense < 10  # smooth L1 of standardised targets, a mean over the two steps since
 
 
 # --- save_teacher.py

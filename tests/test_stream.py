@@ -1,11 +1,9 @@
 """Streams: every row once an epoch, an order from the seed alone, shared among readers, taken up after any row."""
 
-import re
 from itertools import islice
 
 import pytest
 import torch
-from test_data import memory_rows
 from torch.utils.data import DataLoader
 from toy_data import CAPTIONS, pairs, png, toy_model, toy_processor, use_cache, write_parquet, write_tar
 
@@ -231,6 +229,15 @@ def test_picture_episodes(tmp_path):
     broken = [row | {"image": {"bytes": b"no", "path": None}} if i in (0, 5) else row for i, row in enumerate(rows)]
     collator.max_unreadable_share = 1.0
     left = collator(broken)
-    assert left["input_ids"].shape[0] == 4 and left["support_tokens"].shape[:2] == (1, 4)
-    with pytest.raises(RuntimeError, match=re.escape("3 readable rows of 3 do not fill an episode of 4.")):
-        collator(memory_rows(pairs(3)).to_list())
+    whole = [i for i in range(8) if i not in (0, 5)]
+    asks = (left["labels"] != -100).any(1)
+    assert left["support_tokens"].shape[:2] == (2, 4) and asks.tolist() == [True] * 6 + [False] * 2
+    assert torch.equal(left["support_tokens"].flatten(0, 1), batch["support_tokens"].flatten(0, 1)[whole + whole[:2]])
+    assert torch.equal(left["known"][6:], left["known"][:2])  # a row is in a memory or not
+    assert torch.equal(left["support_active"].flatten(), left["known"])
+    assert (left["attention_mask"] * (left["labels"] == -100)).sum(1).tolist() == [len(prompt)] * 8
+    for few, readable in ((rows[:3], 3), (broken[4:6], 1)):
+        asks = (collator(few)["labels"] != -100).any(1)
+        assert asks.tolist() == [True] * readable + [False] * (4 - readable)
+    with pytest.raises(RuntimeError, match="^none of the 1 rows of a batch can be read"):
+        collator(broken[:1])
