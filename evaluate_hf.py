@@ -2,7 +2,7 @@
 
     python evaluate_hf.py --data data/mini/validation.parquet
     python evaluate_hf.py --data A.parquet B/ --yardstick TRAIN.parquet --json scores.json --markdown scores.md
-    python evaluate_hf.py --data A.parquet --memory --html report.html --card README.md
+    python evaluate_hf.py --data A.parquet --memory --html report.html --card runs/nano_memory/README.md
 
 - captions: free greedy captions. They are normalised first: lower case, no punctuation, and for exact match and word F1, means over the
   pictures, no articles; CIDEr, BLEU-1 to 4, ROUGE-L and METEOR are pycocoevalcap's, articles kept as is usual, CIDEr on the set's own
