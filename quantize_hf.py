@@ -196,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{options.checkpoint} has no processor: --data and counts need one.")
     processor = None if bare else AutoProcessor.from_pretrained(options.checkpoint, **where)
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, dtype=torch.float32, **where).eval()
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{options.checkpoint} is quantized already.")
     rows = load_rows(options.data, limit=options.limit) if options.data else None
     results = {"before": quality(model, processor, rows, options.facts)} if rows is not None else {}
 

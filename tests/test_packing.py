@@ -492,6 +492,8 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert reopen(out).dtype == torch.bfloat16
     with pytest.raises(FileExistsError, match=f"^{re.escape(str(out))} exists: choose another folder.$"):
         quantize_hf.main([str(start), str(out), "--recipe", str(recipe)])
+    with pytest.raises(ValueError, match=f"^{re.escape(str(out))} is quantized already.$"):
+        quantize_hf.main([str(out), str(tmp_path / "twice"), "--recipe", str(recipe)])
 
     assert mine.read_text() == "mine" and not list(tmp_path.glob(".out-*"))
     assert (out / "model.safetensors").stat().st_mode & 0o777 == recipe.stat().st_mode & 0o777
