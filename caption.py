@@ -382,7 +382,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     with ExitStack() as stack:
         try:
-            check_outputs(paths, json=None if args.json == "-" else args.json, html=args.html, png=args.png)
+            named = [
+                path for path in paths if path in args.sources
+            ]  # what folders hold may be sheets of an earlier run
+            check_outputs(named, json=None if args.json == "-" else args.json, html=args.html, png=args.png)
             outputs = []
             if args.json and args.json != "-":
                 outputs.append(JsonLines(stack.enter_context(replacing(args.json, "w"))))

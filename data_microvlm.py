@@ -37,7 +37,9 @@ class UnreadableRowError(ValueError):
 
 def is_copyleft(licence: str) -> bool:
     """True for licences that weights which ship are not trained on (GPL family, Creative Commons share-alike), short or in words."""
-    families = r"GPL|GFDL|General Public Licen|Free Documentation Licen|\b(CC|BY|NC)[-_ ]SA\b|share[- ]?alike"
+    families = (
+        r"GPL|GFDL|General Public Licen|Free Documentation Licen|((CC|BY)[-_ ]?|NC[-_ ])SA(?![a-z])|share[-_ ]?alike"
+    )
     return bool(re.search(families, licence, re.IGNORECASE))
 
 

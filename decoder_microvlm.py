@@ -276,7 +276,7 @@ class PackedDecoder:
         return [(t.data_ptr(), None if t.is_inference() else t._version) for t in parts]
 
     def is_current(self) -> bool:
-        """Whether the model's weights are still those that this was made of."""
+        """Whether the model's weights are still those that this was made of; what was written through `.data` is not seen."""
         return self.weights() == self.made_of
 
     def tensors(self) -> list[torch.Tensor]:

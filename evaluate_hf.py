@@ -25,12 +25,14 @@ import html
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 import sys
 import time
 from collections import Counter
 from functools import cache
+from glob import glob
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -1020,8 +1022,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.data = list(dict.fromkeys(options.data))
     options.metrics += ["memory"] if options.memory and "memory" not in options.metrics else []
+    outputs = {name: getattr(options, name) for name in ("json", "markdown", "html", "card")}
+    sources = [*options.data, *filter(None, [options.yardstick])]
+    inputs = {file for source in sources for file in (source, *glob(source, recursive=True))}
+    folders = [os.path.realpath(source) + os.sep for source in sources if os.path.isdir(source)]
+    inputs |= {
+        p
+        for p in filter(None, outputs.values())
+        if os.path.exists(p) and os.path.realpath(p).startswith(tuple(folders))
+    }
     try:
-        check_outputs(options.data, json=options.json, markdown=options.markdown, html=options.html, card=options.card)
+        check_outputs(inputs, **outputs)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     needs = {"matplotlib": options.html, "pycocoevalcap": "captions" in options.metrics}

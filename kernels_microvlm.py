@@ -999,22 +999,6 @@ if hasattr(os, "register_at_fork"):
 _here = threading.local()
 
 
-@functools.cache
-def _openmp():
-    """`omp_set_num_threads` of this process, or None."""
-    _pool_functions()  # LLVM knows the process's symbols once it has compiled something
-    address = binding.address_of_symbol("omp_set_num_threads")
-    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address) if address else None
-
-
-def _set_threads(number: int) -> None:
-    """Give torch so many threads in this thread alone; where its OpenMP cannot be reached, in those started from now on too."""
-    if _openmp() is not None:
-        _openmp()(number)
-    if torch.get_num_threads() != number:
-        torch.set_num_threads(number)
-
-
 @contextlib.contextmanager
 def kernel_threads():
     """Leave this thread's share of the cores to the kernels: torch's own operations run on one thread meanwhile.
@@ -1026,11 +1010,11 @@ def kernel_threads():
         yield
         return
     _here.threads = threads
-    _set_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        _set_threads(threads)
+        torch.set_num_threads(threads)
         del _here.threads
 
 

@@ -520,8 +520,9 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             pooling_attentions = image.pooling_attentions
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, prefix)
             inputs_embeds = inputs_embeds.masked_scatter(mask, prefix)
-            whole = prefix.shape[1] == self.config.num_prefix_tokens  # not the rest of a prompt that is cached in part
-            if input_ids is not None and whole:
+            if (
+                input_ids is not None and image.last_hidden_state is not None
+            ):  # not the rest of a prompt that is cached in part
                 self.count_pictures(input_ids)
 
         if memory_readout is not None:
@@ -530,7 +531,9 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             )
         # padding does not count: memory tokens have no position, so how far the text stands from its beginning matters, now or in a later pass
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            T, past = inputs_embeds.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+            place = past + torch.arange(T, device=attention_mask.device)  # the mask may be as long as the cache can get
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, place]
         replayed = []  # layers that may read the memory again, in the replay of a checkpoint
         if self._is_checkpointing and isinstance(past_key_values, MemoryCache) and past_key_values.is_read_only:
             replayed = list(self.language_model.layers)
@@ -766,35 +769,39 @@ def check_no_gate(gate) -> None:
         )
 
 
-def without(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Scores (B, V) with -inf at the tokens; those outside the vocabulary are none of it."""
-    tokens = tokens.to(scores.device)
-    return scores.index_fill(-1, tokens[(tokens >= 0) & (tokens < scores.shape[-1])], -math.inf)
+class Indexed:
+    """Fills the scores of some tokens by their numbers; those outside the vocabulary are none of it."""
+
+    def without(self, scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V) with -inf at the tokens, which are looked through at the first call."""
+        if not hasattr(self, "inside"):
+            self.inside = tokens[(tokens >= 0) & (tokens < scores.shape[-1])].to(scores.device)
+        return scores.index_fill(-1, self.inside, -math.inf)
 
 
-class IndexedSuppressTokens(SuppressTokensLogitsProcessor):
+class IndexedSuppressTokens(Indexed, SuppressTokensLogitsProcessor):
     """As the parent, which looks every token of the vocabulary up in the list: milliseconds per token."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        return without(scores, self.suppress_tokens)
+        return self.without(scores, self.suppress_tokens)
 
 
-class IndexedMinNewTokens(MinNewTokensLengthLogitsProcessor):
+class IndexedMinNewTokens(Indexed, MinNewTokensLengthLogitsProcessor):
     """As the parent, which looks every token of the vocabulary up in the list of end tokens."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[-1] - self.prompt_length_to_skip >= self.min_new_tokens:
             return scores
-        return without(scores, self.eos_token_id)
+        return self.without(scores, self.eos_token_id)
 
 
-class IndexedMinLength(MinLengthLogitsProcessor):
+class IndexedMinLength(Indexed, MinLengthLogitsProcessor):
     """As the parent, likewise."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[-1] >= self.min_length:
             return scores
-        return without(scores, self.eos_token_id)
+        return self.without(scores, self.eos_token_id)
 
 
 INDEXED = {

@@ -113,7 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
         folder = os.path.dirname(os.path.abspath(options.file))
         if changes and not os.path.isdir(folder):
             raise OSError(f"cannot write {options.file}: there is no folder {folder}.")
-        with FileLock(f"{options.file}.lock") if changes else nullcontext():
+        if options.command == "forget" and not os.path.exists(options.file):
+            raise FileNotFoundError(f"memory file {options.file} does not exist.")
+        with FileLock(f"{os.path.realpath(options.file)}.lock") if changes else nullcontext():
             memory = model.new_memory()
             if options.command != "add" or os.path.exists(options.file):
                 memory = model.load_memory(options.file)

@@ -171,7 +171,7 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
         *parents, leaf = name.split(".", 1 if name.partition(".")[0] in DOTTED_KEYS else -1)
         section = recipe
         for parent in parents:
-            section = section.setdefault(parent, {})
+            section[parent] = section = section.get(parent) or {}
         section[leaf] = yaml.load(value, RecipeLoader)
     check_keys(path, recipe, RECIPE_KEYS)
     for key in ("model", "trainable", "data", "training"):
@@ -181,7 +181,9 @@ def load_recipe(path: str, overrides: list[str] = ()) -> dict[str, Any]:
         value = recipe.get(key)
         if isinstance(value, str):
             recipe[key] = [value]
-        elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        elif (value is not None or key == "trainable") and not (
+            isinstance(value, list) and all(isinstance(item, str) for item in value)
+        ):
             raise ValueError(f"{key} takes a list of texts, got {value!r}.")
     for key, value in recipe["training"].items():
         if key.endswith("_strategy") and value is False:  # YAML reads `no` as false
@@ -506,7 +508,7 @@ class MicroVLMTrainer(Trainer):
             if index == 0:  # not when the batches are fetched: a resumed run has its random numbers only after that
                 self.step_pairs = self._embed_step(self.micro_batches)
             pairs, state = self.step_pairs[index]
-            inputs = inputs | {"step_pairs": pairs, "random_state": state}
+            inputs, self.drawn = inputs | {"step_pairs": pairs}, state
         return super().training_step(model, inputs, num_items_in_batch)
 
     @torch.no_grad()
@@ -539,7 +541,7 @@ class MicroVLMTrainer(Trainer):
 
     def _model_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments of `forward` for a batch, and those of `memory_losses` for its episodes, if any."""
-        inputs = {k: v for k, v in inputs.items() if k not in ("row_names", "cursor", "step_pairs", "random_state")}
+        inputs = {k: v for k, v in inputs.items() if k not in ("row_names", "cursor", "step_pairs")}
         episode = {k: inputs.pop(k) for k in EPISODE_INPUTS if k in inputs}
         inner = self.accelerator.unwrap_model(self.model_wrapped)
         if (
@@ -579,7 +581,7 @@ class MicroVLMTrainer(Trainer):
         return self.accelerator.unwrap_model(model).contrastive_loss(pairs[:, 0], pairs[:, 1])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        names, step_pairs, drawn = inputs.get("row_names", []), inputs.get("step_pairs"), inputs.get("random_state")
+        names, step_pairs = inputs.get("row_names", []), inputs.get("step_pairs")
         inputs, episode = self._model_inputs(inputs)
         align, match = (self.loss_weights.get(name, 0.0) for name in ("align", "match"))
         kwargs = {"return_alignment": True} if align or match else {}
@@ -597,7 +599,7 @@ class MicroVLMTrainer(Trainer):
         # else the memory's own losses alone; several ranks meet in the wrapped forward, so there it always runs
         weights = (align, match, self.loss_weights.get("lm", 1.0), self.loss_weights.get("distill"))
         speaks = not model.training or any(weights) or model is not self.model
-        with drawn_again(drawn, self.args.device):
+        with drawn_again(None if step_pairs is None else self.drawn, self.args.device):
             outputs = model(**inputs, **kwargs) if speaks else None
         # With num_items_in_batch the LM term is this micro-batch's share of a mean over all tokens of the step, on all
         # ranks. Shares add up over micro-batches, but gradients are averaged over ranks: hence the factor. A term that

@@ -156,6 +156,15 @@ def test_outputs_that_cannot_be_written_are_refused_before_loading(pictures, cap
     assert names(pictures.iterdir()) == before
 
 
+def test_a_sheet_in_its_own_folder_is_made_again(checkpoint, pictures, capsys, monkeypatch):
+    monkeypatch.chdir(pictures)
+    for _ in range(2):
+        code, *_ = call(capsys, ".", "--png", "sheet.png", "--model", checkpoint, "--max-new-tokens", "1")
+        assert code == 1  # one of the pictures is broken
+    with Image.open("sheet.png") as sheet:
+        assert sheet.format == "PNG" and sheet.width > 300
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "toaster"])
 def test_a_device_that_is_not_there_is_said_in_a_line(pictures, capsys, device):
     with pytest.raises(SystemExit) as error:

@@ -468,6 +468,16 @@ def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, wo
     assert message in capsys.readouterr().err and file.read_bytes() == before
 
 
+def test_a_file_by_two_names_has_one_lock(shop, tmp_path, capsys):
+    file, link = tmp_path / "facts.safetensors", tmp_path / "link.safetensors"
+    assert shop(file, "forget", "0") == 1 and not list(tmp_path.glob("*.lock"))
+    assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
+    link.symlink_to(file)
+    assert shop(link, "add", tmp_path / "1.png", "a blue circle") == 0
+    assert [path.name for path in tmp_path.glob("*.lock")] == ["facts.safetensors.lock"]
+    assert shop(file, "list") == 0 and "memory: 2 items" in capsys.readouterr().out
+
+
 def test_two_who_teach_at_once_both_teach(shop, tmp_path, monkeypatch):
     """The second loads what the first has saved, however long the first takes in between."""
     file, add = tmp_path / "facts.safetensors", teach.add

@@ -663,6 +663,19 @@ def test_an_unreadable_row_ends_the_command(monkeypatch, tmp_path, capsys):
     assert "row toy-5: picture cannot be read" in capsys.readouterr().err and not (tmp_path / "s.json").exists()
 
 
+def test_no_input_is_written_over(tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    data = write_parquet(tmp_path / "rows" / "v.parquet", pairs())
+    for arguments in (
+        ["--yardstick", str(data), "--data", "x.parquet"],
+        ["--data", str(tmp_path / "rows" / "*.parquet")],
+        ["--data", str(tmp_path / "rows")],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate_hf.main([*arguments, "--json", str(data)])
+        assert f"--json would be written over the input {data}." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("caption", [None, " "])
 def test_memory_names_a_row_without_caption(monkeypatch, tmp_path, capsys, caption):
     use_cache(monkeypatch, tmp_path / "cache")

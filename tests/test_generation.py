@@ -403,6 +403,42 @@ def test_stop_strings(options):
     assert whole == "A chipmunk." and stopped.endswith(("mu", "mun", "munk")) and whole.startswith(stopped)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_mask_as_long_as_the_cache_can_get(static, behind):
+    """What it says of places that are not there yet counts for nothing."""
+    model, inputs = outspoken_model("qwen2"), tiny_inputs(1)
+    T, token = inputs["input_ids"].shape[1], torch.tensor([[9]])
+    said = []
+    for longer in (0, 7):
+        config = model.config.text_config
+        cache = StaticCache(config=config, max_cache_len=T + 8) if static else DynamicCache(config=config)
+        masks = [
+            torch.cat([torch.ones(1, n), torch.full((1, T + longer + 1 - n), behind)], 1).long() for n in (T, T + 1)
+        ]
+        masks = [mask[:, : n + longer] for mask, n in zip(masks, (T, T + 1))]
+        model(**inputs | {"attention_mask": masks[0]}, past_key_values=cache)
+        said.append(model(input_ids=token, attention_mask=masks[1], past_key_values=cache).logits)
+    torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_of_any_size_give_the_same_words():
+    """A chunk may hold as many placeholders as a picture has, of several."""
+    model = outspoken_model("qwen2")
+    picture, g = [IMAGE_ID] * 5, torch.Generator().manual_seed(4)
+    rows = [[9, *picture, 17, *picture, 23], [1, 1, 1, 1, 1, 11, *picture, 12, 13]]
+    inputs = {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": (torch.tensor(rows) != 1).long(),
+        "pixel_values": torch.randn(3, 3, 32, 32, generator=g),
+    }
+    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 1}
+    whole = model.generate(**inputs, **options)
+    for size in range(2, 13):
+        assert model.generate(**inputs, **options, prefill_chunk_size=size).equal(whole), size
+
+
 def test_indexed_processors_are_the_librarys():
     model, scores, ids = tiny_model(), torch.randn(2, 128), torch.zeros(2, 9, dtype=torch.long)
     config = GenerationConfig(suppress_tokens=[4, 17, 128, -1], min_new_tokens=3, min_length=9, eos_token_id=[0, 5])
@@ -412,5 +448,5 @@ def test_indexed_processors_are_the_librarys():
         assert [type(p).__name__ for p in ours] == ["IndexedMinLength", "IndexedMinNewTokens", "IndexedSuppressTokens"]
         for processor in ours:
             assert torch.equal(
-                processor(ids, scores.clone()), type(processor).__mro__[1].__call__(processor, ids, scores)
+                processor(ids, scores.clone()), type(processor).__bases__[1].__call__(processor, ids, scores)
             )

@@ -552,23 +552,3 @@ def test_kernel_threads_are_torchs_meanwhile():
         assert torch.get_num_threads() == 3 and kernels._helpers(False)[1] == 2
     finally:
         torch.set_num_threads(before)
-
-
-@needs_native
-@pytest.mark.parametrize("openmp", [True, False])
-def test_threads_started_meanwhile_have_all_cores(monkeypatch, openmp):
-    """Torch's own setter is also for threads to come: what has no OpenMP to ask has to do with it."""
-    if openmp and kernels._openmp() is None:
-        pytest.skip("torch's OpenMP cannot be reached")
-    monkeypatch.setattr(kernels, "_openmp", kernels._openmp if openmp else lambda: None)
-    before, seen = torch.get_num_threads(), []
-    torch.set_num_threads(3)
-    try:
-        with kernels.kernel_threads():
-            other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-            other.start()
-            other.join()
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 3 and seen == [3 if openmp else 1]
-    finally:
-        torch.set_num_threads(before)

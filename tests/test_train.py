@@ -246,6 +246,7 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         ({"distillation": {"student": "t"}}, "unknown key in distillation: student. Known: teacher, temperature."),
         ({"data": {"validation": "v"}}, "{path} has no data.train: the training data."),
         ({"trainable": 3}, "trainable takes a list of texts, got 3."),
+        ({"trainable": None}, "trainable takes a list of texts, got None."),
         ({"compile": ["a", 1]}, "compile takes a list of texts, got ['a', 1]."),
         (
             {"loss_weights": {"lm": 1, "scope": 0.2, "key": 0.0, "memory_kl": 0.1}},
