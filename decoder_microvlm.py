@@ -6,6 +6,7 @@ added. Hidden states are float32.
 """
 
 import threading
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,11 @@ from .quantization_microvlm import PackedLinear, panels_of
 MODEL_TYPES = ("qwen2", "llama", "bitnet")
 # of tokens and what they see in a pass with the compiled attention: beyond, torch's products of matrices are no slower
 MOST_PAIRS = 2**18
+
+
+def versions(tensors: Iterable[torch.Tensor]) -> list[tuple]:
+    """Where tensors lie and how often they were written to: equal lists, equal values, but for what was written through `.data`."""
+    return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
 
 class Product:
@@ -271,9 +277,10 @@ class PackedDecoder:
         )
 
     def weights(self) -> list[tuple]:
-        """Where the weights lie, and how often they were written to."""
-        parts = [t for part in (self.model.layers, self.model.norm) for t in (*part.parameters(), *part.buffers())]
-        return [(t.data_ptr(), None if t.is_inference() else t._version) for t in parts]
+        """The `versions` of the weights."""
+        return versions(
+            t for part in (self.model.layers, self.model.norm) for t in (*part.parameters(), *part.buffers())
+        )
 
     def is_current(self) -> bool:
         """Whether the model's weights are still those that this was made of; what was written through `.data` is not seen."""

@@ -461,11 +461,7 @@ class MemoryState:
         state = replace(self, mean=mean, covariance=covariance, log_det=log_det, labels=labels, **receipts)
         active = state.active
         if self.noise < DOWNDATE_NOISE:
-            R, K, Z = mean.shape
-            anew = MemoryState.new(
-                R, K, Z, self.noise, self.max_items, self.token_ids.shape[2], dtype=mean.dtype, device=self.device
-            )
-            anew = anew.write(state.addresses, state.contents, active=active, method="direct")
+            anew = state._from_receipts()
             state = replace(state, **{name: getattr(anew, name) for name in ("mean", "covariance", "log_det")})
         if not active[row].any():  # nothing left: the prior itself, without a trace of rounding
             state = replace(state, mean=mean.clone(), covariance=covariance.clone(), log_det=state.log_det.clone())
@@ -551,6 +547,12 @@ class MemoryState:
 
     def _map(self, function) -> "MemoryState":
         return replace(self, **{name: function(getattr(self, name)) for name in self.TENSORS})
+
+    def _from_receipts(self) -> "MemoryState":
+        """A state whose posterior is that of this one's receipts, whatever its own is."""
+        shape, dtype = (*self.mean.shape, self.noise, self.max_items, self.token_ids.shape[2]), self.mean.dtype
+        empty = MemoryState.new(*shape, dtype=dtype, device=self.device)
+        return empty.write(self.addresses, self.contents, active=self.active, method="direct")
 
     def _compact(self) -> "MemoryState":
         """Every row's items in its first places, and no more places than the fullest row needs."""
@@ -747,9 +749,7 @@ class MemoryState:
         length = (state.addresses.norm(dim=-1) - 1).abs().masked_fill(~state.active, 0)
         if length.numel() and length.max() > 1e-4:
             raise refuse("an address is not of unit length")
-        honest = cls.new(R, K, Z, noise, expected.max_items, expected.token_ids.shape[2]).write(
-            state.addresses, state.contents, active=state.active, method="direct"
-        )
+        honest = state._from_receipts()
         for name in ("mean", "covariance", "log_det"):
             want, got = getattr(honest, name), getattr(state, name)
             if (want - got).abs().max() > 1e-6 * max(1.0, float(want.abs().max())):

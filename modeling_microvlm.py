@@ -38,7 +38,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_microvlm import CACHE_NAME, MemoryCache, memory_mask, one_cache
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, refusing
-from .decoder_microvlm import PackedDecoder
+from .decoder_microvlm import PackedDecoder, versions
 from .kernels_microvlm import kernel_threads
 from .memory_microvlm import (
     EpisodicMemory,
@@ -1004,7 +1004,7 @@ class MicroVLMForConditionalGeneration(MicroVLMPreTrainedModel, GenerationMixin)
         vocabulary = self.get_input_embeddings().state_dict(keep_vars=True)
         tensors |= {f"embeddings.{name}".removesuffix(".weight"): tensor for name, tensor in vocabulary.items()}
         fields = tuple((name, getattr(self.config.memory_config, name)) for name in FINGERPRINT_FIELDS)
-        key = fields, tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors.values())
+        key = fields, versions(tensors.values())
         if getattr(self, "_fingerprint", (None,))[0] != key:
             digest = hashlib.sha256(repr(fields).encode())
             for name in sorted(tensors):

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from caption import load
+from caption import check_outputs, load
 from processing_microvlm import open_picture
 
 ROOT = Path(__file__).resolve().parent
@@ -110,9 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
             demo(model, processor)
             return 0
         changes = options.command in ("add", "forget")
-        folder = os.path.dirname(os.path.abspath(options.file))
-        if changes and not os.path.isdir(folder):
-            raise OSError(f"cannot write {options.file}: there is no folder {folder}.")
+        if changes:
+            check_outputs((), file=options.file)
         if options.command == "forget" and not os.path.exists(options.file):
             raise FileNotFoundError(f"memory file {options.file} does not exist.")
         with FileLock(f"{os.path.realpath(options.file)}.lock") if changes else nullcontext():
