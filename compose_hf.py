@@ -22,15 +22,12 @@ A part is a Hub id (pin it with --vision-revision, --text-revision) or a local f
 
 import argparse
 import copy
-import importlib
 import json
 import math
 import os
 import re
 import shutil
-import sys
 import tempfile
-import types
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +56,9 @@ from transformers.image_utils import PILImageResampling
 from transformers.integrations.bitnet import AutoBitLinear, BitLinear, unpack_weights
 from transformers.utils import logging
 
-ROOT = Path(__file__).resolve().parent
-# The model files import one another relatively, as Hub remote code must: give them a package to be in.
-package = sys.modules.setdefault("microvlm", types.ModuleType("microvlm"))
-package.__path__ = [str(ROOT)]
-configuration, modeling, processing, quantization = (
-    importlib.import_module(f"microvlm.{name}_microvlm")
-    for name in ("configuration", "modeling", "processing", "quantization")
-)
+from microvlm.model import configuration, modeling, processing, quantization
 
+ROOT = Path(__file__).resolve().parent
 IMAGE_TOKEN = "<image>"
 REQUEST = "Describe the picture."
 VISION_PREFIX, TEXT_PREFIX = "model.vision_tower.timm_model.", "model.language_model."

@@ -724,8 +724,7 @@ def card_results(results: dict[str, dict]) -> list[EvalResult]:
     Raises:
         ValueError: two data sets of one name.
     """
-    from hub_microvlm import hub_id
-    from hub_microvlm import shown as public
+    from hub_microvlm import hub_id, shown as public
 
     names = {path: hub_id(path) or public(path) for path in results}
     for name, number in Counter(names.values()).items():

@@ -30,8 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .triton_microvlm import available as triton_available
-from .triton_microvlm import low_bit_linear_quantized as low_bit_linear_triton
+from .triton_microvlm import available as triton_available, low_bit_linear_quantized as low_bit_linear_triton
 
 try:
     from llvmlite import binding, ir

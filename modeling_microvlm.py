@@ -21,8 +21,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel, TimmWrapperModel
-from transformers import initialization as init
+from transformers import (
+    AutoModel,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+    TimmWrapperModel,
+    initialization as init,
+)
 from transformers.activations import ACT2FN
 from transformers.generation.logits_process import (
     MinLengthLogitsProcessor,

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from compose_hf import configuration, modeling  # noqa: E402  gives the model files the package `microvlm`
+from microvlm.model import configuration, modeling  # noqa: E402
 
 MicroVLMConfig = configuration.MicroVLMConfig
 MicroVLMForConditionalGeneration = modeling.MicroVLMForConditionalGeneration

@@ -6,12 +6,13 @@ import random
 import pytest
 import torch
 from conftest import outspoken_model, tiny_inputs
-from microvlm import decoder_microvlm as decoder
 from microvlm.cache_microvlm import CACHE_NAME, GrowingLayer, MemoryCache
 from microvlm.decoder_microvlm import TokenStep
 from test_packing import packed
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from microvlm import decoder_microvlm as decoder
 
 
 def states(g, rows, count):

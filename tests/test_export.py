@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_ID, ROOT, text_section, tiny_model
-from microvlm import quantization_microvlm as quantization
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from microvlm.processing_microvlm import MicroVLMImageProcessor, MicroVLMProcessor
 from microvlm.quantization_microvlm import TernaryLinear, fake_ternary
@@ -19,6 +18,7 @@ from toy_data import CAPTIONS, SPECIAL_TOKENS, toy_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import export_hf
+from microvlm import quantization_microvlm as quantization
 from quantize_hf import pack
 
 sys.path.insert(0, str(ROOT / "examples"))

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_config, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
-from microvlm import quantization_microvlm as quantization
 from microvlm.configuration_microvlm import LARGEST_SIZE
 from microvlm.memory_microvlm import MemoryState
 from microvlm.processing_microvlm import open_picture, scale_to_8_bit, to_rgb
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy_data import toy_processor
+
+from microvlm import quantization_microvlm as quantization
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import robustness  # noqa: E402

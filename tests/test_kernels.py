@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT  # noqa: F401  gives the model files the package `microvlm`
-from microvlm import kernels_microvlm as kernels
 from microvlm.quantization_microvlm import FORMATS, PackedWeight, Scheme, fake_quantize_activation, panels_of
+
+from microvlm import kernels_microvlm as kernels
 
 RANGES = {2: (-1, 1), 4: (-8, 7), 8: (-128, 127)}
 RUNNABLE = [name for name in kernels.TARGETS if kernels.runs_here(name)]

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import IMAGE_ID, tiny_inputs, tiny_model
-from microvlm import memory_microvlm
 from microvlm.configuration_microvlm import MicroVLMMemoryConfig
 from microvlm.memory_microvlm import (
     MemoryQuery,
@@ -29,6 +28,8 @@ from microvlm.memory_microvlm import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
+
+from microvlm import memory_microvlm
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, outspoken_model, tiny_inputs, tiny_model
-from microvlm import quantization_microvlm as quantization
 from microvlm.decoder_microvlm import PackedDecoder
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 import quantize_hf
 import train_hf
+from microvlm import quantization_microvlm as quantization
 from quantize_hf import load_recipe, pack
 
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_ID, VOCAB, tiny_config, tiny_model
-from microvlm import processing_microvlm
 from microvlm.processing_microvlm import (
     DEFAULT_MAX_PIXELS,
     MicroVLMImageProcessor,
@@ -28,6 +27,8 @@ from microvlm.processing_microvlm import (
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from microvlm import processing_microvlm
 
 P = 5  # placeholders per picture, as in conftest.tiny_config
 SPECIAL = ["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"]

@@ -10,8 +10,7 @@ import torch
 from conftest import CHAT_TEMPLATE, IMAGE_ID, VOCAB, tiny_model
 from datasets import Dataset, Features, Image, Value
 from microvlm.processing_microvlm import MicroVLMImageProcessor, MicroVLMProcessor
-from PIL import Image as PILImage
-from PIL import ImageDraw
+from PIL import Image as PILImage, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
