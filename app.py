@@ -28,7 +28,7 @@ from transformers import TextIteratorStreamer  # noqa: E402
 
 import teach  # noqa: E402
 from caption import load, thumbnail  # noqa: E402
-from processing_microvlm import open_picture  # noqa: E402
+from processing_microvlm import open_image  # noqa: E402
 from visualize_hf import Recall, overlay, recall, stored_sentences, word_attention  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -140,7 +140,7 @@ class Page:
             return
         try:
             with shown(picture) as path, torch.no_grad():
-                picture = open_picture(path)
+                picture = open_image(path)
                 pixel_values = self.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
                 pixel_values = pixel_values.to(self.model.device, self.model.dtype)
                 image = self.model.get_image_features(pixel_values, return_dict=True)

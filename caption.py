@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from processing_microvlm import DEFAULT_MAX_PIXELS, open_picture
+from processing_microvlm import DEFAULT_MAX_PIXELS, open_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2", ".ico"}
 URL_SCHEMES = ("http://", "https://", "file://")
@@ -128,7 +128,7 @@ def _caption_pictures(model, processor, paths, text, batch_size, generate_kwargs
     batch, pictures = [], []
     for path in paths:
         try:
-            pictures.append(open_picture(path, max_pixels))
+            pictures.append(open_image(path, max_pixels))
             batch.append(Caption(path, picture=pictures[-1]))
         except (OSError, ValueError) as error:
             batch.append(Caption(path, error=str(error)))

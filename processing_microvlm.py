@@ -40,7 +40,7 @@ AUTO_MAP = {
 }
 
 
-def open_picture(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def open_image(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Picture as upright RGB, its size checked before its pixels are decoded. See `fetch_picture` and `to_rgb`."""
     return to_rgb(fetch_picture(source, max_pixels), max_pixels)
 

@@ -24,7 +24,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from caption import check_outputs, load
-from processing_microvlm import open_picture
+from processing_microvlm import open_image
 
 ROOT = Path(__file__).resolve().parent
 COMMANDS = {  # how many words, and what they are
@@ -40,7 +40,7 @@ QUESTION = "Who is the robot?"
 def add(model, processor, memory, picture: str, sentence: str):
     """`memory` with the sentence under the picture's address."""
     text = processor.image_token + sentence
-    inputs = processor(images=[open_picture(picture)], text=[text], return_tensors="pt")
+    inputs = processor(images=[open_image(picture)], text=[text], return_tensors="pt")
     return model.write_memory(memory, **inputs.to(model.device, model.dtype), labels=[sentence])
 
 
@@ -56,7 +56,7 @@ def ask(model, processor, memory, what: list[str]) -> list[tuple[str, float | No
             how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
             prompt = processor.apply_chat_template(asked, **how)["input_ids"].to(model.device)
         else:
-            pixel_values = processor.image_processor([open_picture(words)], return_tensors="pt")["pixel_values"]
+            pixel_values = processor.image_processor([open_image(words)], return_tensors="pt")["pixel_values"]
             # encoded once, for scope and caption
             image = model.get_image_features(pixel_values.to(model.device, model.dtype), return_dict=True)
         if memory is not None:

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 
 from caption import find_pictures, load, replacing, thumbnail
-from processing_microvlm import DEFAULT_MAX_PIXELS, open_picture, to_rgb
+from processing_microvlm import DEFAULT_MAX_PIXELS, open_image, to_rgb
 
 ROOT = Path(__file__).resolve().parent
 # from cold to hot, evenly spaced
@@ -491,7 +491,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = set()
         for path in paths or [None]:
             try:
-                picture = None if path is None else to_rgb(open_picture(path))
+                picture = None if path is None else to_rgb(open_image(path))
             except (OSError, ValueError) as error:
                 say(str(error))
                 failed += 1

@@ -5,7 +5,7 @@
     python benchmarks/robustness.py --only memory,soak          only these kinds
     python benchmarks/robustness.py --only configs --replay 17  one case again, with its traceback
 
-Kinds: `pictures`, mutated files through `open_picture` and the processor to `pixel_values`; `processor`, odd combinations of pictures and
+Kinds: `pictures`, mutated files through `open_image` and the processor to `pixel_values`; `processor`, odd combinations of pictures and
 texts; `configs`, mutated config.json, built on the meta device; `packed`, mutated packed checkpoints, opened and run; `memory`, mutated
 memory files, opened and used; `soak`, captions with memory writes and forgets mixed in. `--cases` is the number of pictures and of
 processor inputs; the other kinds take a fifth of it.
@@ -59,7 +59,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from compose_hf import configuration, modeling  # noqa: E402
-from processing_microvlm import open_picture  # noqa: E402
+from processing_microvlm import open_image  # noqa: E402
 from quantize_hf import load_recipe, pack, quantization_of  # noqa: E402
 
 MemoryState = modeling.MemoryState
@@ -291,7 +291,7 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
 
 
 class Pictures:
-    """Mutated picture files, through `open_picture` and the processor to `pixel_values`."""
+    """Mutated picture files, through `open_image` and the processor to `pixel_values`."""
 
     share = 1.0
     types = (OSError, ValueError)
@@ -320,7 +320,7 @@ class Pictures:
         limit = self.processor.image_processor.max_pixels
         picture = str(path)
         if rng.random() < 0.5:
-            picture = open_picture(path, limit)
+            picture = open_image(path, limit)
             assert picture.width * picture.height <= limit, f"a picture of {picture.size}"
         inputs = self.processor(images=picture, text=PROMPT, return_tensors="pt")
         check_pixels(inputs["pixel_values"], 1)
@@ -951,15 +951,15 @@ def soak(captions: int, seed: int = 0, checkpoint: Path | None = None, every: in
         return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def write(memory, path, sentence: str):
-        inputs = processor(images=open_picture(path), text=f"<image>{sentence}", return_tensors="pt")
+        inputs = processor(images=open_image(path), text=f"<image>{sentence}", return_tensors="pt")
         return model.write_memory(memory, **inputs.to(model.device, model.dtype))
 
-    before = caption([open_picture(path) for path in paths])
+    before = caption([open_image(path) for path in paths])
     memory, done, writes, forgets, questions, samples = model.new_memory(), 0, 0, 0, 0, []
     started = time.perf_counter()
     while done < captions:
         size = min(rng.randint(1, 4), captions - done)
-        caption([open_picture(rng.choice(paths)) for _ in range(size)], memory if rng.random() < 0.7 else None)
+        caption([open_image(rng.choice(paths)) for _ in range(size)], memory if rng.random() < 0.7 else None)
         for number in range(done + 1, done + size + 1):
             if number % 10 == 0:
                 memory, writes = write(memory, rng.choice(paths), f"This is number {number} the thing."), writes + 1
@@ -998,7 +998,7 @@ def soak(captions: int, seed: int = 0, checkpoint: Path | None = None, every: in
         "start_mb": samples[0][1],
         "end_mb": samples[-1][1],
         "slope_mb_per_1000": slope,
-        "same_captions": caption([open_picture(path) for path in paths]) == before,
+        "same_captions": caption([open_image(path) for path in paths]) == before,
         "one_left": one_left,
         "none_left": distance(memory, fresh),
         "samples": samples,

@@ -274,8 +274,8 @@ def test_captions_are_what_the_model_says(loaded, pictures):
 
 
 def test_only_one_batch_is_opened_at_a_time(loaded, pictures, monkeypatch):
-    opened, real = [], caption.open_picture
-    monkeypatch.setattr(caption, "open_picture", lambda *a: opened.append(a) or real(*a))
+    opened, real = [], caption.open_image
+    monkeypatch.setattr(caption, "open_image", lambda *a: opened.append(a) or real(*a))
     paths = [str(pictures / f"p{i % 2 + 1}.png") for i in range(1000)]
     results = caption.caption_pictures(*loaded, paths, batch_size=4, max_new_tokens=1)
     assert len(list(islice(results, 5))) == 5 and len(opened) == 8

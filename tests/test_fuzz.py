@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 from microvlm.configuration_microvlm import LARGEST_SIZE
 from microvlm.memory_microvlm import MemoryState
-from microvlm.processing_microvlm import open_picture, scale_to_8_bit, to_rgb
+from microvlm.processing_microvlm import open_image, scale_to_8_bit, to_rgb
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy_data import toy_processor
@@ -262,13 +262,13 @@ def test_the_picture_inside_an_icon_is_measured_before_it_is_decoded(tmp_path, k
     with pytest.raises(
         ValueError, match="bomb.ico holds a picture of 8100 x 8100 pixels, the limit is 64000000 in all.$"
     ):
-        open_picture(path)
+        open_image(path)
     assert robustness.memory_now("VmHWM") - before < 20  # decoded it takes 66 MB
 
 
 def test_an_icon_within_the_limit_is_opened(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.ico")
-    assert open_picture(tmp_path / "a.ico").getpixel((5, 5)) == (255, 0, 0)
+    assert open_image(tmp_path / "a.ico").getpixel((5, 5)) == (255, 0, 0)
 
 
 def test_sixteen_bits_take_no_float_copy_of_the_picture():
@@ -314,7 +314,7 @@ def test_a_picture_whose_orientation_cannot_be_read_is_shown_as_it_is_stored(pro
     picture = with_broken_exif(tmp_path)
     with pytest.raises(SyntaxError, match="not a TIFF file"):
         picture.getexif()
-    for image in (with_broken_exif(tmp_path), open_picture(tmp_path / "a.png"), str(tmp_path / "a.png")):
+    for image in (with_broken_exif(tmp_path), open_image(tmp_path / "a.png"), str(tmp_path / "a.png")):
         pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]  # (3, 32, 32)
         assert pixels[:, 16, 4].tolist() == [1, -1, -1] and pixels[:, 16, 28].tolist() == [1, 1, 1]
 
@@ -325,7 +325,7 @@ def test_an_opened_picture_is_turned_once(tmp_path):
     picture = Image.new("RGB", (16, 8), "white")
     picture.paste("red", (0, 0, 8, 8))
     picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    once = open_picture(tmp_path / "a.jpg")
+    once = open_image(tmp_path / "a.jpg")
     assert np.array_equal(np.asarray(to_rgb(once)), np.asarray(once)) and once.getpixel((13, 4))[1] < 50
 
 

@@ -20,7 +20,7 @@ from microvlm.processing_microvlm import (
     MicroVLMImageProcessor,
     MicroVLMProcessor,
     fetch_picture,
-    open_picture,
+    open_image,
     scale_to_8_bit,
     to_rgb,
 )
@@ -398,8 +398,8 @@ def test_palette_with_and_without_transparency(tmp_path):
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "opaque.png")
     image.save(tmp_path / "transparent.png", transparency=1)
-    assert np.asarray(open_picture(tmp_path / "opaque.png")).tolist() == [[[255, 0, 0], [0, 0, 255]]]
-    assert np.asarray(open_picture(tmp_path / "transparent.png")).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    assert np.asarray(open_image(tmp_path / "opaque.png")).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+    assert np.asarray(open_image(tmp_path / "transparent.png")).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
 def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
@@ -408,7 +408,7 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
     Image.fromarray(values).save(tmp_path / "a.tif")
     for name in ("a.png", "a.tif"):
         assert fetch_picture(tmp_path / name).mode == "I;16"
-        assert np.asarray(open_picture(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
+        assert np.asarray(open_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
     assert upright(Image.fromarray(values.astype(np.int32)))[0, :, 1].tolist() == [0, 1, 128, 255]
     array = np.ascontiguousarray(np.broadcast_to(values[:, :, None], (1, 4, 3)))
     image_processor = MicroVLMImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
@@ -422,7 +422,7 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
 @pytest.mark.parametrize("top", [1.0, 255.0, 65535.0, 1e9])
 def test_float_pictures(top, tmp_path):
     Image.fromarray(np.array([[0, top / 2, top]], dtype=np.float32)).save(tmp_path / "a.tif")
-    assert np.asarray(open_picture(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 128, 255]
+    assert np.asarray(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_float_picture_with_nan():
@@ -437,7 +437,7 @@ def test_animations_give_the_first_frame(suffix, tmp_path):
     frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
     assert Image.open(tmp_path / f"a.{suffix}").n_frames == 3
-    assert np.abs(np.asarray(open_picture(tmp_path / f"a.{suffix}")).astype(int) - [255, 0, 0]).max() <= 1
+    assert np.abs(np.asarray(open_image(tmp_path / f"a.{suffix}")).astype(int) - [255, 0, 0]).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -459,7 +459,7 @@ def test_exif_rotation_is_undone(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    result = open_picture(tmp_path / "a.png")
+    result = open_image(tmp_path / "a.png")
     assert result.size == (16, 8) and result.getpixel((2, 4)) == (255, 0, 0) and result.getpixel((13, 4)) == (255,) * 3
 
 
@@ -503,7 +503,7 @@ def test_too_many_pixels_are_refused_before_decoding(kind, processor, tmp_path, 
     assert str(error.value) == message.format(name)
     if kind == "path":
         with pytest.raises(ValueError, match="the limit is 64000000"):
-            open_picture(path)
+            open_image(path)
 
 
 def test_decompression_bomb_is_refused_before_decoding(processor, tmp_path, never_decodes):
@@ -515,7 +515,7 @@ def test_decompression_bomb_is_refused_before_decoding(processor, tmp_path, neve
     with warnings.catch_warnings(), pytest.raises(ValueError, match="own limit"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         (tmp_path / "a.png").write_bytes(with_header(10000, 10000))
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
 def test_the_limit_can_be_set_and_given(processor, tmp_path):
@@ -565,7 +565,7 @@ def broken(kind: str) -> bytes:
 def test_broken_files(processor, kind, message, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(broken(kind))
-    for call in (open_picture, lambda p: processor(images=p), lambda p: processor(images=[[p]], text="<image>")):
+    for call in (open_image, lambda p: processor(images=p), lambda p: processor(images=[[p]], text="<image>")):
         with pytest.raises(ValueError) as error:
             call(path)
         assert str(error.value).startswith(message.format(path)), str(error.value)
@@ -605,7 +605,7 @@ def test_whatever_pillow_raises_becomes_a_value_error(raised, place, tmp_path, m
 
     monkeypatch.setattr(place, fall)
     with pytest.raises(ValueError, match="a.png cannot be (opened|decoded): ") as error:
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
     assert error.value.__cause__ is raised
 
 
@@ -618,7 +618,7 @@ def test_running_out_of_memory_is_not_the_pictures_fault(place, tmp_path, monkey
 
     monkeypatch.setattr(place, fall)
     with pytest.raises(MemoryError):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
 def test_random_damage_never_escapes():
@@ -637,7 +637,7 @@ def test_random_damage_never_escapes():
             data[rng.integers(0, min(len(data), 200), rng.integers(1, 8))] = rng.integers(0, 256)
             data = data[: rng.integers(1, len(data))] if trial % 3 == 0 else data
             try:
-                open_picture("data:image/png;base64," + base64.b64encode(data.tobytes()).decode())
+                open_image("data:image/png;base64," + base64.b64encode(data.tobytes()).decode())
             except ValueError:
                 refused += 1
     assert 50 < refused < 400
@@ -654,7 +654,7 @@ def test_no_file_stays_open(processor, tmp_path):
         for name in ("good.png", "half.png", "text.png", "missing.png"):
             for source in (tmp_path / name, (tmp_path / name).as_uri()):
                 try:
-                    kept += [fetch_picture(source), open_picture(source), processor(images=source)]
+                    kept += [fetch_picture(source), open_image(source), processor(images=source)]
                 except (OSError, ValueError) as error:
                     kept.append(error)
         assert len(os.listdir("/proc/self/fd")) == before
