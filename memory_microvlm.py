@@ -262,7 +262,7 @@ class MemoryState:
         """Empty memories: mean 0, covariance the identity.
 
         In float64: the rank-one down-dates of a float32 state drift by some 1e-3 over a thousand writes and forgets
-        (docs/decisions.md). Training uses float32, for one batch at a time.
+        (docs/design.md). Training uses float32, for one batch at a time.
         """
         zeros = lambda *shape, dtype=torch.float32: torch.zeros(rows, *shape, dtype=dtype, device=device)  # noqa: E731
         eye = torch.eye(num_slots, dtype=dtype, device=device)
@@ -802,7 +802,7 @@ class MemoryContentEncoder(nn.Module):
 
     S learned queries pool the raw embeddings; a bias on the position starts slot s at token s, and the projection starts as the
     identity where the widths allow: what the decoder reads back are words it knows. One pooled vector for the whole sentence taught a
-    decoder nothing in the same time (docs/decisions.md).
+    decoder nothing in the same time (docs/design.md).
     """
 
     def __init__(self, config: MicroVLMMemoryConfig, hidden_size: int):
