@@ -59,7 +59,7 @@ from .memory_microvlm import (
     in_float32,
     scope_threshold,
 )
-from .quantization_microvlm import PackedEmbedding, replace_with_ternary
+from .quantization_microvlm import PackedEmbedding, register_quantizer, replace_with_ternary
 
 # A decoder whose head does more than one linear map would give wrong logits here, so it is refused.
 UNSUPPORTED_HEAD_ATTRIBUTES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -312,6 +312,12 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Open a checkpoint like `super()`, packed ones with the quantizer of this copy of the code."""
+        register_quantizer()
+        return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

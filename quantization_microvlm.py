@@ -10,7 +10,6 @@ its need for a C compiler at run time.
 
 import functools
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -713,20 +712,13 @@ def replace_with_packed(
     return new
 
 
-def code_of(model: nn.Module):
-    """The copy of this file beside the model's code: every checkpoint brings one, and the registered quantizer is of the last that came."""
-    package, name = type(model).__module__.rpartition(".")[0], __name__.rpartition(".")[2]
-    return sys.modules.get(f"{package}.{name}", sys.modules[__name__])
-
-
 class PackedQuantizer(HfQuantizer):
     """Opens packed checkpoints in `from_pretrained` and saves them as they are."""
 
     requires_calibration = True  # there is nothing to quantise on the way: quantize_hf.py writes the checkpoint
 
     def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs):
-        code = code_of(model)
-        new = code.replace_with_packed(model, code.PackedConfig(self.quantization_config.modules), dtype)
+        new = replace_with_packed(model, self.quantization_config, dtype)
         expected = {f"{name}.{key}": t for name, module in new.items() for key, t in module.state_dict().items()}
         state, missing = model.state_dict(), set(expected) if checkpoint_files else set()
         for file in checkpoint_files or []:
@@ -746,21 +738,20 @@ class PackedQuantizer(HfQuantizer):
             raise ValueError(f"{min(missing)} is missing in the packed checkpoint.")
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        code = code_of(model)
         for name, module in model.named_modules():
-            if isinstance(module, (code.PackedEmbedding, code.PackedLinear)):
+            if isinstance(module, (PackedEmbedding, PackedLinear)):
                 module.check(name)
 
     def _dequantize(self, model, dtype=None):
         """Plain layers in the place of packed ones. What was trained ternary gets weights that round to the same numbers and scales."""
-        dtype, code = dtype or model.dtype, code_of(model)
+        dtype = dtype or model.dtype
         for name, module in list(model.named_modules()):
-            if isinstance(module, code.PackedEmbedding):
+            if isinstance(module, PackedEmbedding):
                 new = nn.Embedding(module.num_embeddings, module.embedding_dim, dtype=dtype)
                 new.weight.data = module.dequantize().to(dtype)
-            elif isinstance(module, code.PackedLinear):
+            elif isinstance(module, PackedLinear):
                 new = module.unpacked(dtype)
-            elif isinstance(module, code.PackedHead):
+            elif isinstance(module, PackedHead):
                 V, D = module.shared[0].num_embeddings, module.shared[0].embedding_dim
                 new = nn.Linear(D, V, bias=False, device="meta")  # tied below
             else:
@@ -785,6 +776,11 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-# assigned, not registered: every copy of this file, one per checkpoint, brings its own
-AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
-AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer
+def register_quantizer() -> None:
+    """Give transformers this copy's classes for packed checkpoints.
+
+    Every checkpoint brings a copy of this file. `from_pretrained` of the model calls this first, so each model gets the classes of its
+    own copy, whichever copy was imported last.
+    """
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer

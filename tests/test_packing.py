@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import pickle
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT, outspoken_model, tiny_inputs, tiny_model
 from microvlm.decoder_microvlm import PackedDecoder
-from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from safetensors.torch import load_file, save_file
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText
@@ -317,6 +318,17 @@ def reopen(folder, **kwargs):
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **kwargs)
 
 
+def run_alone(code, *arguments):
+    """What code prints in a process that knows no package of this repository."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    folder = arguments[0].parent
+    environment["HF_MODULES_CACHE"] = str(folder / "modules")
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
 def test_opens_directly_and_saves_bit_for_bit(checkpoint, tmp_path):
     stored = load_file(checkpoint / "model.safetensors")
     assert stored["model.language_model.layers.0.mlp.down_proj.weight"].shape == (32, 13)  # 64 columns, 5 to a byte
@@ -383,15 +395,92 @@ def test_a_packed_vocabulary_is_not_resized(checkpoint):
         reopen(checkpoint).resize_token_embeddings(200)
 
 
-def test_each_model_gets_the_layers_of_its_own_code(checkpoint):
-    """The quantizer that transformers knows is that of the code which was imported last."""
-    models = [MicroVLMForConditionalGeneration.from_pretrained(checkpoint), reopen(checkpoint)]
-    models.append(MicroVLMForConditionalGeneration.from_pretrained(checkpoint))
-    assert type(models[0]) is type(models[2]) is not type(models[1])
-    for model in models:
-        layer, package = model.model.language_model.layers[0].mlp.down_proj, type(model).__module__.rpartition(".")[0]
-        assert type(layer).__module__ == f"{package}.quantization_microvlm" and layer.trained is not None
-        assert model.eval().model.packed_decoder() is not None
+WAYS = """
+import json, sys
+import torch
+from transformers import AutoModel, AutoModelForImageTextToText, pipeline
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+folder, way = sys.argv[1:]
+name = "modeling_microvlm.MicroVLMForConditionalGeneration"
+assert "microvlm" not in AUTO_QUANTIZER_MAPPING
+if way == "pipeline":
+    model = pipeline("image-text-to-text", model=folder, trust_remote_code=True).model
+elif way == "class":
+    model = get_class_from_dynamic_module(name, folder).from_pretrained(folder)
+else:
+    model = {"AutoModel": AutoModel, "AutoModelForImageTextToText": AutoModelForImageTextToText}[way]
+    model = model.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+print(type(model.lm_head).__name__, type(model.config.quantization_config).__name__)
+"""
+
+
+@pytest.mark.parametrize("way", ["AutoModel", "AutoModelForImageTextToText", "pipeline", "class"])
+def test_opens_in_a_fresh_process(tmp_path, way):
+    folder = toy_checkpoint(tmp_path / "plain")
+    model = packed(reopen(folder))
+    model.save_pretrained(folder)
+    assert run_alone(WAYS, folder, way) == ["PackedHead PackedConfig"]
+
+
+COPIES = """
+import sys
+import torch
+from transformers import AutoModel
+
+first, second = sys.argv[1:]
+inputs = {
+    "input_ids": torch.tensor([[9, 4, 4, 4, 4, 4, 7]]),
+    "pixel_values": torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+}
+
+
+def open_copy(folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    package = type(model).__module__.rpartition(".")[0]
+    layer = model.model.language_model.layers[0].mlp.down_proj
+    modules = {type(part).__module__ for part in (layer, model.hf_quantizer, model.config.quantization_config)}
+    assert modules == {f"{package}.quantization_microvlm"} and layer.trained is not None
+    return model
+
+
+@torch.no_grad()
+def caption(model):
+    assert model.model.packed_decoder() is not None
+    return model.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()
+
+
+def plain_logits(model):
+    plain = model.dequantize()
+    assert not [m for m in plain.modules() if type(m).__name__.startswith("Packed")]
+    return plain(**inputs).logits
+
+
+models = [open_copy(first)]
+expected = caption(models[0])
+models += [open_copy(second), open_copy(first)]
+assert type(models[0]) is type(models[2]) is not type(models[1])
+assert [hasattr(sys.modules[type(m.lm_head).__module__], "SECOND") for m in models] == [False, True, False]
+captions = [caption(m) for m in models]
+logits = [plain_logits(m) for m in models]
+assert captions[0] == captions[2] == expected and torch.equal(logits[0], logits[2])
+assert captions[1] != expected and not torch.equal(logits[0], logits[1])
+print("done")
+"""
+
+
+def test_each_model_keeps_the_code_of_its_copy(tmp_path):
+    """Two checkpoints with different code, opened in one process: first, second, first again."""
+    for shift, name in enumerate(("first", "second")):
+        model = outspoken_model("qwen2", qat_config=TERNARY)
+        vocabulary = model.get_input_embeddings().weight
+        vocabulary.data = vocabulary.data.roll(shift, 0)
+        packed(model).save_pretrained(tmp_path / name)
+    with (tmp_path / "second" / "quantization_microvlm.py").open("a") as file:
+        file.write("\n\nSECOND = True\n")
+    assert run_alone(COPIES, tmp_path / "first", tmp_path / "second") == ["done"]
 
 
 @torch.no_grad()
