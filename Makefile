@@ -16,8 +16,8 @@ $(VENV)/.test: $(VENV)/.ready
 	touch $@
 
 demo: $(VENV)/.ready  ## environment, captions of the example pictures with the checkpoint in this folder, then facts taught and recalled
-	$(PY) caption.py examples
-	$(PY) teach.py demo
+	$(PY) -m microvlm caption examples
+	$(PY) -m microvlm memory demo
 
 test: $(VENV)/.test lint  ## everything but the slow checks
 	$(PY) -m pytest -m "not slow"
@@ -26,10 +26,10 @@ test-slow: $(VENV)/.test  ## torch.compile and other checks that take minutes
 	$(PY) -m pytest -m slow
 
 compat: $(VENV)/.test  ## the fast tests with the lowest and the newest supported transformers, where they differ from the installed
-	$(PY) scripts/compat.py
+	$(PY) tools/compat.py
 
 release: $(VENV)/.ready  ## what a Hub repo receives, checked and loaded, in dist/microvlm; RELEASE="--tag v1.0.1 ...": more options
-	$(PY) scripts/release.py dist/microvlm $(RELEASE)
+	$(PY) tools/release.py dist/microvlm $(RELEASE)
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .
@@ -38,8 +38,6 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test  ## the measurements that need no more than this folder; benchmarks/ has more, each with its command in the docs
 	$(PY) benchmarks/parameters.py
 	$(PY) benchmarks/overhead.py --repeats 31 --new-tokens 16
-	$(PY) benchmarks/memory_overhead.py
-	$(PY) benchmarks/memory_drift.py
 	$(PY) benchmarks/train_memory.py
 	$(PY) benchmarks/train_throughput.py
 	$(PY) benchmarks/memory_recall.py

@@ -715,7 +715,7 @@ def replace_with_packed(
 class PackedQuantizer(HfQuantizer):
     """Opens packed checkpoints in `from_pretrained` and saves them as they are."""
 
-    requires_calibration = True  # there is nothing to quantise on the way: quantize_hf.py writes the checkpoint
+    requires_calibration = True  # there is nothing to quantise on the way: microvlm pack writes the checkpoint
 
     def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs):
         new = replace_with_packed(model, self.quantization_config, dtype)

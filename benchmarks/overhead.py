@@ -23,7 +23,6 @@ in this repo is measured too when there is one. Notable:
 """
 
 import argparse
-import importlib
 import os
 import platform
 import tempfile
@@ -39,24 +38,12 @@ import transformers
 from parameters import ROOT, MicroVLMConfig, MicroVLMForConditionalGeneration, load_config, markdown_table
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.generation import BaseStreamer
 
-MicroVLMImageProcessor = importlib.import_module("microvlm.processing_microvlm").MicroVLMImageProcessor
+from microvlm.evaluate.speed import time_generate
+from microvlm.model import MicroVLMImageProcessor
+
 TEXT_TOKENS = 16  # of the prompt, behind the placeholders
 PICTURE = (640, 480)  # pixels, what the image processor is given
-
-
-class Clock(BaseStreamer):
-    """Notes when `generate()` hands over the prompt and then each new token."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def seconds(call: Callable) -> tuple[float, object]:
@@ -67,7 +54,7 @@ def seconds(call: Callable) -> tuple[float, object]:
 
 
 def write_random(config: MicroVLMConfig, folder: str | Path) -> None:
-    """A checkpoint of random weights in bf16, as `compose_hf.py` leaves one: the placeholder is never generated."""
+    """A checkpoint of random weights in bf16, as `microvlm compose` leaves one: the placeholder is never generated."""
     torch.manual_seed(0)
     model = MicroVLMForConditionalGeneration(config).to(torch.bfloat16)
     model.generation_config.suppress_tokens = [config.image_token_id]
@@ -119,30 +106,6 @@ def prompt(model: PreTrainedModel) -> torch.Tensor:
     text = torch.randint(vocab_size - 1, (1, TEXT_TOKENS), generator=g)
     text += text >= token  # every id but the placeholder
     return torch.cat([torch.full((1, model.config.num_prefix_tokens), token), text], dim=1)
-
-
-def time_generate(model: PreTrainedModel, new_tokens: int, **inputs: torch.Tensor) -> tuple[float, float]:
-    """Greedy generation.
-
-    Args:
-        new_tokens: how many, 2 or more; the end-of-text token does not stop it.
-        inputs: of `generate()`.
-
-    Returns:
-        Seconds to the first token, and tokens per second behind it.
-
-    Raises:
-        RuntimeError: another number of tokens came.
-    """
-    clock = Clock()
-    started = time.perf_counter()
-    model.generate(
-        **inputs, streamer=clock, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens
-    )
-    times = clock.times[1:]  # the first entry is the prompt
-    if len(times) != new_tokens:
-        raise RuntimeError(f"generate() gave {len(times)} tokens, {new_tokens} were asked for.")
-    return times[0] - started, (new_tokens - 1) / (times[-1] - times[0])
 
 
 @torch.inference_mode()

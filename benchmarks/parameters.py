@@ -14,7 +14,6 @@ Prints two markdown tables; the first is the one in docs/architecture.md. Notabl
 
 import json
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from compose_hf import modeling  # noqa: E402  gives the model files, which import one another relatively, a package
+from microvlm import model as microvlm_model
 
-MicroVLMConfig, MicroVLMForConditionalGeneration = modeling.MicroVLMConfig, modeling.MicroVLMForConditionalGeneration
+ROOT = Path(__file__).resolve().parents[1]
+
+MicroVLMConfig, MicroVLMForConditionalGeneration = (
+    microvlm_model.MicroVLMConfig,
+    microvlm_model.MicroVLMForConditionalGeneration,
+)
 
 EMBEDDINGS = "language model embeddings"
 LAYERS = "language model layers"

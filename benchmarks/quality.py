@@ -3,7 +3,7 @@
     python benchmarks/quality.py runs/microvlm-v-135m_stage2 --trained runs/microvlm-v-135m_ternary --data data/pictures/validation_seen.parquet
 
 Every row is written to the disk and opened again. Perplexity is of the captions' tokens behind their pictures. "same" is the share of captions equal to
-bf16's. Numbers: greedy captions, `score` of evaluate_hf.py. NF4 is bitsandbytes, of vision tower and decoder, as in the *_qlora recipes.
+bf16's. Numbers: greedy captions, `score` of microvlm evaluate. NF4 is bitsandbytes, of vision tower and decoder, as in the *_qlora recipes.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 import yaml
+from parameters import markdown_table
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from parameters import markdown_table  # noqa: E402
+from microvlm.data.rows import load_rows
+from microvlm.files import atomic_file
+from microvlm.model import PackedConfig
+from microvlm.pack import pack, quality, token_counts
 
-from caption import replacing  # noqa: E402
-from data_microvlm import load_rows  # noqa: E402
-from quantize_hf import pack, quality, quantization_of, token_counts  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS, VOCABULARY = r"model\.language_model\.layers\.\d+\..*_proj", r"model\.language_model\.embed_tokens"
 ROWS = {"group_size": "row", "scale_type": "float16"}
@@ -72,7 +72,7 @@ def write(source: Path, modules: dict | str | None, counts: torch.Tensor, folder
     else:
         model = load(source, dtype=torch.float32)
         if modules is not None:
-            pack(model, quantization_of(model).PackedConfig(modules), counts)
+            pack(model, PackedConfig(modules), counts)
         model.to(torch.bfloat16)
     model.save_pretrained(folder)
     return load(folder, dtype="auto")
@@ -106,7 +106,7 @@ def main() -> None:
         results[name] = {"bytes": size} | scores | {"same": same}
         print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
         if options.json:
-            with replacing(str(options.json), "w") as file:
+            with atomic_file(str(options.json), "w") as file:
                 file.write(json.dumps(results, indent=1))
     head = ["", "MB", "perplexity", "exact", "word F1", "CIDEr", "same"]
     keys = ("perplexity", "exact", "word_f1", "cider", "same")

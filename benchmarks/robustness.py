@@ -46,23 +46,22 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from huggingface_hub.errors import StrictDataclassError  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoProcessor  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
+from transformers.utils import logging
+
+from microvlm import model as microvlm_model
+from microvlm.model import MicroVLMConfig, MicroVLMForConditionalGeneration, PackedConfig, open_image
+from microvlm.pack import load_pack_recipe, pack
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-from compose_hf import configuration, modeling  # noqa: E402
-from processing_microvlm import open_image  # noqa: E402
-from quantize_hf import load_recipe, pack, quantization_of  # noqa: E402
-
-MemoryState = modeling.MemoryState
+MemoryState = microvlm_model.MemoryState
 PROMPT = "<|user|><image><|assistant|>"
 REFUSALS = (ValueError, TypeError, OSError, SafetensorError)
 LIMIT = 6 << 30  # bytes that a process may take before it gets a MemoryError, which counts as other
@@ -394,10 +393,10 @@ class Configs:
         self.build(mutate_json(rng.choice(self.bases), rng))
 
     def build(self, dictionary: dict) -> None:
-        config = configuration.MicroVLMConfig.from_dict(copy.deepcopy(dictionary))
+        config = MicroVLMConfig.from_dict(copy.deepcopy(dictionary))
         json.dumps(config.to_dict())
         with torch.device("meta"):
-            modeling.MicroVLMForConditionalGeneration(config)
+            MicroVLMForConditionalGeneration(config)
 
     def explain(self, error: BaseException) -> str | None:
         return None
@@ -420,7 +419,7 @@ class Packed:
         self.small = small_packed(folder / "small")
         self.nano = nano
         self.state = {path: load_file(path / "model.safetensors") for path in (self.small, nano) if path}
-        self.model_class = modeling.MicroVLMForConditionalGeneration
+        self.model_class = MicroVLMForConditionalGeneration
         for path in self.state:
             self.open(path)
 
@@ -702,9 +701,9 @@ def odd_texts(rng: random.Random, depth: int = 0):
     )
 
 
-def small_config(**kwargs) -> configuration.MicroVLMConfig:
+def small_config(**kwargs) -> MicroVLMConfig:
     """A config with every part, small enough to be built a thousand times."""
-    return configuration.MicroVLMConfig(
+    return MicroVLMConfig(
         **{
             "text_config": {
                 "model_type": "qwen2",
@@ -743,7 +742,7 @@ def small_config(**kwargs) -> configuration.MicroVLMConfig:
 def small_packed(folder: Path) -> Path:
     """A packed checkpoint with binary, ternary, int4 and int8 weights and frequent rows."""
     torch.manual_seed(0)
-    model = modeling.MicroVLMForConditionalGeneration(small_config()).eval()
+    model = MicroVLMForConditionalGeneration(small_config()).eval()
     modules = {
         r"model\.language_model\.layers\..*(q|k|v|o)_proj": {"format": "ternary"},
         r"model\.language_model\.layers\..*up_proj": {"format": "ternary", "group_size": 16},
@@ -757,7 +756,7 @@ def small_packed(folder: Path) -> Path:
         r"model\.vision_tower\..*": {"format": "int8", "group_size": "row"},
         r"model\.adapter\..*": {"format": "binary", "group_size": "row"},
     }
-    pack(model, quantization_of(model).PackedConfig(modules))
+    pack(model, PackedConfig(modules))
     model.save_pretrained(folder)
     return folder
 
@@ -766,9 +765,9 @@ def packed_nano(folder: Path) -> Path:
     """This repo's checkpoint, packed; a copy in `folder` if it is not."""
     if "quantization_config" in json.loads((ROOT / "config.json").read_text()):
         return ROOT
-    model = modeling.MicroVLMForConditionalGeneration.from_pretrained(ROOT, dtype=torch.float32).eval()
-    recipe = load_recipe(str(ROOT / "recipes/pack_nano.yaml"), [])
-    pack(model, quantization_of(model).PackedConfig(recipe["modules"]))
+    model = MicroVLMForConditionalGeneration.from_pretrained(ROOT, dtype=torch.float32).eval()
+    recipe = load_pack_recipe(str(ROOT / "recipes/pack_nano.yaml"), [])
+    pack(model, PackedConfig(recipe["modules"]))
     model.to(getattr(torch, recipe["dtype"])).save_pretrained(folder / "nano")
     return folder / "nano"
 
@@ -940,7 +939,7 @@ def soak(captions: int, seed: int = 0, checkpoint: Path | None = None, every: in
     paths = sorted((ROOT / "examples").glob("*.png"))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint or packed_nano(Path(folder))
-        model = modeling.MicroVLMForConditionalGeneration.from_pretrained(checkpoint).eval()
+        model = MicroVLMForConditionalGeneration.from_pretrained(checkpoint).eval()
 
     @torch.inference_mode()
     def caption(pictures: list, memory=None) -> list[str]:

@@ -56,14 +56,15 @@ from unittest import mock
 
 import torch
 import transformers
-from overhead import Clock, MicroVLMImageProcessor, load, machine, prompt, seconds, write_random
+from overhead import MicroVLMImageProcessor, load, machine, prompt, seconds, write_random
 from parameters import ROOT, MicroVLMConfig, MicroVLMForConditionalGeneration, markdown_table
 from PIL import Image
 from torch import nn
 from train_throughput import peak_memory, reset_peak
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig
 
-from train_hf import unquantized_modules
+from microvlm.evaluate.speed import Clock
+from microvlm.train.setup import unquantized_modules
 
 THREADS = 2
 PICTURE = (640, 640)  # pixels; square, so that SmolVLM cuts it into 4 x 4 tiles

@@ -23,24 +23,17 @@ One row per recipe: which parameters train, the micro-batch, accumulation, episo
 import argparse
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 
 import torch
-from parameters import (
-    ROOT,
-    MicroVLMConfig,
-    build_on_meta,
-    load_config,
-    markdown_table,
-)
+from parameters import ROOT, MicroVLMConfig, build_on_meta, load_config, markdown_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-sys.path.insert(0, str(ROOT))
-from train_hf import change_config, check_patterns, load_recipe, unquantized_modules  # noqa: E402
+from microvlm.train.recipe import load_recipe
+from microvlm.train.setup import change_config, check_patterns, unquantized_modules
 
 RECIPES = (
     "microvlm-v_stage1",

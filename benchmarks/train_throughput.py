@@ -55,8 +55,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from data_microvlm import CaptionCollator, FeatureCollator, cache_vision_features, load_rows
-from train_hf import MicroVLMTrainer, set_trainable
+from microvlm.data.collators import CaptionCollator, FeatureCollator
+from microvlm.data.feature_cache import cache_vision_features
+from microvlm.data.rows import load_rows
+from microvlm.train.setup import set_trainable
+from microvlm.train.trainer import MicroVLMTrainer
 
 DATA = ROOT / "data" / "mini" / "train.parquet"
 WEIGHTS = {"lm": 1.0, "align": 1.0}

@@ -1,7 +1,7 @@
 """Caption pictures with onnxruntime alone: no torch, no transformers.
 
 pip install numpy onnxruntime pillow tokenizers
-python export_hf.py . runs/onnx --onnx
+microvlm export . runs/onnx --onnx
 python examples/caption_onnx.py runs/onnx examples/swan.png examples/drum.png
 """
 
@@ -19,7 +19,7 @@ class Captioner:
     """The three graphs of an export, and greedy decoding with a cache.
 
     Args:
-        folder: written by `export_hf.py --onnx`.
+        folder: written by `microvlm export --onnx`.
     """
 
     def __init__(self, folder: str | Path):
@@ -89,7 +89,7 @@ class Captioner:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Caption pictures with onnxruntime alone.")
-    parser.add_argument("folder", help="written by export_hf.py --onnx")
+    parser.add_argument("folder", help="written by microvlm export --onnx")
     parser.add_argument("pictures", nargs="+")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     args = parser.parse_args()

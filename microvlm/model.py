@@ -17,32 +17,49 @@ from transformers import (
     AutoProcessor,
 )
 
-from . import (
-    cache_microvlm as cache,
-    configuration_microvlm as configuration,
-    kernels_microvlm as kernels,
-    memory_microvlm as memory,
-    modeling_microvlm as modeling,
-    processing_microvlm as processing,
-    quantization_microvlm as quantization,
+from .cache_microvlm import CACHE_NAME
+from .configuration_microvlm import MicroVLMConfig
+from .memory_microvlm import MemoryState
+from .modeling_microvlm import MicroVLMForConditionalGeneration
+from .processing_microvlm import DEFAULT_MAX_PIXELS, MicroVLMImageProcessor, MicroVLMProcessor, open_image, to_rgb
+from .quantization_microvlm import (
+    QUANT_METHOD,
+    PackedConfig,
+    PackedEmbedding,
+    PackedQuantizer,
+    PackedWeight,
+    TernaryLinear,
+    fake_quantize_activation,
+    fake_ternary,
+    replace_with_packed,
+    replace_with_ternary,
+    ternary_quantize,
 )
 
 __all__ = [
-    "cache",
-    "configuration",
-    "kernels",
-    "memory",
-    "modeling",
-    "processing",
-    "quantization",
+    "CACHE_NAME",
+    "DEFAULT_MAX_PIXELS",
+    "MemoryState",
+    "MicroVLMConfig",
+    "MicroVLMForConditionalGeneration",
+    "MicroVLMImageProcessor",
+    "MicroVLMProcessor",
+    "PackedConfig",
+    "PackedEmbedding",
+    "PackedQuantizer",
+    "PackedWeight",
+    "QUANT_METHOD",
+    "TernaryLinear",
+    "fake_quantize_activation",
+    "fake_ternary",
     "load",
     "load_plain",
+    "open_image",
+    "replace_with_packed",
+    "replace_with_ternary",
+    "ternary_quantize",
+    "to_rgb",
 ]
-
-MicroVLMConfig = configuration.MicroVLMConfig
-MicroVLMForConditionalGeneration = modeling.MicroVLMForConditionalGeneration
-MicroVLMImageProcessor = processing.MicroVLMImageProcessor
-MicroVLMProcessor = processing.MicroVLMProcessor
 
 AutoConfig.register("microvlm", MicroVLMConfig, exist_ok=True)
 for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):

@@ -1,7 +1,6 @@
 """Everything runs offline, on the CPU, on models small enough to build in a moment."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,12 +10,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-from microvlm.model import configuration, modeling  # noqa: E402
+from microvlm import model as microvlm_model
 
-MicroVLMConfig = configuration.MicroVLMConfig
-MicroVLMForConditionalGeneration = modeling.MicroVLMForConditionalGeneration
+MicroVLMConfig = microvlm_model.MicroVLMConfig
+MicroVLMForConditionalGeneration = microvlm_model.MicroVLMForConditionalGeneration
 
 CHAT_TEMPLATE = (ROOT / "chat_template.jinja").read_text()
 IMAGE_ID, VOCAB = 4, 128

@@ -21,7 +21,10 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from conftest import ROOT  # noqa: F401  puts the project on the path
 
 import train_hf
-from training_microvlm import TrackedCollator, is_complete
+from microvlm.train import trainer
+from microvlm.train.checkpoints import is_complete
+from microvlm.train.loading import TrackedCollator
+from microvlm.train.trainer import MicroVLMTrainer
 
 RANK = int(os.environ["RANK"])
 
@@ -38,7 +41,7 @@ class RecordingCollator(TrackedCollator):
         return batch
 
 
-class DigestTrainer(train_hf.MicroVLMTrainer):
+class DigestTrainer(MicroVLMTrainer):
     digest: str | None = None
 
     def train(self, *args, **kwargs):
@@ -71,7 +74,7 @@ def terminate_after(checkpoint: Path) -> None:
 
 
 def main() -> None:
-    train_hf.TrackedCollator, train_hf.MicroVLMTrainer = RecordingCollator, DigestTrainer
+    trainer.TrackedCollator, train_hf.MicroVLMTrainer = RecordingCollator, DigestTrainer
     if os.environ.get("ACCELERATE_USE_FSDP"):
         allow_fsdp_on_cpu()
     file = Path(sys.argv[1])

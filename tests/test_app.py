@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 
 gr = pytest.importorskip("gradio")
 
-import httpx  # noqa: E402
+import httpx
 
-import app  # noqa: E402
-from caption import load  # noqa: E402
+from microvlm.commands.app import EXAMPLES, NO_MEMORY, Page, build, main, table
+from microvlm.model import load
+from microvlm.visualize.attention import Recall
 
 SWAN, DRUM = ({"path": str(ROOT / "examples" / name)} for name in ("swan.png", "drum.png"))
 FACT, OTHER = "This is Bimo the swan.", "This is Tavo the drum."
@@ -38,7 +39,7 @@ SECONDS = 150  # for one step of the browser, on a busy machine
 
 @pytest.fixture(scope="module")
 def page():
-    return app.Page(*load(ROOT))
+    return Page(*load(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_a_caption_comes_in_pieces_and_is_the_models(page):
     assert caption == page.processor.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
     texts = [step[0] for step in steps]
     assert len(set(texts)) > 1 and all(b.startswith(a) for a, b in zip(texts, texts[1:]))
-    assert said == app.NO_MEMORY
+    assert said == NO_MEMORY
     assert " ".join(label for _, label in maps) == " ".join(caption.split())
     assert all(picture.size == maps[0][0].size for picture, _ in maps)
 
@@ -78,7 +79,7 @@ def test_what_was_taught_is_recalled_listed_and_forgotten(page, taught):
     ((label, uid),) = listed.choices
     assert label == f"0. {FACT}" and not download.visible and answer == ["", ""]
     empty = page.forget(uid, taught)
-    assert last(page.look(SWAN, empty))[0][1] == app.NO_MEMORY
+    assert last(page.look(SWAN, empty))[0][1] == NO_MEMORY
     assert page.items(empty)[0].choices == [] == page.items(None)[0].choices
     assert taught.counts.tolist() == [1]  # another visitor's would be untouched
 
@@ -95,7 +96,7 @@ def test_a_stale_choice_forgets_nothing_else(page, taught):
 def test_a_question_is_answered_from_the_memory(page, taught):
     (answer, said), _ = last(page.ask("Who is the swan?", taught))
     assert answer and FACT in said and "Probability" in said
-    assert last(page.ask("Who is the swan?", None))[0][1] == app.NO_MEMORY
+    assert last(page.ask("Who is the swan?", None))[0][1] == NO_MEMORY
 
 
 def test_a_file_goes_and_comes_back(page, taught, tmp_path, monkeypatch):
@@ -160,7 +161,7 @@ def test_a_picture_that_is_gone_is_told(page, tmp_path):
 
 
 def test_files_stay_for_a_day(page):
-    assert app.build(page.model, page.processor).delete_cache == (3600, 86400)
+    assert build(page.model, page.processor).delete_cache == (3600, 86400)
 
 
 def test_a_checkpoint_without_memory_captions(page, tmp_path):
@@ -169,7 +170,7 @@ def test_a_checkpoint_without_memory_captions(page, tmp_path):
             (tmp_path / path.name).symlink_to(path)
     config = json.loads((ROOT / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "use_memory": False}))
-    plain = app.Page(*load(tmp_path))
+    plain = Page(*load(tmp_path))
     (caption, said, maps), _ = last(plain.look(SWAN, None))
     (expected, _, expected_maps), _ = last(page.look(SWAN, None))
     assert caption == expected and said == "" and [word for _, word in maps] == [word for _, word in expected_maps]
@@ -181,7 +182,7 @@ def test_a_checkpoint_without_memory_captions(page, tmp_path):
         return getattr(block, "visible", True) and (block.parent is None or is_shown(block.parent))
 
     for each, has_memory in ((page, True), (plain, False)):
-        blocks = app.build(each.model, each.processor).blocks.values()
+        blocks = build(each.model, each.processor).blocks.values()
         visible = {block.elem_id: is_shown(block) for block in blocks if getattr(block, "elem_id", None)}
         assert visible["picture"] and visible["caption"] and visible["maps"]
         teaching = ("said", "sentence", "teach", "question", "ask", "answer", "stored", "forget", "save", "load")
@@ -194,20 +195,22 @@ def test_a_checkpoint_without_memory_captions(page, tmp_path):
 def test_a_checkpoint_that_cannot_be_loaded_is_a_line(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert app.main(["--model", name]) == 2
+    assert main(["--model", name]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("app.py: ") and error.count("\n") == 1
+    assert error.startswith("microvlm app: ") and error.count("\n") == 1
 
 
 def test_a_taken_port_and_another_model_are_a_line(page, monkeypatch, capsys):
-    monkeypatch.setattr(app, "load", lambda *_: (page.model, page.processor))
+    monkeypatch.setattr("microvlm.commands.app.load", lambda *_: (page.model, page.processor))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert app.main(["--port", str(port)]) == 2
+        assert main(["--port", str(port)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("app.py: ") and str(port) in error and error.count("\n") == 1
-    monkeypatch.setattr(app, "load", lambda *_: (SimpleNamespace(config=SimpleNamespace(model_type="llava")), None))
-    assert app.main([]) == 2
+    assert error.startswith("microvlm app: ") and str(port) in error and error.count("\n") == 1
+    monkeypatch.setattr(
+        "microvlm.commands.app.load", lambda *_: (SimpleNamespace(config=SimpleNamespace(model_type="llava")), None)
+    )
+    assert main([]) == 2
     assert "is a model of type llava, not a MicroVLM." in capsys.readouterr().err
 
 
@@ -238,8 +241,8 @@ def test_an_error_while_generating_ends_the_stream(page, monkeypatch):
 
 
 def test_sentences_are_shown_as_text(page):
-    said = app.Recall(["<script>x</script>"] * 9, torch.arange(9.0) / 9, torch.ones(9), 0.9, 0.5, True)
-    assert "<script" not in app.table(said) and "and 3 more" in app.table(said)
+    said = Recall(["<script>x</script>"] * 9, torch.arange(9.0) / 9, torch.ones(9), 0.9, 0.5, True)
+    assert "<script" not in table(said) and "and 3 more" in table(said)
 
 
 # --------------------------------------------------------------------------------------------------------------------- server
@@ -252,7 +255,7 @@ def address(tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("app") / "log.txt"
     with log.open("w") as file:
-        command = [sys.executable, str(ROOT / "app.py"), "--port", str(port)]
+        command = [sys.executable, "-m", "microvlm", "app", "--port", str(port)]
         environment = os.environ | {"GRADIO_TEMP_DIR": str(log.parent / "cache"), "HF_HUB_OFFLINE": "1"}
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -379,7 +382,7 @@ def test_in_a_browser(address, browser, tmp_path):
         expect(tab.locator("#picture input[type=file]").first).to_be_attached()
 
     def example(name):
-        tab.locator("button.gallery-item").nth(app.EXAMPLES.index(name)).click()
+        tab.locator("button.gallery-item").nth(EXAMPLES.index(name)).click()
 
     open_page()
     show(SWAN["path"])

@@ -2,18 +2,12 @@
 
 import json
 import math
-import sys
 
+import overhead
+import parameters
 import pytest
 import torch
 from conftest import IMAGE_ID, ROOT, TEXT, tiny_config, tiny_model
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import neighbours  # noqa: E402
-import overhead  # noqa: E402
-import parameters  # noqa: E402
-
-from data_microvlm import load_rows  # noqa: E402
 
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
 
@@ -129,21 +123,3 @@ def test_different_weights_are_not_compared(tmp_path):
         text_model.model.norm.weight.add_(1)
     with pytest.raises(ValueError, match="different logits"):
         overhead.lend_layers(model, text_model)
-
-
-def test_the_nearest_neighbour_of_a_training_picture_is_itself(tmp_path, capsys):
-    """And with the next picture's caption asked for, it is never right: what is compared is the row the picture came from."""
-    rows = load_rows(str(ROOT / "data" / "mini" / "train.parquet"), exclude_copyleft=True)
-    rows = rows.select(range(0, 120, 10))
-    right, wrong = tmp_path / "right.parquet", tmp_path / "wrong.parquet"
-    rows.to_parquet(right)
-    others = {name: rows[name][1:] + rows[name][:1] for name in ("caption", "concept")}
-    assert len(set(others["caption"])) == len(rows)
-    shifted = rows.remove_columns(list(others))
-    for name, values in others.items():
-        shifted = shifted.add_column(name, values)
-    shifted.to_parquet(wrong)
-    neighbours.main([f"{ROOT}@64", "--train", str(right), "--data", str(right), str(wrong)])
-    first, second = capsys.readouterr().out.splitlines()[-2:]
-    assert first.startswith(f"| {ROOT}@64 | {right} | 1.000 | 1.000 | 1.000 |")
-    assert second.startswith(f"| {ROOT}@64 | {wrong} | 0.000 | 0.000 |")

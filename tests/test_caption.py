@@ -1,4 +1,4 @@
-"""caption.py: pictures in, captions out, whatever lies among the pictures."""
+"""microvlm caption: pictures in, captions out, whatever lies among the pictures."""
 
 import html
 import json
@@ -10,11 +10,14 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_processing import picture, save_checkpoint
 
-import caption
+from microvlm.commands.caption import ContactSheet, HtmlPage, JsonLines, main
+from microvlm.files import atomic_file
+from microvlm.images import find_images, natural_key
+from microvlm.inference import Caption, caption_images
+from microvlm.model import load, open_image
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -28,7 +31,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return caption.load(checkpoint, device="cpu")
+    return load(checkpoint, device="cpu")
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def pictures(tmp_path):
 
 
 def run(*arguments, **kwargs):
-    command = [sys.executable, str(ROOT / "caption.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "microvlm", "caption", *map(str, arguments)]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, **kwargs)
 
 
@@ -64,10 +67,10 @@ def test_command_with_all_outputs(checkpoint, pictures, tmp_path):
     sources = [pictures, pictures / "p1*.png", pictures / "gone.png"]
     result = run(*sources, "--model", checkpoint, "--batch-size", 4, "--max-new-tokens", 4, *options, cwd=tmp_path)
     assert result.returncode == 1, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("caption.py: ")]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("microvlm caption: ")]
     assert errors == [
-        f"caption.py: no picture at {pictures / 'gone.png'}",
-        f"caption.py: {pictures / 'p3.png'} cannot be decoded: image file is truncated",
+        f"microvlm caption: no picture at {pictures / 'gone.png'}",
+        f"microvlm caption: {pictures / 'p3.png'} cannot be decoded: image file is truncated",
     ]
     good = [str(pictures / f"p{i}.png") for i in range(1, 12) if i != 3]
     lines = [line.partition(": ") for line in result.stdout.splitlines()]
@@ -101,20 +104,20 @@ def test_command_with_a_prompt_to_the_terminal(checkpoint, pictures):
 def test_command_without_pictures(tmp_path):
     result = run(tmp_path, tmp_path / "*.png")
     assert result.returncode == 2 and result.stdout == ""
-    assert f"caption.py: no picture at {tmp_path}\n" in result.stderr and "nothing to caption" in result.stderr
+    assert f"microvlm caption: no picture at {tmp_path}\n" in result.stderr and "nothing to caption" in result.stderr
 
 
 # --- in this process
 
 
 def call(capsys, *arguments):
-    code = caption.main([str(a) for a in arguments])
+    code = main([str(a) for a in arguments])
     return code, *capsys.readouterr()
 
 
 @pytest.fixture
 def no_loading(monkeypatch, loaded):
-    monkeypatch.setattr(caption, "load", lambda *args: loaded)
+    monkeypatch.setattr("microvlm.commands.caption.load", lambda *args: loaded)
 
 
 def test_all_well(no_loading, pictures, capsys):
@@ -148,11 +151,11 @@ def test_what_cannot_be_done_is_said_before_it_is_tried(pictures, capsys, option
     ],
 )
 def test_outputs_that_cannot_be_written_are_refused_before_loading(pictures, capsys, monkeypatch, output, message):
-    monkeypatch.setattr(caption, "load", None)
+    monkeypatch.setattr("microvlm.commands.caption.load", None)
     monkeypatch.chdir(pictures)
     before = names(pictures.iterdir())
     code, out, err = call(capsys, "p1.png", "--json", "out.json", "--html", output)
-    assert code == 2 and out == "" and err == f"caption.py: {message}\n"
+    assert code == 2 and out == "" and err == f"microvlm caption: {message}\n"
     assert names(pictures.iterdir()) == before
 
 
@@ -170,19 +173,21 @@ def test_a_device_that_is_not_there_is_said_in_a_line(pictures, capsys, device):
     with pytest.raises(SystemExit) as error:
         call(capsys, pictures, "--device", device)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert error.value.code == 2 and line.startswith(f"caption.py: error: argument --device: cannot use {device!r}: ")
+    assert error.value.code == 2 and line.startswith(
+        f"microvlm caption: error: argument --device: cannot use {device!r}: "
+    )
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--max-new-tokens", "--num-beams"])
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
 def test_numbers_are_checked(option, value, capsys):
     with pytest.raises(SystemExit) as error:
-        caption.main(["a.png", f"{option}={value}"])
+        main(["a.png", f"{option}={value}"])
     assert error.value.code == 2 and "must be a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_contact_sheet_has_a_limit(pictures, capsys, monkeypatch):
-    monkeypatch.setattr(caption.ContactSheet, "MAX_PICTURES", 5)
+    monkeypatch.setattr(ContactSheet, "MAX_PICTURES", 5)
     code, _, err = call(capsys, pictures, "--png", pictures / "out.png")
     assert code == 2 and "a contact sheet holds 5 pictures, 11 were found: use --html." in err
     assert not (pictures / "out.png").exists()
@@ -213,7 +218,7 @@ def test_interrupted(no_loading, loaded, pictures, capsys, monkeypatch):
     monkeypatch.setattr(loaded[0], "generate", interrupt)
     options = ["--json", pictures / "out.json", "--html", pictures / "out.html", "--batch-size", 2]
     code, _, err = call(capsys, pictures, *options)
-    assert code == 130 and "caption.py: interrupted after 5 of 11 pictures" in err
+    assert code == 130 and "microvlm caption: interrupted after 5 of 11 pictures" in err
     assert len((pictures / "out.json").read_text().splitlines()) == 5
     assert (pictures / "out.html").read_text().endswith("</html>\n")
 
@@ -223,31 +228,29 @@ def test_interrupted(no_loading, loaded, pictures, capsys, monkeypatch):
 
 def test_natural_order():
     files = ["p10.png", "p2.png", "P1.png", "a.png", "10.png", "9.png"]
-    assert sorted(files, key=caption.natural_key) == ["9.png", "10.png", "a.png", "P1.png", "p2.png", "p10.png"]
+    assert sorted(files, key=natural_key) == ["9.png", "10.png", "a.png", "P1.png", "p2.png", "p10.png"]
 
 
 def test_finding_pictures(pictures, monkeypatch):
     everything = [f"p{i}.png" for i in range(1, 12)]
-    paths, missing = caption.find_pictures([pictures])
+    paths, missing = find_images([pictures])
     assert names(paths) == everything and missing == []
-    assert names(caption.find_pictures([pictures], recursive=True)[0]) == [*everything, "deep.JPG"]
-    assert names(caption.find_pictures([pictures / "p?.png"])[0]) == everything[:9]
-    assert names(caption.find_pictures([f"{pictures}/**/*.JPG"])[0]) == ["deep.JPG"]
-    assert names(caption.find_pictures([f"{pictures}/mor*"])[0]) == ["deep.JPG"]
-    assert names(caption.find_pictures([pictures / "notes.txt"])[0]) == ["notes.txt"]  # named outright
+    assert names(find_images([pictures], recursive=True)[0]) == [*everything, "deep.JPG"]
+    assert names(find_images([pictures / "p?.png"])[0]) == everything[:9]
+    assert names(find_images([f"{pictures}/**/*.JPG"])[0]) == ["deep.JPG"]
+    assert names(find_images([f"{pictures}/mor*"])[0]) == ["deep.JPG"]
+    assert names(find_images([pictures / "notes.txt"])[0]) == ["notes.txt"]  # named outright
     monkeypatch.chdir(pictures)
     os.symlink("p2.png", "link.png")
-    paths, missing = caption.find_pictures(
-        ["p5.png", "./p5.png", "p2.png", "link.png", ".", "gone", "x*", "http://a/b"]
-    )
+    paths, missing = find_images(["p5.png", "./p5.png", "p2.png", "link.png", ".", "gone", "x*", "http://a/b"])
     assert paths == ["p5.png", "p2.png", *(f"./{n}" for n in everything if n not in ("p5.png", "p2.png")), "http://a/b"]
     assert missing == ["gone", "x*"]
     os.rename("p1.png", "p[1].png")
-    assert caption.find_pictures(["p[1].png"])[0] == ["p[1].png"]
+    assert find_images(["p[1].png"])[0] == ["p[1].png"]
 
 
 def captions(loaded, paths, **kwargs):
-    result = list(caption.caption_pictures(*loaded, paths, **({"max_new_tokens": 6, "do_sample": False} | kwargs)))
+    result = list(caption_images(*loaded, paths, **({"max_new_tokens": 6, "do_sample": False} | kwargs)))
     assert [c.path for c in result] == list(paths)
     return [c.text for c in result]
 
@@ -274,33 +277,33 @@ def test_captions_are_what_the_model_says(loaded, pictures):
 
 
 def test_only_one_batch_is_opened_at_a_time(loaded, pictures, monkeypatch):
-    opened, real = [], caption.open_image
-    monkeypatch.setattr(caption, "open_image", lambda *a: opened.append(a) or real(*a))
+    opened, real = [], open_image
+    monkeypatch.setattr("microvlm.inference.open_image", lambda *a: opened.append(a) or real(*a))
     paths = [str(pictures / f"p{i % 2 + 1}.png") for i in range(1000)]
-    results = caption.caption_pictures(*loaded, paths, batch_size=4, max_new_tokens=1)
+    results = caption_images(*loaded, paths, batch_size=4, max_new_tokens=1)
     assert len(list(islice(results, 5))) == 5 and len(opened) == 8
 
 
 def test_the_processors_size_limit_holds(loaded, pictures, monkeypatch):
     monkeypatch.setattr(loaded[1].image_processor, "max_pixels", 100)
-    (result,) = caption.caption_pictures(*loaded, [str(pictures / "p1.png")])
+    (result,) = caption_images(*loaded, [str(pictures / "p1.png")])
     assert result.text is None and "has 31 x 20 pixels, the limit is 100" in result.error
 
 
 def test_a_prompt_is_needed_from_somewhere(loaded, monkeypatch):
     with pytest.raises(ValueError, match="Linear has no default prompt: give one"):
-        caption.caption_pictures(torch.nn.Linear(1, 1), loaded[1], [])
+        caption_images(torch.nn.Linear(1, 1), loaded[1], [])
     monkeypatch.setattr(loaded[1], "chat_template", None)
     with pytest.raises(ValueError, match="chat template"):
-        caption.caption_pictures(*loaded, [], prompt="what is it?")
+        caption_images(*loaded, [], prompt="what is it?")
 
 
 def test_nothing_breaks_out_of_the_page(tmp_path):
     bad = '<script>alert("x")</script>&'
-    with caption.replacing(tmp_path / "page.html", "w") as file:
-        page = caption.HtmlPage(file)
-        page.add(caption.Caption(f"{bad}.png", text=bad, picture=picture(2000, 100)))
-        page.add(caption.Caption("b\udc80.png", error=bad))
+    with atomic_file(tmp_path / "page.html", "w") as file:
+        page = HtmlPage(file)
+        page.add(Caption(f"{bad}.png", text=bad, picture=picture(2000, 100)))
+        page.add(Caption("b\udc80.png", error=bad))
         page.finish()
     text = (tmp_path / "page.html").read_text()
     assert "<script" not in text and text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;") == 4
@@ -308,9 +311,9 @@ def test_nothing_breaks_out_of_the_page(tmp_path):
 
 
 def test_any_file_name_and_caption_is_one_json_line(tmp_path):
-    with caption.replacing(tmp_path / "a.json", "w") as file:
-        lines = caption.JsonLines(file)
-        lines.add(caption.Caption("b\udc80\n.png", text='é "two"\nlines'))
+    with atomic_file(tmp_path / "a.json", "w") as file:
+        lines = JsonLines(file)
+        lines.add(Caption("b\udc80\n.png", text='é "two"\nlines'))
     (tmp_path / "other").touch()
     assert (tmp_path / "a.json").stat().st_mode == (
         tmp_path / "other"
@@ -320,9 +323,9 @@ def test_any_file_name_and_caption_is_one_json_line(tmp_path):
 
 
 def test_long_captions_stay_in_their_cell(tmp_path):
-    sheet = caption.ContactSheet(tmp_path / "a.png", 3)
+    sheet = ContactSheet(tmp_path / "a.png", 3)
     for text in ("WORD " * 200, "W" * 5000, ""):
-        sheet.add(caption.Caption("name" * 100, text=text, picture=picture(1000, 1)))
+        sheet.add(Caption("name" * 100, text=text, picture=picture(1000, 1)))
     sheet.finish()
     image = Image.open(tmp_path / "a.png").convert("L")
     gaps = [image.crop((x, 0, x + sheet.GAP, image.height)) for x in (0, 252, 504, 756)]
@@ -335,11 +338,11 @@ def test_long_captions_stay_in_their_cell(tmp_path):
 
 @pytest.mark.parametrize("name", ["i" * 300, "W" * 300, "a word " * 50])
 def test_a_long_name_is_cut_at_its_end(tmp_path, monkeypatch, name):
-    drawn, draw = [], caption.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(caption.ImageDraw.ImageDraw, "text", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k))
-    sheet = caption.ContactSheet(tmp_path / "a.png", 2)
+    drawn, draw = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k))
+    sheet = ContactSheet(tmp_path / "a.png", 2)
     for path in (f"{name}.png", "short.png"):
-        sheet.add(caption.Caption(path, text="", picture=picture()))
+        sheet.add(Caption(path, text="", picture=picture()))
     cut, whole = (text for text in drawn if text)
     kept = cut.removesuffix("...")
     assert whole == "short.png" and cut != kept and name.startswith(kept)

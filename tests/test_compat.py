@@ -1,4 +1,4 @@
-"""The supported range of transformers: stated once, checked at import, and both ends found by scripts/compat.py."""
+"""The supported range of transformers: stated once, checked at import, and both ends found by tools/compat.py."""
 
 import json
 import os
@@ -7,12 +7,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import compat
 import pytest
 from conftest import ROOT
 from packaging.version import Version
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import compat  # noqa: E402
 
 FAKED = """
 import json, sys

@@ -23,9 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitNetForCausalLM,
 from transformers.integrations.bitnet import pack_weights
 from transformers.utils.chat_template_utils import render_jinja_template
 
-import compose_hf
-import export_hf
-import visualize_hf
+from microvlm.compose.compose import compose, main
+from microvlm.compose.prompt import FLATTEN_MESSAGES, chat_template_for
+from microvlm.compose.text import load_text
+from microvlm.compose.verify import verify
+from microvlm.compose.vision import load_vision
+from microvlm.export.onnx import export_onnx
+from microvlm.visualize.attention import grid, pooling_attention, word_attention
 
 LAYOUTS = ("qwen2", "llama", "bitnet-online", "bitnet-packed", "bitnet-plain")
 TEXT_PREFIX, VISION_PREFIX = "model.language_model.", "model.vision_tower.timm_model."
@@ -203,7 +207,7 @@ def composed(sources, tmp_path_factory) -> Path:
     """A folder with one composed checkpoint per layout."""
     root = tmp_path_factory.mktemp("composed")
     for layout in LAYOUTS:
-        compose_hf.compose(str(sources / "vision"), str(sources / layout), root / layout)
+        compose(str(sources / "vision"), str(sources / layout), root / layout)
     return root
 
 
@@ -359,7 +363,7 @@ def test_packed_weights_that_divide_by_their_scale(sources, composed, tmp_path):
     write_json(source / "config.json", config)
     weights = load_file(source / "model.safetensors")
     save_file({n: 1 / t if n.endswith("weight_scale") else t for n, t in weights.items()}, source / "model.safetensors")
-    compose_hf.compose(str(sources / "vision"), str(source), tmp_path / "out")
+    compose(str(sources / "vision"), str(source), tmp_path / "out")
     expected, written = read(composed / "bitnet-packed"), read(tmp_path / "out")
     for name in written:
         torch.testing.assert_close(written[name], expected[name], rtol=2**-7, atol=0, msg=name)
@@ -449,7 +453,7 @@ def test_templates_that_begin_with_a_newline_or_text_are_not_eaten():
     ):
         both = [
             render_jinja_template([TALK], chat_template=t, bos="<s>")[0]
-            for t in (template, compose_hf.FLATTEN_MESSAGES + template)
+            for t in (template, FLATTEN_MESSAGES + template)
         ]
         assert both[0] == both[1]
 
@@ -497,7 +501,7 @@ def test_repository_template_is_nanos():
     for wrong in ({"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
         with pytest.raises(Exception, match="got (system|video)"):
             render([wrong])
-    assert compose_hf.chat_template_for(SimpleNamespace(chat_template=template)) == template  # knows pictures already
+    assert chat_template_for(SimpleNamespace(chat_template=template)) == template  # knows pictures already
 
 
 @pytest.mark.parametrize("variant", ["m", "v"])
@@ -540,7 +544,7 @@ def test_variant_configs_load_and_survive_saving(variant, tmp_path):
 def test_variant_gives_its_sections(sources, tmp_path):
     sizes = {"hidden_size": 896, "intermediate_size": 32, "num_attention_heads": 14, "num_hidden_layers": 1}
     text = write_text(tmp_path / "text", "qwen2", **sizes)
-    compose_hf.compose(str(sources / "vision"), str(text), tmp_path / "out", variant="v", dtype=torch.float32)
+    compose(str(sources / "vision"), str(text), tmp_path / "out", variant="v", dtype=torch.float32)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     wanted = json.loads((ROOT / "configs" / "microvlm-v.json").read_text())
     for section in ("adapter_config", "memory_config", "alignment_config"):
@@ -551,7 +555,7 @@ def test_variant_gives_its_sections(sources, tmp_path):
 
 def test_seed_draws_the_new_modules(sources, composed, tmp_path):
     for seed in (0, 1):
-        compose_hf.compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / str(seed), seed=seed)
+        compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / str(seed), seed=seed)
     first, second, reference = read(tmp_path / "0"), read(tmp_path / "1"), read(composed / "qwen2")
     for name, tensor in reference.items():
         assert torch.equal(first[name], tensor), name
@@ -562,20 +566,17 @@ def test_seed_draws_the_new_modules(sources, composed, tmp_path):
 def test_bare_weight_file_is_our_own_tower(sources, tmp_path):
     weights = {n: t for n, t in read(sources / "vision").items() if not n.startswith("head.")}
     save_file(weights, tmp_path / "tower.safetensors")
-    vision = compose_hf.load_vision(str(tmp_path / "tower.safetensors"))
+    vision = load_vision(str(tmp_path / "tower.safetensors"))
     assert (vision.architecture, vision.mean, vision.std) == ("deit_tiny_patch16_224", [0.5] * 3, [0.5] * 3)
     assert vision.weights.keys() == weights.keys()
-    beside = compose_hf.load_vision(str(sources / "vision" / "model.safetensors"))
+    beside = load_vision(str(sources / "vision" / "model.safetensors"))
     assert beside.mean == [0.485, 0.456, 0.406]
 
 
 def test_vision_weights_as_a_pickle(sources, tmp_path):
     shutil.copy(sources / "vision" / "config.json", tmp_path)
     torch.save(read(sources / "vision"), tmp_path / "pytorch_model.bin")
-    assert (
-        compose_hf.load_vision(str(tmp_path)).weights.keys()
-        == compose_hf.load_vision(str(sources / "vision")).weights.keys()
-    )
+    assert load_vision(str(tmp_path)).weights.keys() == load_vision(str(sources / "vision")).weights.keys()
 
 
 @pytest.fixture
@@ -586,7 +587,7 @@ def convnet(sources, tmp_path):
     (tmp_path / "vision").mkdir()
     save_file(convnet.state_dict(), tmp_path / "vision" / "model.safetensors")
     write_json(tmp_path / "vision" / "config.json", {"architecture": "test_efficientnet", "num_classes": 0})
-    compose_hf.compose(str(tmp_path / "vision"), str(sources / "qwen2"), tmp_path / "out")
+    compose(str(tmp_path / "vision"), str(sources / "qwen2"), tmp_path / "out")
     return convnet, tmp_path / "out"
 
 
@@ -626,9 +627,9 @@ def test_a_convnets_attention_is_drawn_over_its_map(convnet, tmp_path):
     pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         places = convnet.forward_features(pixel_values).shape[-2:]
-    maps = visualize_hf.pooling_attention(model, pixel_values)
+    maps = pooling_attention(model, pixel_values)
     assert maps.shape == (1, model.config.num_prefix_tokens, *places)
-    words = visualize_hf.word_attention(model, processor, pixel_values, processor.tokenizer(["a cat"])["input_ids"])[0]
+    words = word_attention(model, processor, pixel_values, processor.tokenizer(["a cat"])["input_ids"])[0]
     assert words.maps.shape[1:] == places
 
 
@@ -636,14 +637,14 @@ def test_a_convnet_goes_to_onnx(convnet, tmp_path):
     """The graphs are compared with the model in the export itself."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
-    out = export_hf.export_onnx(str(convnet[1]), tmp_path / "onnx")
+    out = export_onnx(str(convnet[1]), tmp_path / "onnx")
     assert (out / "onnx" / "vision_encoder.onnx").exists()
 
 
 @pytest.mark.parametrize(("patches", "size", "rows", "columns"), [(196, 224, 14, 14), (49, 112, 7, 7), (48, 224, 6, 8)])
 def test_rows_and_columns_of_patches(patches, size, rows, columns):
     pixel_values = torch.zeros(1, 3, size, size * columns // rows)
-    assert visualize_hf.grid(patches, pixel_values) == (rows, columns)
+    assert grid(patches, pixel_values) == (rows, columns)
 
 
 def test_keys_without_a_class_token():
@@ -680,7 +681,7 @@ def edited(source: Path, target: Path, **changes) -> str:
 )
 def test_wrong_vision_parts_are_refused(sources, tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
-        compose_hf.load_vision(make(sources, tmp_path))
+        load_vision(make(sources, tmp_path))
 
 
 def incomplete(source: Path, target: Path) -> str:
@@ -730,13 +731,13 @@ PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantizati
 )
 def test_wrong_text_parts_are_refused(sources, tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
-        compose_hf.load_text(make(sources, tmp_path))
+        load_text(make(sources, tmp_path))
 
 
 @pytest.mark.parametrize(("variant", "message"), [("v", "text model of width 896, got 64"), ("xl", "Variants: m, ")])
 def test_variant_for_other_parts_is_refused(sources, tmp_path, variant, message):
     with pytest.raises(ValueError, match=message):
-        compose_hf.compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out", variant=variant)
+        compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out", variant=variant)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -745,14 +746,14 @@ def test_out_is_not_overwritten_by_accident(sources, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
-        compose_hf.compose(vision, text, out)
+        compose(vision, text, out)
     with pytest.raises(ValueError, match="has no config.json, so --force does not replace it"):
-        compose_hf.compose(vision, text, out, force=True)
+        compose(vision, text, out, force=True)
     for kept in (vision, str(sources), ROOT, ROOT.parent):
         with pytest.raises(ValueError, match="would overwrite"):
-            compose_hf.compose(vision, text, kept, force=True)
+            compose(vision, text, kept, force=True)
     (out / "config.json").write_text("{}")
-    compose_hf.compose(vision, text, out, force=True)
+    compose(vision, text, out, force=True)
     assert not (out / "notes.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -766,25 +767,25 @@ def test_what_does_not_verify_is_not_published(sources, composed, tmp_path, monk
         (weights, right * (1 + 1e-6), "must be equal bit by bit"),
     ):
         with pytest.raises(ValueError, match=message):
-            compose_hf.verify(composed / "llama", bad, logits, exact=True)
+            verify(composed / "llama", bad, logits, exact=True)
 
     monkeypatch.setattr(
-        compose_hf, "text_logits", lambda model, size, calls=[]: calls.append(1) or torch.rand(2, 3, size)
+        "microvlm.compose.verify.text_logits", lambda model, size, calls=[]: calls.append(1) or torch.rand(2, 3, size)
     )
     with pytest.raises(ValueError, match="the logits differ"):
-        compose_hf.compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out")
+        compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_command_line(sources, tmp_path, monkeypatch, capsys):
-    arguments = ["compose_hf.py", "--vision", str(sources / "vision"), "--text", str(sources / "qwen2"), "--out"]
-    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "out"), "--dtype", "float32", "--seed", "3"])
-    compose_hf.main()
+    arguments = ["--vision", str(sources / "vision"), "--text", str(sources / "qwen2"), "--out"]
+    arguments += [str(tmp_path / "out"), "--dtype", "float32", "--seed", "3"]
+    main(arguments)
     printed = capsys.readouterr().out
     assert "ok: vision: 150 tensors equal to the source" in printed
     assert "equal bit by bit" in printed and "a spare row" in printed
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.endswith(tuple("0123456789"))}
     size = sum(t.nbytes for t in read(tmp_path / "out").values())
     assert rows["total"][2] == f"{size:,}" and rows["vision_tower"][:2] == ["150", "5,524,416"]
-    with pytest.raises(SystemExit, match="compose_hf.py: OUT .* exists and is not empty"):
-        compose_hf.main()
+    with pytest.raises(SystemExit, match="microvlm compose: OUT .* exists and is not empty"):
+        main(arguments)

@@ -27,20 +27,10 @@ from toy_data import (
     write_tar,
 )
 
-import data_microvlm
-from data_microvlm import (
-    FORMATS,
-    MIN_ROWS_BEFORE_STOP,
-    CaptionCollator,
-    FeatureCollator,
-    UnreadableRowError,
-    cache_vision_features,
-    change_style,
-    decode_row,
-    is_copyleft,
-    load_rows,
-    picture_augmentation,
-)
+from microvlm.data.augment import change_style, image_augmentation
+from microvlm.data.collators import MIN_ROWS_BEFORE_STOP, CaptionCollator, FeatureCollator
+from microvlm.data.feature_cache import cache_vision_features, write_vision_features
+from microvlm.data.rows import FORMATS, UnreadableRowError, decode_row, is_copyleft, load_rows, row_name
 
 COPYLEFT = [
     "CC-BY-SA-4.0",
@@ -319,7 +309,7 @@ def test_pictures_that_pillow_or_the_limit_refuse(processor, monkeypatch):
     ],
 )
 def test_row_name(row, name):
-    assert data_microvlm.row_name(row) == name
+    assert row_name(row) == name
 
 
 def test_caption_of_bytes_is_stripped_text(processor):
@@ -429,7 +419,7 @@ def test_batch_with_nothing_readable(processor):
 
 def test_augmentation_changes_pictures_only_where_it_is_given(processor):
     plain = CaptionCollator(processor, PROMPT)
-    augmented = CaptionCollator(processor, PROMPT, augment=picture_augmentation())
+    augmented = CaptionCollator(processor, PROMPT, augment=image_augmentation())
     first, expected = augmented(pairs()), plain(pairs())
     assert torch.equal(first["input_ids"], expected["input_ids"]) and torch.equal(first["labels"], expected["labels"])
     assert first["pixel_values"].shape == expected["pixel_values"].shape
@@ -438,7 +428,7 @@ def test_augmentation_changes_pictures_only_where_it_is_given(processor):
 
 
 def test_augmentation_depends_on_seed_epoch_and_pictures_alone(processor):
-    make = lambda seed: CaptionCollator(processor, PROMPT, augment=picture_augmentation(), seed=seed)  # noqa: E731
+    make = lambda seed: CaptionCollator(processor, PROMPT, augment=image_augmentation(), seed=seed)  # noqa: E731
     collator = make(0)
     first = collator(pairs())["pixel_values"]
     torch.manual_seed(123)
@@ -469,7 +459,7 @@ def test_augmentation_keeps_sides_and_range():
     pictures = torch.ones(64, 3, 32, 32)
     pictures[..., :8] = 0  # dark on the left
     for color in (0.0, 0.25):
-        out = picture_augmentation(degrees=10, shift=0.1, scale=0.2, color=color)(pictures)
+        out = image_augmentation(degrees=10, shift=0.1, scale=0.2, color=color)(pictures)
         assert out.shape == pictures.shape and out.dtype == torch.float32
         assert 0 <= out.min() < out.max() <= 1
         assert (out[..., :8].mean((1, 2, 3)) < out[..., -8:].mean((1, 2, 3))).all()  # never flipped
@@ -515,9 +505,9 @@ def test_change_style_outlines_and_blurs_a_share_of_the_pictures(monkeypatch):
     expected = {"as it was": 1200, "outlined": 300, "lines": 100, "blurred": 400}
     assert all(abs(counts[name] - number) < 4 * number**0.5 for name, number in expected.items()), counts
     assert torch.equal(change_style(pictures, 0.0), pictures)
-    monkeypatch.setattr(data_microvlm, "random_affine", lambda B, *limits: torch.eye(2, 3).expand(B, 2, 3))
+    monkeypatch.setattr("microvlm.data.augment.random_affine", lambda B, *limits: torch.eye(2, 3).expand(B, 2, 3))
     torch.manual_seed(0)
-    augment = picture_augmentation(color=0, style=0.2)
+    augment = image_augmentation(color=0, style=0.2)
     counts = style_counts(augment(pictures[:500]), picture)
     assert all(abs(counts[name] - number / 4) < 4 * (number / 4) ** 0.5 for name, number in expected.items()), counts
 
@@ -529,7 +519,7 @@ def test_vision_cache(processor, tmp_path, toy_tower):
     tower, folder = toy_tower, str(tmp_path / "features")
     tower.register_module("statistics", torch.nn.BatchNorm2d(2))  # its count of batches is a scalar, as a convnet's
     rows = memory_rows([*pairs(3), truncated(3), *pairs(8)[4:]])
-    make = lambda: CaptionCollator(processor, PROMPT, augment=picture_augmentation(), max_unreadable_share=1.0)  # noqa: E731
+    make = lambda: CaptionCollator(processor, PROMPT, augment=image_augmentation(), max_unreadable_share=1.0)  # noqa: E731
     features, kept = cache_vision_features(tower, make(), rows, 2, folder, "t", batch_size=3)
     assert features.dtype == torch.bfloat16 and features.shape == (2, 7, 17, 24)
     assert kept["caption"] == [rows[i]["caption"] for i in (0, 1, 2, 4, 5, 6, 7)] and "image" not in kept.column_names
@@ -602,7 +592,7 @@ def test_changed_pictures_of_a_folder_are_not_taken_from_the_vision_cache(proces
 
 
 def test_a_vision_cache_is_made_once_by_two_who_need_it(processor, tmp_path, toy_tower, monkeypatch):
-    rows, write, made = memory_rows(pairs(4)), data_microvlm.write_vision_features, []
+    rows, write, made = memory_rows(pairs(4)), write_vision_features, []
 
     def slow(*args):
         made.append(threading.get_ident())
@@ -614,7 +604,7 @@ def test_a_vision_cache_is_made_once_by_two_who_need_it(processor, tmp_path, toy
         collator = CaptionCollator(processor, PROMPT)
         return cache_vision_features(toy_tower, collator, rows, 1, str(tmp_path / "features"), "t")[0].clone()
 
-    monkeypatch.setattr(data_microvlm, "write_vision_features", slow)
+    monkeypatch.setattr("microvlm.data.feature_cache.write_vision_features", slow)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(need, range(2))
     assert len(made) == 1 and torch.equal(first, second) and bool(first.any(-1).all())

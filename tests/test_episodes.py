@@ -1,28 +1,30 @@
-"""Teaching the memory: episodes, its training run, the threshold, the recall benchmark and teach.py, on toy data."""
+"""Teaching the memory: episodes, its training run, the threshold, the recall benchmark and microvlm memory, on toy data."""
 
 import json
 import math
 import random
 import shutil
-import sys
 import threading
 
+import memory_recall
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from safetensors.torch import load_file
 from toy_data import pairs, png, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
 from transformers import AutoConfig
 
-from data_microvlm import QUESTIONS, EpisodeCollator, caption_noun, make_names
-
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
-import calibrate_scope  # noqa: E402
-import memory_recall  # noqa: E402
-
-import teach  # noqa: E402
-import train_hf  # noqa: E402
+import train_hf
+from microvlm import inference as inference_module
+from microvlm.commands import memory as memory_command
+from microvlm.data.episodes import QUESTIONS, EpisodeCollator, caption_noun, make_names
+from microvlm.data.rows import load_rows
+from microvlm.evaluate.memory import Bench, forget_half, mean, measure, negatives, own_words, says_name
+from microvlm.metrics import auroc, equal_error_rate
+from microvlm.model import load
+from microvlm.train import calibrate
+from microvlm.train.calibrate import lowest_threshold
+from microvlm.train.trainer import EPISODE_INPUTS
 
 MEMORY = {
     "num_slots": 16,
@@ -309,7 +311,7 @@ def test_memory_losses_against_their_definition():
     model = toy_model(use_memory=True, memory_config=MEMORY).train()
     model.model.memory.eval()  # no draws: the reference below has none
     batch = collator(shares={"view": 0.5, "style": 0.0, "text": 0.0, "new": 0.5, "unknown": 0.0})(batch_rows())
-    episode = {name: batch[name] for name in train_hf.EPISODE_INPUTS}
+    episode = {name: batch[name] for name in EPISODE_INPUTS}
     readout, losses = model.memory_losses(
         batch["input_ids"], batch["attention_mask"], batch["vision_features"], **episode
     )
@@ -337,23 +339,23 @@ def test_memory_losses_against_their_definition():
 
 
 def test_scores_of_the_benchmark():
-    assert memory_recall.said("Bimo", "this is bimo the cat") and not memory_recall.said("Bim", "This is Bimo.")
-    assert memory_recall.own_words("This is Bimo the pen-guin.") == "bimo pen guin"
+    assert says_name("Bimo", "this is bimo the cat") and not says_name("Bim", "This is Bimo.")
+    assert own_words("This is Bimo the pen-guin.") == "bimo pen guin"
     p, n = torch.tensor([0.9, 0.8, 0.3]), torch.tensor([0.1, 0.3, 0.5, 0.2])
     pairs_right = sum(float(a > b) + 0.5 * float(a == b) for a in p for b in n) / 12
-    assert memory_recall.auroc(p, n) == pytest.approx(pairs_right)
-    assert memory_recall.equal_error_rate(p, n) == pytest.approx((1 / 3 + 1 / 4) / 2)
-    assert memory_recall.equal_error_rate(torch.tensor([0.9]), torch.tensor([0.1])) == 0
+    assert auroc(p, n) == pytest.approx(pairs_right)
+    assert equal_error_rate(p, n) == pytest.approx((1 / 3 + 1 / 4) / 2)
+    assert equal_error_rate(torch.tensor([0.9]), torch.tensor([0.1])) == 0
 
 
 @pytest.mark.parametrize("highest", [0.4, 0.9])
 def test_the_threshold_lets_no_more_through_than_it_may(highest):
     negative = torch.linspace(0, highest, 100)
-    threshold = calibrate_scope.lowest_threshold(negative, 0.05)
+    threshold = lowest_threshold(negative, 0.05)
     assert (negative >= threshold).float().mean() <= 0.05 < (negative >= threshold - 0.02 * highest).float().mean()
-    assert threshold == round(threshold, 4) and 0 < calibrate_scope.lowest_threshold(torch.zeros(5), 0.5) < 0.01
-    assert calibrate_scope.lowest_threshold(torch.ones(5), 0.0) < 1
-    assert calibrate_scope.lowest_threshold(torch.full((5,), 0.9), 1.0) == 1e-4  # all may pass
+    assert threshold == round(threshold, 4) and 0 < lowest_threshold(torch.zeros(5), 0.5) < 0.01
+    assert lowest_threshold(torch.ones(5), 0.0) < 1
+    assert lowest_threshold(torch.full((5,), 0.9), 1.0) == 1e-4  # all may pass
 
 
 def test_thresholds_of_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -366,8 +368,7 @@ def test_thresholds_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     found = []
     for shares in (("1", "1"), ("0", "1"), ("1", "0")):
         options = ["--data", data, "--false-alarms", shares[0], "--look-alikes", shares[1]]
-        monkeypatch.setattr(sys, "argv", ["calibrate_scope.py", str(tmp_path / "model"), *options])
-        calibrate_scope.main()
+        calibrate.main([str(tmp_path / "model"), *options])
         found.append(json.loads((tmp_path / "model/config.json").read_text())["memory_config"]["scope_threshold"])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 4 |"))][:2]
         for column, share in zip((-2, -1), shares):  # what of the unrelated and of the look-alikes passes
@@ -383,23 +384,22 @@ def test_thresholds_of_a_small_memory(tmp_path, monkeypatch, slots):
     things = ["cat", "dog", "bell", "hat", "cart", "house", "tower", "box"]
     rows = pairs(concept=things, caption=[f"A {thing}." for thing in things])
     data = str(write_parquet(tmp_path / "rows.parquet", rows))
-    monkeypatch.setattr(sys, "argv", ["calibrate_scope.py", str(tmp_path / "model"), "--data", data])
-    calibrate_scope.main()
+    calibrate.main([str(tmp_path / "model"), "--data", data])
     config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=True)
     assert [size for size, _ in config.memory_config.scope_threshold] == [1, slots]
 
     written = (tmp_path / "model/config.json").read_bytes()
-    monkeypatch.setattr(calibrate_scope, "lowest_threshold", lambda *_: -1.0)
+    monkeypatch.setattr("microvlm.train.calibrate.lowest_threshold", lambda *_: -1.0)
     with pytest.raises(ValueError, match="scope_threshold"):
-        calibrate_scope.main()
+        calibrate.main([str(tmp_path / "model"), "--data", data])
     assert (tmp_path / "model/config.json").read_bytes() == written
 
 
 def test_the_benchmark_runs_and_counts(tmp_path):
     model = toy_model(use_memory=True, memory_config=MEMORY)
-    rows = memory_recall.load_rows(str(write_parquet(tmp_path / "rows.parquet", pairs(concept=CONCEPTS))))
-    bench = memory_recall.Bench(model, toy_processor(), rows)
-    result = memory_recall.measure(bench, 2, 4)
+    rows = load_rows(str(write_parquet(tmp_path / "rows.parquet", pairs(concept=CONCEPTS))))
+    bench = Bench(model, toy_processor(), rows)
+    result = measure(bench, 2, 4)
     assert result["facts"] == 2 and {"seen", "new", "unrelated", "lookalike", "forget", "bytes"} <= set(result)
     for kind in ("seen", "new"):
         assert all(0 <= share <= 1 for share in result[kind].values())
@@ -408,16 +408,16 @@ def test_the_benchmark_runs_and_counts(tmp_path):
     assert not {name for kind in bench.names.values() for name in kind} & {"Red", "Blue", "This", "The"}
     mute = bench.answers
     bench.answers = lambda view, indices, *args, **kwargs: ["This is Kesora." for _ in indices]  # whatever is asked
-    half = memory_recall.forget_half(bench, bench.teach([[0, 3]], [["a", "b"]]), [[0, 3]], [["Kesora", "Bimo"]], 4)
+    half = forget_half(bench, bench.teach([[0, 3]], [["a", "b"]]), [[0, 3]], [["Kesora", "Bimo"]], 4)
     assert half == {"forget": {"forgotten": 1.0, "kept": 0.0, "kept_before": 0.0}}
     bench.plain = dict.fromkeys(range(8), "This is Kesora.")
-    said = memory_recall.negatives(bench, bench.teach([[0]], [["a"]]), [[0]], [["Kesora"]], None, [0], 4)["unrelated"]
+    said = negatives(bench, bench.teach([[0]], [["a"]]), [[0]], [["Kesora"]], None, [0], 4)["unrelated"]
     assert (said["false_recall"], said["unchanged"]) == (1.0, 1.0) and said["pictures"] > 0
     bench.answers = mute
-    report = memory_recall.report([memory_recall.mean([result, result])], {"write": 1.0})
+    report = memory_recall.report([mean([result, result])], {"write": 1.0})
     assert "| 2 | seen |" in report and "Milliseconds" in report
     draws = [{"facts": 1, "seen": {"view": 0.5}}, {"facts": 1, "seen": {"view": 1.0, "style": 0.25}, "in_prompt": None}]
-    assert memory_recall.mean(draws) == {"facts": 1, "seen": {"view": 0.75, "style": 0.25}, "in_prompt": None}
+    assert mean(draws) == {"facts": 1, "seen": {"view": 0.75, "style": 0.25}, "in_prompt": None}
 
 
 @pytest.fixture
@@ -426,7 +426,7 @@ def shop(tmp_path):
     folder = toy_checkpoint(tmp_path / "model", use_memory=True, memory_config=MEMORY)
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(png(i))
-    return lambda *words: teach.main([str(w) for w in (*words, "--model", folder)])
+    return lambda *words: memory_command.main([str(w) for w in (*words, "--model", folder)])
 
 
 def test_teach_adds_lists_asks_and_forgets(shop, tmp_path, capsys):
@@ -463,7 +463,7 @@ def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, wo
     before = file.read_bytes()
     names = {"file": file, "missing": tmp_path / "missing.png", "picture": tmp_path / "0.png"}
     names["rows"] = tmp_path / "rows.safetensors"
-    teach.load(tmp_path / "model")[0].new_memory(2).save(names["rows"])
+    load(tmp_path / "model")[0].new_memory(2).save(names["rows"])
     assert shop(*(w.format(**names) for w in words)) == 1
     assert message in capsys.readouterr().err and file.read_bytes() == before
 
@@ -480,7 +480,7 @@ def test_a_file_by_two_names_has_one_lock(shop, tmp_path, capsys):
 
 def test_two_who_teach_at_once_both_teach(shop, tmp_path, monkeypatch):
     """The second loads what the first has saved, however long the first takes in between."""
-    file, add = tmp_path / "facts.safetensors", teach.add
+    file, add = tmp_path / "facts.safetensors", inference_module.add
     inside, second = threading.Event(), []
 
     def slow(*arguments):
@@ -492,10 +492,10 @@ def test_two_who_teach_at_once_both_teach(shop, tmp_path, monkeypatch):
             inside.set()
         return add(*arguments)
 
-    monkeypatch.setattr(teach, "add", slow)
+    monkeypatch.setattr("microvlm.commands.memory.add", slow)
     assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
     second[0].join()
-    assert teach.load(tmp_path / "model")[0].load_memory(file).labels == [["a red square", "a blue circle"]]
+    assert load(tmp_path / "model")[0].load_memory(file).labels == [["a red square", "a blue circle"]]
 
 
 @pytest.mark.parametrize(
@@ -503,5 +503,5 @@ def test_two_who_teach_at_once_both_teach(shop, tmp_path, monkeypatch):
 )
 def test_teach_with_wrong_arguments(words):
     with pytest.raises(SystemExit) as error:
-        teach.main(list(words))
+        memory_command.main(list(words))
     assert error.value.code == 2

@@ -14,12 +14,45 @@ import pytest
 import torch
 import yaml
 from conftest import IMAGE_ID, ROOT
+from datasets import load_dataset
 from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from toy_data import CAPTIONS, pairs, toy_checkpoint, toy_model, toy_processor, use_cache, write_folder, write_parquet
 
-import evaluate_hf
-import stream_microvlm
-from data_microvlm import UnreadableRowError, load_rows
+from microvlm.data.collators import CaptionCollator
+from microvlm.data.episodes import make_names
+from microvlm.data.rows import UnreadableRowError, decode_row, load_rows
+from microvlm.evaluate import run as run_module
+from microvlm.evaluate.captions import caption_rows, caption_scores
+from microvlm.evaluate.card import card_results, card_with
+from microvlm.evaluate.language import language_scores, perplexity, teacher_forced
+from microvlm.evaluate.memory import longest_name, memory_scores
+from microvlm.evaluate.report import (
+    CAPTION_LABELS,
+    blocks,
+    examples_of,
+    format_value,
+    html_section,
+    markdown,
+    print_result,
+)
+from microvlm.evaluate.retrieval import retrieval_scores
+from microvlm.evaluate.run import GROUPS, main, open_rows, parse_arguments
+from microvlm.metrics import (
+    auroc,
+    cider,
+    equal_error_rate,
+    meteor,
+    meteor_scorer,
+    ngram_scores,
+    normalise,
+    roc,
+    score,
+    word_f1,
+)
+from microvlm.model import PackedConfig
+from microvlm.pack import pack
+from microvlm.teacher import nearest_neighbours
 
 
 @pytest.fixture
@@ -42,7 +75,7 @@ def rows(monkeypatch, tmp_path):
     ],
 )
 def test_normalise(caption, expected):
-    assert evaluate_hf.normalise(caption) == expected
+    assert normalise(caption) == expected
 
 
 @pytest.mark.parametrize(
@@ -60,47 +93,47 @@ def test_normalise(caption, expected):
     ],
 )
 def test_word_f1(candidate, reference, expected):
-    assert evaluate_hf.word_f1(candidate, reference) == pytest.approx(expected)
-    assert evaluate_hf.word_f1(reference, candidate) == pytest.approx(expected)
+    assert word_f1(candidate, reference) == pytest.approx(expected)
+    assert word_f1(reference, candidate) == pytest.approx(expected)
 
 
 def test_cider():
-    references = [evaluate_hf.normalise(c) for c in CAPTIONS]
-    identical = evaluate_hf.cider(references, references)
+    references = [normalise(c) for c in CAPTIONS]
+    identical = cider(references, references)
     assert identical > 3  # 10 for every caption of four words and more, less for shorter ones
-    assert evaluate_hf.cider(["nothing of this"] * 8, references) == 0
-    assert evaluate_hf.cider([""] * 8, references) == 0
-    some = evaluate_hf.cider(references[:4] + ["nothing of this"] * 4, references)
+    assert cider(["nothing of this"] * 8, references) == 0
+    assert cider([""] * 8, references) == 0
+    some = cider(references[:4] + ["nothing of this"] * 4, references)
     assert 0 < some < identical
-    assert evaluate_hf.cider(references[1:] + references[:1], references) < some
+    assert cider(references[1:] + references[:1], references) < some
     four = ["one two three four", "five six seven eight"]
-    assert evaluate_hf.cider(four, four) == pytest.approx(10)
+    assert cider(four, four) == pytest.approx(10)
 
 
 def test_score_of_toy_lists():
     candidates = ["A red square!", "the blue disc", "a red square", "green"]
     references = ["red square", "a blue circle", "a green square", "Green."]
-    s = evaluate_hf.score(candidates, references)
+    s = score(candidates, references)
     assert list(s) == ["exact", "word_f1", "cider", "distinct"]
     assert s["exact"] == 2 / 4
     assert s["word_f1"] == pytest.approx((1 + 1 / 2 + 1 / 2 + 1) / 4)
     assert s["distinct"] == 3 / 4
     lower = ["a red square", "the blue disc", "a red square", "green"]  # articles stay
-    assert s["cider"] == evaluate_hf.cider(lower, ["red square", "a blue circle", "a green square", "green"]) > 0
+    assert s["cider"] == cider(lower, ["red square", "a blue circle", "a green square", "green"]) > 0
 
 
 def test_captions_in_batches_are_those_of_single_rows(rows):
     model, processor = toy_model(), toy_processor()
     model.config.default_prompt_ids = [2, IMAGE_ID, *processor.tokenizer("green")["input_ids"], 3]  # said by nobody
-    single, references = evaluate_hf.caption_rows(model, processor, rows, batch_size=1, max_new_tokens=6)
+    single, references = caption_rows(model, processor, rows, batch_size=1, max_new_tokens=6)
     assert references == CAPTIONS
     lengths = [len(caption) for caption in single]
     assert len(set(single)) > 2 and min(lengths) < max(lengths) / 2  # some end before the others of their batch
     assert not any("green" in caption for caption in single)  # the prompt is cut off
     for size in (3, 8, 16):
-        assert evaluate_hf.caption_rows(model, processor, rows, size, 6) == (single, references)
+        assert caption_rows(model, processor, rows, size, 6) == (single, references)
     inputs = processor.image_processor(
-        [evaluate_hf.decode_row(row, processor.image_processor)[0] for row in rows], return_tensors="pt"
+        [decode_row(row, processor.image_processor)[0] for row in rows], return_tensors="pt"
     )
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, model.default_prompt(1).shape[1] :]
@@ -113,13 +146,13 @@ def test_unreadable_row_ends_the_evaluation_and_is_named(monkeypatch, tmp_path):
     bad[5]["image"]["bytes"] = b"no picture"
     rows = load_rows(str(write_parquet(tmp_path / "bad.parquet", bad)))
     with pytest.raises(UnreadableRowError, match="^row toy-5: picture cannot be read"):
-        evaluate_hf.caption_rows(toy_model(), toy_processor(), rows, 8, 2)
+        caption_rows(toy_model(), toy_processor(), rows, 8, 2)
 
 
 def test_command(tmp_path):
     model, data = toy_checkpoint(tmp_path / "model"), write_parquet(tmp_path / "toy.parquet", pairs())
     json_file = tmp_path / "scores.json"
-    command = [sys.executable, str(ROOT / "evaluate_hf.py"), "--model", str(model), "--data", str(data)]
+    command = [sys.executable, "-m", "microvlm", "evaluate", "--model", str(model), "--data", str(data)]
     command += ["--limit", "6", "--batch-size", "4", "--show", "2", "--json", str(json_file), "--no-meteor"]
     run = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "home")}
@@ -150,10 +183,8 @@ def test_nearest_neighbours():
     a, b = train.double().numpy(), queries.double().numpy()  # against loops in float64
     cosine = lambda x, y: (x @ y) / ((x @ x) * (y @ y)) ** 0.5  # noqa: E731
     expected = [max(range(9), key=lambda i: cosine(q, a[i])) for q in b]
-    assert evaluate_hf.nearest_neighbours(train, queries) == expected
-    assert (
-        evaluate_hf.nearest_neighbours(train * torch.arange(1, 10).view(-1, 1), queries) == expected
-    )  # length is nothing
+    assert nearest_neighbours(train, queries) == expected
+    assert nearest_neighbours(train * torch.arange(1, 10).view(-1, 1), queries) == expected  # length is nothing
 
 
 def test_yardstick_copies_the_caption_of_the_closest_picture(monkeypatch, tmp_path):
@@ -166,7 +197,7 @@ def test_yardstick_copies_the_caption_of_the_closest_picture(monkeypatch, tmp_pa
     for train, exact in ((data, 1.0), (half, 0.5)):
         json_file = tmp_path / f"{train.stem}.json"
         command = ["--model", str(model), "--data", str(data), "--json", str(json_file), "--no-meteor"]
-        assert evaluate_hf.main([*command, "--metrics", "captions", "--yardstick", str(train)]) == 0
+        assert main([*command, "--metrics", "captions", "--yardstick", str(train)]) == 0
         assert json.loads(json_file.read_text())[str(data)]["nearest_neighbour"]["exact"] == exact
 
 
@@ -175,7 +206,7 @@ def test_yardstick_copies_the_caption_of_the_closest_picture(monkeypatch, tmp_pa
 
 def test_bleu_and_rouge_by_hand():
     """Two pairs; corpus counts: 6 of 6 words, 3 of 4 pairs of words, 1 of 2 triples; candidates have 6 words, references 7."""
-    scores = evaluate_hf.ngram_scores(["A red square!", "blue big disc"], ["a red square on", "big disc blue"])
+    scores = ngram_scores(["A red square!", "blue big disc"], ["a red square on", "big disc blue"])
     brevity = math.exp(1 - 7 / 6)
     precision = (6 / 6, 3 / 4, 1 / 2, 1e-15 / 1e-9)  # no four words in a row: 0 of 0, as pycocoevalcap smooths it
     for n in (1, 2, 3, 4):
@@ -183,19 +214,19 @@ def test_bleu_and_rouge_by_hand():
         assert scores[f"bleu_{n}"] == pytest.approx(expected, rel=1e-6)
     f = lambda p, r: (1 + 1.2**2) * p * r / (r + 1.2**2 * p)  # noqa: E731
     assert scores["rouge_l"] == pytest.approx((f(3 / 3, 3 / 4) + f(2 / 3, 2 / 3)) / 2)
-    perfect = evaluate_hf.ngram_scores(["one two three four"], ["One two, three four."])
+    perfect = ngram_scores(["one two three four"], ["One two, three four."])
     assert perfect["rouge_l"] == 1 and perfect["bleu_4"] == pytest.approx(1, abs=1e-4)
 
 
 def test_captions_that_say_nothing_are_scored():
-    scores, missing = evaluate_hf.caption_scores({"model": (["", ""], ["a cat", "!"])}, with_meteor=False)
+    scores, missing = caption_scores({"model": (["", ""], ["a cat", "!"])}, with_meteor=False)
     assert scores["model"]["bleu_1"] < 1e-6 and scores["model"]["exact"] == 0.5
     assert missing == {"meteor": "--no-meteor"} and scores["model"]["meteor"] is None
 
 
 def test_meteor_without_java_says_so(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    scores, missing = evaluate_hf.caption_scores({"model": (["a", "b"], ["a", "c"])})
+    scores, missing = caption_scores({"model": (["a", "b"], ["a", "c"])})
     assert "no java" in missing["meteor"] and scores["model"]["meteor"] is None and scores["model"]["exact"] == 0.5
 
 
@@ -204,29 +235,29 @@ def test_a_java_program_that_fails_is_a_reason(monkeypatch, tmp_path):
     java.write_text("#!/bin/sh\necho 'Error: this is no Java' >&2\nexit 1\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    evaluate_hf.meteor_scorer.cache_clear()
+    meteor_scorer.cache_clear()
     with pytest.raises(RuntimeError, match="METEOR's Java program failed: Error: this is no Java"):
-        evaluate_hf.meteor(["a"], ["a"])
-    assert evaluate_hf.meteor_scorer.cache_info().currsize == 0  # the next call starts another
+        meteor(["a"], ["a"])
+    assert meteor_scorer.cache_info().currsize == 0  # the next call starts another
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program, there is no java here")
 def test_meteor():
     """Equal sentences: precision, recall 1 and one chunk of n words, a penalty of 0.6 (1 / n) ^ 0.2 in version 1.5's English task."""
-    same = evaluate_hf.meteor(["a large dog runs home"], ["A large dog runs home."])
-    less = evaluate_hf.meteor(["a large dog"], ["a large dog runs home"])
-    assert evaluate_hf.meteor(["", "zzz"], ["a dog", "cat"]) == 0 < less < same <= 1
-    assert evaluate_hf.meteor(["home runs dog large a"], ["a large dog runs home"]) < same  # order counts
+    same = meteor(["a large dog runs home"], ["A large dog runs home."])
+    less = meteor(["a large dog"], ["a large dog runs home"])
+    assert meteor(["", "zzz"], ["a dog", "cat"]) == 0 < less < same <= 1
+    assert meteor(["home runs dog large a"], ["a large dog runs home"]) < same  # order counts
 
 
 def test_perplexity_is_that_of_a_loop_over_the_tokens(rows):
     model, processor = toy_model(), toy_processor()
-    forced = evaluate_hf.teacher_forced(model, processor, rows, batch_size=3)
+    forced = teacher_forced(model, processor, rows, batch_size=3)
     total, tokens = [], []
     prompt, eos = model.default_prompt(1)[0].tolist(), processor.tokenizer.eos_token_id
     for row in rows:
-        picture, caption = evaluate_hf.decode_row(row, processor.image_processor)
+        picture, caption = decode_row(row, processor.image_processor)
         pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
         line, answer = list(prompt), [*processor.tokenizer(caption, add_special_tokens=False)["input_ids"], eos]
         nats = 0.0
@@ -239,12 +270,11 @@ def test_perplexity_is_that_of_a_loop_over_the_tokens(rows):
         tokens.append(len(answer))
     torch.testing.assert_close(forced["loss"], torch.tensor(total, dtype=torch.float64), rtol=1e-4, atol=1e-4)
     assert forced["tokens"].tolist() == tokens
-    scores = evaluate_hf.language_scores(forced["loss"], forced["tokens"], CAPTIONS)
+    scores = language_scores(forced["loss"], forced["tokens"], CAPTIONS)
     assert scores["perplexity"] == pytest.approx(math.exp(sum(total) / sum(tokens)), rel=1e-4)
     assert scores["lm_loss"] == pytest.approx(sum(total) / sum(tokens), rel=1e-4)
     length = sum(len(c.encode()) for c in CAPTIONS)
     assert scores["bits_per_byte"] == pytest.approx(sum(total) / math.log(2) / length, rel=1e-4)
-    from quantize_hf import perplexity
 
     assert scores["perplexity"] == pytest.approx(perplexity(model, processor, rows, 8), rel=1e-4)
 
@@ -252,20 +282,20 @@ def test_perplexity_is_that_of_a_loop_over_the_tokens(rows):
 def test_alignment_embeddings_are_those_of_training(rows):
     """In batches and padded, they are the forward pass's with labels on the caption."""
     model, processor = toy_model(), toy_processor()
-    forced = evaluate_hf.teacher_forced(model, processor, rows, batch_size=3)
-    collator = evaluate_hf.CaptionCollator(processor, model.default_prompt(1)[0].tolist())
+    forced = teacher_forced(model, processor, rows, batch_size=3)
+    collator = CaptionCollator(processor, model.default_prompt(1)[0].tolist())
     with torch.no_grad():
         out = model(**collator(list(rows)), return_alignment=True)
     for name in ("image_embeds", "text_embeds"):
         torch.testing.assert_close(forced[name], getattr(out, name), rtol=1e-4, atol=1e-5)
-    assert "image_embeds" not in evaluate_hf.teacher_forced(model, processor, rows.select(range(2)), align=False)
+    assert "image_embeds" not in teacher_forced(model, processor, rows.select(range(2)), align=False)
 
 
 def test_retrieval_against_counting_in_float64():
     g = torch.Generator().manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(12, 6, generator=g), dim=-1) for _ in range(2))
     image = torch.nn.functional.normalize(image + text, dim=-1)
-    scores, missing = evaluate_hf.retrieval_scores(toy_model(), image, text)
+    scores, missing = retrieval_scores(toy_model(), image, text)
     assert not missing and scores["pairs"] == 12
     similarity = (image.double() @ text.double().T).numpy()
     for name, matrix in (("image_to_text", similarity), ("text_to_image", similarity.T)):
@@ -284,7 +314,7 @@ def test_retrieval_against_counting_in_float64():
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_retrieval_among_few_pictures_says_what_is_trivial(number):
     unit = torch.nn.functional.normalize(torch.randn(number, 4), dim=-1)
-    scores, missing = evaluate_hf.retrieval_scores(toy_model(), unit, unit)
+    scores, missing = retrieval_scores(toy_model(), unit, unit)
     for k in (1, 5, 10):
         assert (scores[f"image_to_text_recall_at_{k}"] is None) == (k >= number) == (f"recall at {k}" in missing)
     assert (scores["alignment_loss"] is None) == (number == 1)
@@ -293,15 +323,14 @@ def test_retrieval_among_few_pictures_says_what_is_trivial(number):
 def test_scope_curve_holds_auroc_and_equal_error_rate():
     """The area under the report's curve is the benchmark's AUROC, its crossing with the other diagonal the equal error rate."""
     known, unrelated = torch.tensor([0.9, 0.8, 0.8, 0.3]), torch.tensor([0.1, 0.3, 0.5, 0.85])
-    x, y = evaluate_hf.roc(known, unrelated)
+    x, y = roc(known, unrelated)
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1) and x == sorted(x) and y == sorted(y)
     area = sum((b - a) * (c + d) / 2 for a, b, c, d in zip(x, x[1:], y, y[1:]))
-    recall = evaluate_hf.benchmark("memory_recall")
     wins = sum((p > n) + 0.5 * (p == n) for p in known.tolist() for n in unrelated.tolist()) / 16
-    assert area == pytest.approx(wins) == pytest.approx(recall.auroc(known, unrelated))
+    assert area == pytest.approx(wins) == pytest.approx(auroc(known, unrelated))
     assert min(abs(1 - b - a) for a, b in zip(x, y)) == pytest.approx(0)
     assert [a for a, b in zip(x, y) if abs(1 - b - a) < 1e-6] == [pytest.approx(0.25)]
-    assert recall.equal_error_rate(known, unrelated) == pytest.approx(0.25)
+    assert equal_error_rate(known, unrelated) == pytest.approx(0.25)
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -357,10 +386,8 @@ def full_run(tmp_path_factory):
         )
         files = {"json": "scores.json", "markdown": "scores.md", "html": "report.html", "card": "README.md"}
         options = {name: folder / file for name, file in files.items()}
-        arguments = command(
-            model, a, b, metrics=list(evaluate_hf.GROUPS), facts=[1, 2, 20], queries=2, examples=2, **options
-        )
-        assert evaluate_hf.main(arguments) == 0
+        arguments = command(model, a, b, metrics=list(GROUPS), facts=[1, 2, 20], queries=2, examples=2, **options)
+        assert main(arguments) == 0
     return folder
 
 
@@ -378,15 +405,12 @@ def test_every_group_is_in_every_output(full_run):
             assert 0 <= memory["recall_view"] <= 1 and memory["memory_kl"] > 0
             assert (memory["forgotten"] is None) == (memory["facts"] == 1)
         assert entry["memory"][1]["memory_kl"] > entry["memory"][0]["memory_kl"]
-        for title, labels, columns in evaluate_hf.blocks(entry):
+        for title, labels, columns in blocks(entry):
             assert f"## {title}\n" in tables and title in page.words
             for values in columns.values():
                 for key, label in labels.items():
                     assert label in page.words and label in tables
-                    assert (
-                        evaluate_hf.shown(values.get(key)) in page.words
-                        and evaluate_hf.shown(values.get(key)) in tables
-                    )
+                    assert format_value(values.get(key)) in page.words and format_value(values.get(key)) in tables
 
 
 def test_the_report_needs_no_other_file_and_shows_captions_beside_references(full_run):
@@ -439,18 +463,18 @@ def sample(**values) -> dict:
 
 
 def test_a_second_run_replaces(tmp_path):
-    card, captions = tmp_path / "README.md", dict.fromkeys(evaluate_hf.CAPTION_LABELS, 0.5)
+    card, captions = tmp_path / "README.md", dict.fromkeys(CAPTION_LABELS, 0.5)
     card.write_text("# Bird\n\n---\n\nA rule above.\n")
-    first = evaluate_hf.card_with(str(card), sample(model=captions), ["captions", "language"], "x")
+    first = card_with(str(card), sample(model=captions), ["captions", "language"], "x")
     assert first.endswith("---\n# Bird\n\n---\n\nA rule above.\n")
     card.write_text(first)
-    assert evaluate_hf.card_with(str(card), sample(model=captions), ["captions", "language"], "x") == first
+    assert card_with(str(card), sample(model=captions), ["captions", "language"], "x") == first
     worse = sample(model=captions | {"exact": 0.25, "meteor": None})
-    card.write_text(evaluate_hf.card_with(str(card), worse, ["captions", "language"], "x"))
+    card.write_text(card_with(str(card), worse, ["captions", "language"], "x"))
     values = {r.metric_type: r.metric_value for r in ModelCard.load(card).data.eval_results}
     assert len(values) == len(ModelCard.load(card).data.eval_results) == 12
     assert values["exact"] == 0.25 and "meteor" not in values  # what is no longer measured goes
-    card.write_text(evaluate_hf.card_with(str(card), sample(), ["language"], "x"))
+    card.write_text(card_with(str(card), sample(), ["language"], "x"))
     kept = {r.metric_type for r in ModelCard.load(card).data.eval_results}
     assert {"exact", "cider", "perplexity"} <= kept  # another group's figures stay
 
@@ -458,15 +482,15 @@ def test_a_second_run_replaces(tmp_path):
 def test_a_comment_in_the_metadata_is_no_heading(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("---\n# For reference, see the spec\nlicense: mit\n---\n\n# Bird\n")
-    captions = dict.fromkeys(evaluate_hf.CAPTION_LABELS, 0.5)
-    card.write_text(evaluate_hf.card_with(str(card), sample(model=captions), ["captions"], "x"))
+    captions = dict.fromkeys(CAPTION_LABELS, 0.5)
+    card.write_text(card_with(str(card), sample(model=captions), ["captions"], "x"))
     assert ModelCard.load(card).data.to_dict()["model-index"][0]["name"] == "Bird"
 
 
 def test_broken_files_are_said(tmp_path, capsys):
     (tmp_path / "broken.tar").write_bytes(b"no archive at all")
-    assert evaluate_hf.main(["--data", str(tmp_path / "broken.tar"), "--model", str(ROOT)]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("evaluate_hf.py: ")
+    assert main(["--data", str(tmp_path / "broken.tar"), "--model", str(ROOT)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("microvlm evaluate: ")
 
 
 def test_other_results_of_a_card_stay(tmp_path):
@@ -480,9 +504,9 @@ def test_other_results_of_a_card_stay(tmp_path):
         3.0,
         dataset_split="validation",
     )
-    index = yaml.safe_dump({"model-index": evaluate_hf.eval_results_to_model_index("Named", [other, own])})
+    index = yaml.safe_dump({"model-index": eval_results_to_model_index("Named", [other, own])})
     card.write_text(f"---\nlicense: mit\n{index}# a comment\nlanguage: en\n---\n# Heading\n")
-    text = evaluate_hf.card_with(str(card), sample(), ["language"], "x")
+    text = card_with(str(card), sample(), ["language"], "x")
     assert "\n# a comment\nlanguage: en\n---\n# Heading\n" in text and text.startswith(
         "---\nlicense: mit\nmodel-index:\n"
     )
@@ -509,14 +533,14 @@ def test_a_card_that_cannot_be_edited_is_refused(tmp_path, text, message):
     card = tmp_path / "README.md"
     card.write_text(text)
     with pytest.raises(ValueError, match=message):
-        evaluate_hf.card_with(str(card), sample(), ["language"], "x")
+        card_with(str(card), sample(), ["language"], "x")
     assert card.read_text() == text
 
 
 def test_two_sets_of_one_name_are_refused():
     results = {"/a/x.parquet": sample()["data/validation.parquet"], "/b/x.parquet": sample()["data/validation.parquet"]}
     with pytest.raises(ValueError, match="2 data sets would both be called x.parquet"):
-        evaluate_hf.card_results(results)
+        card_results(results)
 
 
 def test_without_memory_and_alignment_the_reason_is_said(monkeypatch, tmp_path, capsys):
@@ -524,15 +548,15 @@ def test_without_memory_and_alignment_the_reason_is_said(monkeypatch, tmp_path, 
     model, processor = toy_model(), toy_processor()
     model.model.alignment = None
     rows = load_rows(str(write_parquet(tmp_path / "toy.parquet", pairs(3))))
-    options = evaluate_hf.parse_arguments(command("unused", "x", metrics=["retrieval", "memory", "language"]))
-    result, _ = evaluate_hf.evaluate(model, processor, rows, options)
+    options = parse_arguments(command("unused", "x", metrics=["retrieval", "memory", "language"]))
+    result, _ = run_module.evaluate(model, processor, rows, options)
     assert "no memory" in result["not_measured"]["memory"] and not result["memory"]
     assert "no alignment heads" in result["not_measured"]["retrieval"] and "retrieval" not in result
     assert result["language"]["perplexity"] > 1
-    evaluate_hf.print_result("toy", result)
+    print_result("toy", result)
     assert "not measured: memory: the checkpoint has no memory" in capsys.readouterr().out
-    assert "no alignment heads" in evaluate_hf.markdown({"toy": result})
-    assert "no alignment heads" in evaluate_hf.html_section("toy", result, [], [])
+    assert "no alignment heads" in markdown({"toy": result})
+    assert "no alignment heads" in html_section("toy", result, [], [])
 
 
 def test_captions_too_long_for_a_fact_are_left_out_and_counted(monkeypatch, tmp_path):
@@ -541,11 +565,11 @@ def test_captions_too_long_for_a_fact_are_left_out_and_counted(monkeypatch, tmp_
     rows = pairs(6)
     rows[1]["caption"] = "a " + "very " * 40 + "long red square"
     rows = load_rows(str(write_parquet(tmp_path / "toy.parquet", rows)))
-    found, scopes, missing = evaluate_hf.memory_scores(model, processor, rows, [1, 6], 2)
+    found, scopes, missing = memory_scores(model, processor, rows, [1, 6], 2)
     assert [memory["facts"] for memory in found] == [1] and 1 in scopes
     assert "too long" in missing["memory of 1 pictures"] and "only 5 pictures" in missing["memory of 6 facts"]
-    name = evaluate_hf.longest_name(processor.tokenizer)
-    names = evaluate_hf.make_names(8000)
+    name = longest_name(processor.tokenizer)
+    names = make_names(8000)
     assert max(len(processor.tokenizer(f" {n}")["input_ids"]) for n in names[::97]) <= len(
         processor.tokenizer(f" {name}")["input_ids"]
     )
@@ -555,7 +579,7 @@ def test_one_picture_is_enough(monkeypatch, tmp_path):
     use_cache(monkeypatch, tmp_path / "cache")
     model, data = toy_checkpoint(tmp_path / "model"), write_parquet(tmp_path / "one.parquet", pairs(1))
     files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "html")}
-    assert evaluate_hf.main(command(model, data, **files)) == 0
+    assert main(command(model, data, **files)) == 0
     entry = json.loads(files["json"].read_text())[str(data)]
     assert {"cider", "shuffled", "recall at 1", "alignment_loss"} <= set(entry["not_measured"])
     assert entry["model"]["cider"] is None and "shuffled" not in entry and entry["language"]["tokens"] > 1
@@ -563,17 +587,16 @@ def test_one_picture_is_enough(monkeypatch, tmp_path):
 
 
 def test_a_packed_checkpoint_is_scored(monkeypatch, tmp_path):
-    from quantize_hf import pack, quantization_of
 
     use_cache(monkeypatch, tmp_path / "cache")
     model, data = toy_model("bitnet"), write_parquet(tmp_path / "toy.parquet", pairs())
     parameters = sum(p.numel() for p in model.parameters())
     modules = {r"model\.language_model\.layers\.\d+\..*_proj": {"format": "ternary", "group_size": "row"}}
-    pack(model, quantization_of(model).PackedConfig(modules))
+    pack(model, PackedConfig(modules))
     model.save_pretrained(tmp_path / "model")
     toy_processor().save_pretrained(tmp_path / "model")
     scores, report = tmp_path / "scores.json", tmp_path / "report.html"
-    assert evaluate_hf.main(command(tmp_path / "model", data, json=scores, html=report, examples=1)) == 0
+    assert main(command(tmp_path / "model", data, json=scores, html=report, examples=1)) == 0
     entry = json.loads(scores.read_text())[str(data)]
     assert entry["size"]["parameters"] == parameters
     assert entry["size"]["weights_bytes"] == (tmp_path / "model/model.safetensors").stat().st_size
@@ -588,8 +611,8 @@ def test_another_dtype(monkeypatch, tmp_path, full_run):
     card.write_text("---\nlicense: mit\n---\n")
     files = {"json": scores, "card": card, "html": tmp_path / "report.html"}
     options = {"facts": [1, 2], "queries": 2, "examples": 1, **files}
-    arguments = command(model, data, metrics=list(evaluate_hf.GROUPS), dtype="bfloat16", device="cpu", **options)
-    assert evaluate_hf.main(arguments) == 0
+    arguments = command(model, data, metrics=list(GROUPS), dtype="bfloat16", device="cpu", **options)
+    assert main(arguments) == 0
     entry = json.loads(scores.read_text())[str(data)]
     assert (entry["speed"]["dtype"], entry["speed"]["device"]) == ("bfloat16", "cpu")
     assert [m["facts"] for m in entry["memory"]] == [1, 2] and entry["dtype"] == "bfloat16"
@@ -624,7 +647,7 @@ def test_another_dtype(monkeypatch, tmp_path, full_run):
 )
 def test_wrong_arguments_are_said_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
-        evaluate_hf.main(["--data", "x.parquet", *arguments])
+        main(["--data", "x.parquet", *arguments])
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -648,9 +671,9 @@ def test_data_that_is_not_there_is_said_before_a_model_is_loaded(monkeypatch, tm
         (["--data", toy, "--card", str(tmp_path / "none.md")], "none.md"),
     ):
         capsys.readouterr()
-        assert evaluate_hf.main(["--model", str(tmp_path / "no model"), *arguments]) == 1
+        assert main(["--model", str(tmp_path / "no model"), *arguments]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("evaluate_hf.py: ") and message in error
+        assert error.startswith("microvlm evaluate: ") and message in error
 
 
 def test_an_unreadable_row_ends_the_command(monkeypatch, tmp_path, capsys):
@@ -659,7 +682,7 @@ def test_an_unreadable_row_ends_the_command(monkeypatch, tmp_path, capsys):
     bad[5]["image"]["bytes"] = b"no picture"
     data = write_parquet(tmp_path / "bad.parquet", bad)
     model = toy_checkpoint(tmp_path / "model")
-    assert evaluate_hf.main(command(model, data, metrics="language", json=tmp_path / "s.json")) == 1
+    assert main(command(model, data, metrics="language", json=tmp_path / "s.json")) == 1
     assert "row toy-5: picture cannot be read" in capsys.readouterr().err and not (tmp_path / "s.json").exists()
 
 
@@ -672,7 +695,7 @@ def test_no_input_is_written_over(tmp_path, capsys):
         ["--data", str(tmp_path / "rows")],
     ):
         with pytest.raises(SystemExit, match="2"):
-            evaluate_hf.main([*arguments, "--json", str(data)])
+            main([*arguments, "--json", str(data)])
         assert f"--json would be written over the input {data}." in capsys.readouterr().err
 
 
@@ -683,27 +706,27 @@ def test_memory_names_a_row_without_caption(monkeypatch, tmp_path, capsys, capti
     bad[5]["caption"] = caption
     data = write_parquet(tmp_path / "bad.parquet", bad)
     model = toy_checkpoint(tmp_path / "model", use_memory=True, memory_config=MEMORY)
-    assert evaluate_hf.main(command(model, data, metrics="memory")) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "evaluate_hf.py: row toy-5 has no caption."
+    assert main(command(model, data, metrics="memory")) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "microvlm evaluate: row toy-5 has no caption."
 
 
 def test_a_data_set_of_the_hub_may_have_a_dot_in_its_name(monkeypatch, tmp_path):
     use_cache(monkeypatch, tmp_path / "cache")
-    data, asked, load_dataset = write_parquet(tmp_path / "toy.parquet", pairs()), [], stream_microvlm.load_dataset
+    data, asked, original = write_parquet(tmp_path / "toy.parquet", pairs()), [], load_dataset
 
     def from_file(name, **options):
         asked.append(name)
-        return load_dataset("parquet", data_files=str(data), **options)
+        return original("parquet", data_files=str(data), **options)
 
-    monkeypatch.setattr(stream_microvlm, "load_dataset", from_file)
-    assert evaluate_hf.open_rows("owner/name.v2", 3)["caption"][:] == CAPTIONS[:3] and asked == ["owner/name.v2"]
+    monkeypatch.setattr("microvlm.data.stream.load_dataset", from_file)
+    assert open_rows("owner/name.v2", 3)["caption"][:] == CAPTIONS[:3] and asked == ["owner/name.v2"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     write_folder(tmp_path / "owner/name.v2", pairs(2))
-    assert len(evaluate_hf.open_rows("owner/name.v2")) == 2 and len(asked) == 1  # a folder of that name
+    assert len(open_rows("owner/name.v2")) == 2 and len(asked) == 1  # a folder of that name
     for name in ("owner/gone.csv", "owner/gone.parquet"):
         with pytest.raises((ValueError, FileNotFoundError), match=name):
-            evaluate_hf.open_rows(name, 3)
+            open_rows(name, 3)
 
 
 # ------------------------------------------------------------------------------------------------------ ended in the middle
@@ -712,7 +735,7 @@ def test_a_data_set_of_the_hub_may_have_a_dot_in_its_name(monkeypatch, tmp_path)
 @pytest.mark.parametrize("how", ["bad row", "interrupt"])
 def test_what_was_measured_is_written_when_a_later_set_fails(monkeypatch, tmp_path, capsys, how):
     use_cache(monkeypatch, tmp_path / "cache")
-    bad, evaluate = pairs(5), evaluate_hf.evaluate
+    bad, evaluate = pairs(5), run_module.evaluate
     bad[3]["image"]["bytes"] = b"no picture"
     good, bad = write_parquet(tmp_path / "good.parquet", pairs()), write_parquet(tmp_path / "bad.parquet", bad)
 
@@ -722,7 +745,7 @@ def test_what_was_measured_is_written_when_a_later_set_fails(monkeypatch, tmp_pa
         return evaluate(model, processor, rows, *arguments)
 
     if how == "interrupt":
-        monkeypatch.setattr(evaluate_hf, "evaluate", interrupted)
+        monkeypatch.setattr("microvlm.evaluate.run.evaluate", interrupted)
     files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "html", "card")}
     files["card"].write_text("# Toy\n")
     arguments = command(toy_checkpoint(tmp_path / "model"), good, bad, metrics="language", examples=1, **files)
@@ -730,13 +753,13 @@ def test_what_was_measured_is_written_when_a_later_set_fails(monkeypatch, tmp_pa
         "bad row": (1, "row toy-3: picture cannot be read"),
         "interrupt": (130, "interrupted; data sets scored until then are written"),
     }[how]
-    assert evaluate_hf.main(arguments) == code
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"evaluate_hf.py: {message}")
+    assert main(arguments) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"microvlm evaluate: {message}")
     entry = json.loads(files["json"].read_text())
     assert list(entry) == [str(good)]
     perplexity = entry[str(good)]["language"]["perplexity"]
-    assert evaluate_hf.shown(perplexity) in files["markdown"].read_text()
-    assert evaluate_hf.shown(perplexity) in Page(files["html"].read_text()).words
+    assert format_value(perplexity) in files["markdown"].read_text()
+    assert format_value(perplexity) in Page(files["html"].read_text()).words
     (value,) = [
         r.metric_value for r in ModelCard.load(files["card"]).data.eval_results if r.metric_type == "perplexity"
     ]
@@ -754,12 +777,12 @@ def test_an_interrupt_in_meteor_ends_its_java_program(monkeypatch, tmp_path):
     java.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(Meteor, "_stat", interrupted)
-    evaluate_hf.meteor_scorer.cache_clear()
-    scorer = evaluate_hf.meteor_scorer()
+    meteor_scorer.cache_clear()
+    scorer = meteor_scorer()
     with pytest.raises(KeyboardInterrupt):
-        evaluate_hf.meteor(["a"], ["a"])
+        meteor(["a"], ["a"])
     assert not scorer.lock.locked() and scorer.meteor_p.wait(10) < 0  # at exit, its end waits for the lock
-    assert evaluate_hf.meteor_scorer.cache_info().currsize == 0
+    assert meteor_scorer.cache_info().currsize == 0
 
 
 # ------------------------------------------------------------------------------------------------------ no number came out
@@ -776,7 +799,7 @@ def test_a_result_that_is_not_finite_is_none_with_its_reason(monkeypatch, tmp_pa
     files["card"].write_text("# Toy\n")
     groups = ["captions", "language", "retrieval", "memory"]
     options = {"metrics": groups, "facts": [2], "queries": 2, "examples": 1}
-    assert evaluate_hf.main(command(tmp_path / "model", data, **options, **files)) == 0
+    assert main(command(tmp_path / "model", data, **options, **files)) == 0
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -800,19 +823,19 @@ def test_a_result_that_is_not_finite_is_none_with_its_reason(monkeypatch, tmp_pa
 
 def test_infinite_figures_of_a_memory_are_none_too(monkeypatch, rows):
     found = [{"facts": 2, "memory_kl": math.inf, "questions": 2}]
-    monkeypatch.setattr(evaluate_hf, "memory_scores", lambda *arguments: (found, {}, {}))
-    options = evaluate_hf.parse_arguments(command("unused", "x", metrics="memory"))
-    result, _ = evaluate_hf.evaluate(toy_model(), toy_processor(), rows, options)
+    monkeypatch.setattr("microvlm.evaluate.run.memory_scores", lambda *arguments: (found, {}, {}))
+    options = parse_arguments(command("unused", "x", metrics="memory"))
+    result, _ = run_module.evaluate(toy_model(), toy_processor(), rows, options)
     assert result["memory"] == [{"facts": 2, "memory_kl": None, "questions": 2}]
     assert result["not_measured"] == {"memory of 2 facts: memory_kl": "the result is inf"}
 
 
 @pytest.mark.parametrize("nats, perplexity", [(2.0, math.exp(2)), (1e4, math.inf), (math.inf, math.inf)])
 def test_perplexity_of_large_losses(nats, perplexity):
-    scores = evaluate_hf.language_scores(torch.tensor([3 * nats]), torch.tensor([3]), ["a b"])
+    scores = language_scores(torch.tensor([3 * nats]), torch.tensor([3]), ["a b"])
     assert scores["lm_loss"] == nats and scores["perplexity"] == pytest.approx(perplexity)
 
 
 def test_examples_lie_evenly():
-    assert evaluate_hf.examples_of(4, 8) == [0, 2, 4, 6] and evaluate_hf.examples_of(9, 3) == [0, 1, 2]
-    assert len(set(evaluate_hf.examples_of(12, 1369))) == 12
+    assert examples_of(4, 8) == [0, 2, 4, 6] and examples_of(9, 3) == [0, 1, 2]
+    assert len(set(examples_of(12, 1369))) == 12

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import finetune_lora
+import finetune_qlora
+import finetune_trainer
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
@@ -18,12 +21,8 @@ from torch import nn
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from data_microvlm import CaptionCollator, load_rows
-
-sys.path.insert(0, str(ROOT / "examples"))
-import finetune_lora  # noqa: E402
-import finetune_qlora  # noqa: E402
-import finetune_trainer  # noqa: E402
+from microvlm.data.collators import CaptionCollator
+from microvlm.data.rows import load_rows
 
 NANO = {"model": ROOT, "data": ROOT / "data/mini"}
 ANSWER = "{caption} Style: {style}."

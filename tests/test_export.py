@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from toy_data import CAPTIONS, SPECIAL_TOKENS, toy_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import export_hf
 from microvlm import quantization_microvlm as quantization
-from quantize_hf import pack
-
-sys.path.insert(0, str(ROOT / "examples"))
+from microvlm.export.gguf import (
+    PRE_TOKENIZERS,
+    check_architecture,
+    export_gguf,
+    gguf_tensors,
+    ternary_parts,
+    tokenizer_kind,
+)
+from microvlm.export.onnx import export_onnx, verify_onnx
+from microvlm.pack import pack
 
 VOCAB = 330  # bytes, special tokens, some merges, and rows that no token has
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"], "activation_bits": None}
@@ -37,7 +42,7 @@ SPLITS = {"qwen2": "qwen2", "llama": "smollm", "bitnet": "gpt-2"}
 
 def byte_level_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that cuts text in one of the known ways."""
-    regex, digits, ignore_merges = export_hf.PRE_TOKENIZERS[kind]
+    regex, digits, ignore_merges = PRE_TOKENIZERS[kind]
     parts = [pre_tokenizers.Split(Regex(regex), "isolated")] if regex else []
     parts += [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     parts += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)]
@@ -130,7 +135,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 def test_transformers_reads_the_gguf_and_computes_the_same(tmp_path, text, kwargs):
     pytest.importorskip("gguf")
     source = checkpoint(tmp_path / "source", text, **kwargs)
-    export_hf.export_gguf(str(source), tmp_path / "out.gguf", "f32")
+    export_gguf(str(source), tmp_path / "out.gguf", "f32")
     model = load(source)
     other = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
@@ -146,7 +151,7 @@ def test_key_values_say_what_the_config_says(tmp_path, act, architecture):
     pytest.importorskip("gguf")
     source = checkpoint(tmp_path / "source", "bitnet", TERNARY, hidden_act=act, rms_norm_eps=3e-5)
     name = architecture or ("bitnet" if act == "silu" else "bitnet-b1.58")
-    _, fields = read(export_hf.export_gguf(str(source), tmp_path / "out.gguf", architecture=architecture))
+    _, fields = read(export_gguf(str(source), tmp_path / "out.gguf", architecture=architecture))
     expected = {
         "general.architecture": name,
         f"{name}.hidden_activation": act,
@@ -177,7 +182,7 @@ def test_key_values_say_what_the_config_says(tmp_path, act, architecture):
 def test_ternary_layers_are_exact_in_every_type(tmp_path, dtype, capsys):
     pytest.importorskip("gguf")
     source = checkpoint(tmp_path / "source", "bitnet", TERNARY, hidden_size=256, intermediate_size=320)
-    tensors, _ = read(export_hf.export_gguf(str(source), tmp_path / "out.gguf", dtype))
+    tensors, _ = read(export_gguf(str(source), tmp_path / "out.gguf", dtype))
     layers = load(source).model.language_model.layers
     for i, layer in enumerate(layers):
         for name, module in (("attn_k", layer.self_attn.k_proj), ("ffn_down", layer.mlp.down_proj)):
@@ -199,18 +204,18 @@ def test_weights_ternary_as_stored_are_split_too(tmp_path):
     layer = TernaryLinear(64, 8, bias=False, ternary_weights=False)
     with torch.no_grad():
         layer.weight.copy_(fake_ternary(torch.randn(8, 64)))
-    values, scale = export_hf.ternary_parts(layer, ("tensor",))
+    values, scale = ternary_parts(layer, ("tensor",))
     torch.testing.assert_close(values * scale, layer.weight.detach(), rtol=1e-6, atol=0)
     with torch.no_grad():
         layer.weight[0, 0] = 0.3 * scale
     with pytest.raises(ValueError, match="more than three values"):
-        export_hf.ternary_parts(layer, ("tensor",))
+        ternary_parts(layer, ("tensor",))
 
 
 def test_q8_0_is_within_its_rounding_and_says_where_it_is_not(tmp_path, capsys):
     pytest.importorskip("gguf")
     source = checkpoint(tmp_path / "source", "llama", intermediate_size=48)
-    tensors, _ = read(export_hf.export_gguf(str(source), tmp_path / "out.gguf", "q8_0"))
+    tensors, _ = read(export_gguf(str(source), tmp_path / "out.gguf", "q8_0"))
     weight = load(source).model.language_model.embed_tokens.weight.detach().numpy()
     error = np.abs(tensors["token_embd.weight"] - weight).max()
     assert 0 < error < 0.01 * np.abs(weight).max()
@@ -223,13 +228,13 @@ def test_a_damaged_file_does_not_appear(tmp_path, monkeypatch):
     right = gguf.quants.quantize
     monkeypatch.setattr(gguf.quants, "quantize", lambda data, qtype: right(data[..., ::-1].copy(), qtype))
     with pytest.raises(ValueError, match="verification: token_embd.weight in the file is"):
-        export_hf.export_gguf(str(source), tmp_path / "out.gguf")
+        export_gguf(str(source), tmp_path / "out.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
-@pytest.mark.parametrize("kind", export_hf.PRE_TOKENIZERS)
+@pytest.mark.parametrize("kind", PRE_TOKENIZERS)
 def test_known_ways_of_cutting_text(kind):
-    assert export_hf.tokenizer_kind(byte_level_tokenizer(kind)) == kind
+    assert tokenizer_kind(byte_level_tokenizer(kind)) == kind
 
 
 def test_refusals(tmp_path):
@@ -241,40 +246,40 @@ def test_refusals(tmp_path):
         ("CHECKPOINT 'x' is neither a folder on this machine nor a Hub id", ("x", out, "f16")),
     ):
         with pytest.raises(ValueError) as error:
-            export_hf.export_gguf(*map(str, call))
+            export_gguf(*map(str, call))
         assert message in str(error.value)
 
     toy = toy_checkpoint(tmp_path / "toy")
     with pytest.raises(ValueError, match="the tokenizer is BPE behind Metaspace, expected byte-level BPE"):
-        export_hf.export_gguf(str(toy), out)
+        export_gguf(str(toy), out)
     config = toy / "config.json"
     written = config.read_text()
     config.write_text(written.replace('"text_config"', '"other_config"'))
     with pytest.raises(ValueError, match="has no text_config, so no language model to export"):
-        export_hf.export_gguf(str(toy), out)
+        export_gguf(str(toy), out)
     config.write_text(written.replace('"model_type": "microvlm"', '"model_type": "llava"'))
     with pytest.raises(ValueError, match="is of model_type 'llava', expected 'microvlm'"):
-        export_hf.export_gguf(str(toy), out)
+        export_gguf(str(toy), out)
 
     source = checkpoint(tmp_path / "plain", "qwen2")
     with pytest.raises(ValueError, match="--type tq2_0 holds ternary layers, and this checkpoint has none"):
-        export_hf.export_gguf(str(source), out, "tq2_0")
+        export_gguf(str(source), out, "tq2_0")
     out.write_bytes(b"mine")
     with pytest.raises(ValueError, match="exists: choose another name, or replace it with --force"):
-        export_hf.export_gguf(str(source), out)
+        export_gguf(str(source), out)
     assert out.read_bytes() == b"mine"
-    export_hf.export_gguf(str(source), out, force=True)
+    export_gguf(str(source), out, force=True)
     assert out.read_bytes()[:4] == b"GGUF"
     with pytest.raises(ValueError, match="ends in .gguf; with --onnx it is a folder"):
-        export_hf.export_onnx(str(source), out)
+        export_onnx(str(source), out)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     other = shutil.copytree(source, tmp_path / "other")
     for folder, message in ((source, "would overwrite"), (ROOT, "would overwrite"), (other, "has no onnx, so")):
         with pytest.raises(ValueError, match=message):
-            export_hf.export_onnx(str(source), folder, force=True)
+            export_onnx(str(source), folder, force=True)
     (other / "onnx").mkdir()  # as on the Hub: graphs beside weights
     with pytest.raises(ValueError, match="holds model.safetensors, which no export wrote: choose another folder"):
-        export_hf.export_onnx(str(source), other, force=True)
+        export_onnx(str(source), other, force=True)
     for folder in (source, other):
         assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
@@ -288,8 +293,8 @@ def test_a_packed_checkpoint_is_unpacked_first(tmp_path):
     pack(model, quantization.PackedConfig(modules))
     shutil.copytree(source, tmp_path / "packed")
     model.save_pretrained(tmp_path / "packed")
-    plain, _ = read(export_hf.export_gguf(str(source), tmp_path / "plain.gguf", "f32"))
-    tensors, _ = read(export_hf.export_gguf(str(tmp_path / "packed"), tmp_path / "packed.gguf", "f32"))
+    plain, _ = read(export_gguf(str(source), tmp_path / "plain.gguf", "f32"))
+    tensors, _ = read(export_gguf(str(tmp_path / "packed"), tmp_path / "packed.gguf", "f32"))
     assert tensors.keys() == plain.keys()
     for name, tensor in tensors.items():
         coarse = name == "token_embd.weight"
@@ -302,14 +307,14 @@ def test_scales_that_a_graph_does_not_have_are_refused():
     rows = TERNARY | {"group_size": "row"}
     model = tiny_model("bitnet", qat_config=rows)
     with pytest.raises(ValueError, match="this GGUF has scales of a tensor, qat_config.group_size is 'row'"):
-        export_hf.gguf_tensors(model)
+        gguf_tensors(model)
     model = tiny_model("qwen2", qat_config=rows)
-    tensors = {tensor.name: tensor.data for tensor in export_hf.gguf_tensors(model)}
+    tensors = {tensor.name: tensor.data for tensor in gguf_tensors(model)}
     layer = model.model.language_model.layers[0].mlp.down_proj
     np.testing.assert_array_equal(tensors["blk.0.ffn_down.weight"], layer.rounded_weight().detach())
     model = tiny_model("qwen2", qat_config=TERNARY | {"group_size": 8})
     with pytest.raises(ValueError, match="scales of a tensor or row, qat_config.group_size is 8"):
-        export_hf.gguf_tensors(model)
+        gguf_tensors(model)
 
 
 def test_graphs_that_llama_cpp_does_not_have_are_refused():
@@ -322,11 +327,11 @@ def test_graphs_that_llama_cpp_does_not_have_are_refused():
     ):
         model = tiny_model(text, text_config=export_section(text, **kwargs))
         with pytest.raises(ValueError, match=message):
-            export_hf.check_architecture(model, model.config.text_config)
+            check_architecture(model, model.config.text_config)
     model = tiny_model("qwen2")
     model.config.text_config.model_type = "mistral"
     with pytest.raises(ValueError, match="'mistral' has no GGUF architecture here, expected one of"):
-        export_hf.check_architecture(model, model.config.text_config)
+        check_architecture(model, model.config.text_config)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ONNX
@@ -340,7 +345,7 @@ def onnx_folder(tmp_path_factory):
     pytest.importorskip("onnxruntime")
     folder = tmp_path_factory.mktemp("onnx")
     source = checkpoint(folder / "source", "qwen2")
-    return source, export_hf.export_onnx(str(source), folder / "out")
+    return source, export_onnx(str(source), folder / "out")
 
 
 def test_graphs_have_the_names_that_tools_expect(onnx_folder):
@@ -398,11 +403,11 @@ def test_decoder_of_any_size_gives_the_same_logits(onnx_folder, batch, new, past
 def test_another_model_does_not_pass_verification(onnx_folder):
     source, out = onnx_folder
     model = load(source)
-    export_hf.verify_onnx(model, out)
+    verify_onnx(model, out)
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.down_proj.weight.mul_(1.01)
     with pytest.raises(ValueError, match="verification: logits of the prompt of onnxruntime differ by"):
-        export_hf.verify_onnx(model, out)
+        verify_onnx(model, out)
 
 
 def test_nano_captions_with_onnxruntime_alone(tmp_path):
@@ -411,7 +416,7 @@ def test_nano_captions_with_onnxruntime_alone(tmp_path):
     pytest.importorskip("onnxruntime")
     from caption_onnx import Captioner
 
-    out = export_hf.export_onnx(str(ROOT), tmp_path / "out")  # its logits are compared with the model's on the way
+    out = export_onnx(str(ROOT), tmp_path / "out")  # its logits are compared with the model's on the way
     captioner = Captioner(out)
     model, processor = load(ROOT), MicroVLMProcessor.from_pretrained(ROOT, trust_remote_code=True)
     pictures = sorted((ROOT / "examples").glob("*.png"))
@@ -512,7 +517,7 @@ def test_llama_cpp_computes_the_same(tmp_path, text, qat, kwargs):
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
     source = checkpoint(tmp_path / "source", text, qat, **kwargs)
-    out = export_hf.export_gguf(str(source), tmp_path / "out.gguf", "f32")
+    out = export_gguf(str(source), tmp_path / "out.gguf", "f32")
     compare(out, load(source), PreTrainedTokenizerFast.from_pretrained(source), TEXTS, 24, 1e-4)
 
 
@@ -525,8 +530,8 @@ def test_nano_in_llama_cpp(tmp_path, dtype):
     with pytest.raises(
         ValueError, match="Failed to load model"
     ):  # released ones have no graph with squared ReLU, and say so
-        compare(export_hf.export_gguf(str(ROOT), tmp_path / "refused.gguf", dtype), None, None, [""], 0, 0)
-    out = export_hf.export_gguf(str(ROOT), tmp_path / "nano.gguf", dtype, architecture="bitnet")
+        compare(export_gguf(str(ROOT), tmp_path / "refused.gguf", dtype), None, None, [""], 0, 0)
+    out = export_gguf(str(ROOT), tmp_path / "nano.gguf", dtype, architecture="bitnet")
     model = load(ROOT)
     changed = os.environ.get("LLAMA_CPP_RELU2") == "1"
     for layer in model.model.language_model.layers:
@@ -548,7 +553,7 @@ def test_smollm2_in_llama_cpp(tmp_path, dtype, tolerance):
     source = os.environ.get("MICROVLM_V_135M", str(ROOT / "runs" / "microvlm-v-135m"))
     if not os.path.exists(source):
         pytest.skip("compose runs/microvlm-v-135m first (docs/training.md), or name it in MICROVLM_V_135M")
-    out = export_hf.export_gguf(source, tmp_path / "out.gguf", dtype)
+    out = export_gguf(source, tmp_path / "out.gguf", dtype)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     texts = ["The capital of France is", "<|im_start|>user\nName 3 colours.<|im_end|>\n<|im_start|>assistant\n"]
     compare(out, load(source), tokenizer, texts, 12, tolerance)

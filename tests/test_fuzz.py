@@ -7,12 +7,12 @@ that was found this way has a case of its own.
 import copy
 import json
 import random
-import sys
 
 import numpy as np
 import pytest
+import robustness
 import torch
-from conftest import ROOT, tiny_config, tiny_model
+from conftest import tiny_config, tiny_model
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 from microvlm.configuration_microvlm import LARGEST_SIZE
@@ -23,9 +23,6 @@ from safetensors.torch import load_file, save_file
 from toy_data import toy_processor
 
 from microvlm import quantization_microvlm as quantization
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import robustness  # noqa: E402
 
 small = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 SEEDS = st.integers(0, 2**32 - 1)

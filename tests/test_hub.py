@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from toy_data import CAPTIONS, pairs, png, toy_checkpoint, write_tar
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hub_microvlm import TrainingStatus, check_repo, hub_id, model_card, write_card
+from microvlm.hub import TrainingStatus, check_repo, hub_id, model_card, write_card
 
 pytest_plugins = ["hub_server"]
 
@@ -72,7 +72,7 @@ REPO = CODE | {
 }
 PUSH = """
 import json, sys
-from hub_microvlm import push_folder
+from microvlm.hub import push_folder
 commit = push_folder(sys.argv[1], "someone/toy", commit_message=sys.argv[2], **json.loads(sys.argv[3]))
 print(json.dumps({"oid": commit.oid, "url": commit.commit_url}))
 """
@@ -541,7 +541,7 @@ def test_private_is_not_pushed_to_public(hub, run):
 def test_command_line(hub, run, tmp_path):
     def command(*arguments, **environment):
         return subprocess.run(
-            [sys.executable, str(ROOT / "hub_microvlm.py"), *map(str, arguments)],
+            [sys.executable, "-m", "microvlm", "push", *map(str, arguments)],
             env=hub.environment(tmp_path / "home") | environment,
             capture_output=True,
             text=True,
@@ -561,11 +561,11 @@ def test_command_line(hub, run, tmp_path):
 
     code = """
 import json, os, sys
-import hub_microvlm
+from microvlm import hub
 said = []
 for arguments in json.loads(sys.argv[1]):
     try:
-        hub_microvlm.main(arguments)
+        hub.main(arguments)
     except SystemExit as error:
         said.append(error.code)
 print(json.dumps(said))

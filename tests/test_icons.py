@@ -1,16 +1,17 @@
-"""scripts/build_icons.py: which icon becomes a picture of what, and which must not become one, because a model is judged by it."""
+"""tools/build_icons.py: which icon becomes a picture of what, and which must not become one, because a model is judged by it."""
 
 import io
 import json
 import sys
 import tarfile
 
+import build_icons
 import pytest
+from build_icons import IconSet
 from datasets import Dataset
 from toy_data import png, use_cache, write_parquet
 
-from scripts import build_icons
-from scripts.build_icons import IconSet
+from microvlm.data.rows import load_rows
 
 GRIN, CAT, DOG, BIRD, FRANCE = "1f600", "1f431", "1f436", "1f426", "1f1eb-1f1f7"
 EMOJIS = [
@@ -255,7 +256,7 @@ def test_what_judges_stays_unseen(tmp_path, monkeypatch, capsys):
 
     build(monkeypatch, *options, "--unlabelled", unlabelled)
     printed = capsys.readouterr().out
-    named, nameless = build_icons.load_rows(str(out)), build_icons.load_rows(str(unlabelled))
+    named, nameless = load_rows(str(out)), load_rows(str(unlabelled))
     assert list(zip(named["id"], named["concept"])) == [
         ("faces/grinning-face", "face"),
         ("faces/cat", "cat"),
@@ -271,5 +272,5 @@ def test_what_judges_stays_unseen(tmp_path, monkeypatch, capsys):
 
     unlabelled.unlink()
     build(monkeypatch, *options, "--similarity", "1.1")  # nothing is that similar
-    assert build_icons.load_rows(str(out))["id"] == [*named["id"][:2], "faces/bird", named["id"][2]]
+    assert load_rows(str(out))["id"] == [*named["id"][:2], "faces/bird", named["id"][2]]
     assert not unlabelled.exists()

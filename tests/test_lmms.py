@@ -14,11 +14,14 @@ from conftest import ROOT
 from PIL import Image
 from toy_data import CAPTIONS, pairs, png, toy_checkpoint, use_cache, write_parquet
 
-import evaluate_hf
-from lmms_eval_microvlm.captioner import Captioner
-from lmms_eval_microvlm.tasks import utils
+from microvlm.data.rows import load_rows
+from microvlm.evaluate.captions import caption_rows
+from microvlm.evaluate.language import teacher_forced
+from microvlm.lmms_eval.captioner import Captioner
+from microvlm.lmms_eval.tasks import utils
+from microvlm.metrics import ngram_scores, score
 
-TASKS = ROOT / "lmms_eval_microvlm/tasks"
+TASKS = ROOT / "microvlm/lmms_eval/tasks"
 HARNESS = importlib.util.find_spec("lmms_eval") is not None
 needs_harness = pytest.mark.skipif(not HARNESS, reason="lmms-eval is not installed: pip install lmms-eval")
 
@@ -40,11 +43,11 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def rows(monkeypatch, tmp_path):
     use_cache(monkeypatch, tmp_path / "cache")
-    return evaluate_hf.load_rows(str(write_parquet(tmp_path / "toy.parquet", pairs())))
+    return load_rows(str(write_parquet(tmp_path / "toy.parquet", pairs())))
 
 
 def test_an_empty_context_gives_the_captions_of_evaluate_hf(captioner, pictures, rows):
-    said, _ = evaluate_hf.caption_rows(captioner.model, captioner.processor, rows)
+    said, _ = caption_rows(captioner.model, captioner.processor, rows)
     assert len(set(said)) > 2
     assert captioner.generate([""] * 8, [[p] for p in pictures]) == said
     options = {"temperature": 0, "top_p": 1.0, "do_sample": False, "until": ["\n\n"], "max_new_tokens": 32}
@@ -95,7 +98,7 @@ def test_what_cannot_be_asked_is_refused(captioner, pictures):
 
 
 def test_likelihoods_are_the_losses_of_evaluate_hf(captioner, pictures, rows):
-    loss = evaluate_hf.teacher_forced(captioner.model, captioner.processor, rows, align=False)["loss"]
+    loss = teacher_forced(captioner.model, captioner.processor, rows, align=False)["loss"]
     found = [captioner.loglikelihood("", c, [p]) for c, p in zip(CAPTIONS, pictures)]
     torch.testing.assert_close(-torch.tensor([x for x, _ in found]).double(), loss, rtol=1e-4, atol=1e-4)
     assert not any(greedy for _, greedy in found)  # a random model
@@ -116,7 +119,7 @@ def test_the_task_scores_as_evaluate_hf(rows):
     said = ["a red square", "blue circle", "green", "", "a large circle", "a circle", "blue.", "square"]
     documents = [{"caption": caption} for caption in CAPTIONS]
     results = [utils.process_results(d, [s]) for d, s in zip(documents, said)]
-    expected = evaluate_hf.score(said, CAPTIONS) | evaluate_hf.ngram_scores(said, CAPTIONS)
+    expected = score(said, CAPTIONS) | ngram_scores(said, CAPTIONS)
     for name in results[0]:
         assert getattr(utils, name)([r[name] for r in results]) == expected[name] > 0
     assert utils.process_results(documents[0], [])["exact"] == ("", CAPTIONS[0])
@@ -139,7 +142,7 @@ def test_the_task_file_names_functions_that_are_there():
 
 @needs_harness
 def test_the_model_class_keeps_the_order_of_requests(captioner, pictures):
-    from lmms_eval_microvlm.models.microvlm import MicroVLM
+    from microvlm.lmms_eval.models.microvlm import MicroVLM
 
     model = MicroVLM.__new__(MicroVLM)
     super(MicroVLM, model).__init__()
@@ -160,7 +163,7 @@ def test_the_model_class_keeps_the_order_of_requests(captioner, pictures):
 @needs_harness
 def test_the_harness_gives_the_scores_of_evaluate_hf(tmp_path):
     model = toy_checkpoint(tmp_path / "model")
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "LMMS_EVAL_PLUGINS": "lmms_eval_microvlm"}
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "LMMS_EVAL_PLUGINS": "microvlm.lmms_eval"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "lmms_eval", "--model", "microvlm", "--model_args", f"pretrained={model}"]
     command += ["--tasks", "microvlm_mini", "--include_path", str(TASKS), "--limit", "20", "--batch_size", "8"]
@@ -171,7 +174,19 @@ def test_the_harness_gives_the_scores_of_evaluate_hf(tmp_path):
     found = json.loads(file.read_text())["results"]["microvlm_mini"]
     scores = tmp_path / "scores.json"
     data = "data/mini/validation.parquet"
-    command = [sys.executable, "evaluate_hf.py", "--model", str(model), "--data", data, "--limit", "20", "--no-meteor"]
+    command = [
+        sys.executable,
+        "-m",
+        "microvlm",
+        "evaluate",
+        "--model",
+        str(model),
+        "--data",
+        data,
+        "--limit",
+        "20",
+        "--no-meteor",
+    ]
     command += ["--metrics", "captions", "--json", str(scores)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     expected = json.loads(scores.read_text())[data]["model"]

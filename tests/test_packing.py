@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,16 +12,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, outspoken_model, tiny_inputs, tiny_model
+from conftest import outspoken_model, tiny_inputs, tiny_model
 from microvlm.decoder_microvlm import PackedDecoder
 from safetensors.torch import load_file, save_file
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText
 
-import quantize_hf
-import train_hf
 from microvlm import quantization_microvlm as quantization
-from quantize_hf import load_recipe, pack
+from microvlm.pack import load_pack_recipe, main, pack
+from microvlm.train.setup import load_model
 
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
 LINEARS = r"model\.language_model\.layers\..*_proj"
@@ -552,7 +550,7 @@ def test_a_pattern_that_matches_nothing_is_refused():
         packed(tiny_model(), {LINEARS: {"frequent_rows": 3}})
 
 
-# --- quantize_hf.py
+# --- microvlm pack
 
 
 def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -566,7 +564,7 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     mine = tmp_path / "out.tmp" / "notes.txt"  # no folder of ours
     mine.parent.mkdir()
     mine.write_text("mine")
-    quantize_hf.main([str(start), str(out), "--recipe", str(recipe), "--data", str(data), "--json", str(scores)])
+    main([str(start), str(out), "--recipe", str(recipe), "--data", str(data), "--json", str(scores)])
     printed = capsys.readouterr().out
     size = (out / "model.safetensors").stat().st_size
     assert f"{size:,} bytes of weights" in printed
@@ -580,21 +578,21 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert re.search(rf"perplexity +{found['before']['perplexity']:.4f} +{found['after']['perplexity']:.4f}", printed)
     assert reopen(out).dtype == torch.bfloat16
     with pytest.raises(FileExistsError, match=f"^{re.escape(str(out))} exists: choose another folder.$"):
-        quantize_hf.main([str(start), str(out), "--recipe", str(recipe)])
+        main([str(start), str(out), "--recipe", str(recipe)])
     with pytest.raises(ValueError, match=f"^{re.escape(str(out))} is quantized already.$"):
-        quantize_hf.main([str(out), str(tmp_path / "twice"), "--recipe", str(recipe)])
+        main([str(out), str(tmp_path / "twice"), "--recipe", str(recipe)])
 
     assert mine.read_text() == "mine" and not list(tmp_path.glob(".out-*"))
     assert (out / "model.safetensors").stat().st_mode & 0o777 == recipe.stat().st_mode & 0o777
 
-    _, model = train_hf.load_model({"model": str(out), "trainable": ["language_model"]})  # unpacked to train
+    _, model = load_model({"model": str(out), "trainable": ["language_model"]})  # unpacked to train
     assert f"{out} is packed: its weights were unpacked to train" in capsys.readouterr().out
     assert {p.dtype for p in model.parameters()} == {torch.float32} and getattr(model, "hf_quantizer", None) is None
     assert all(p.requires_grad == ("language_model" in n) for n, p in model.named_parameters())
     model(**tiny_inputs(), labels=tiny_inputs()["input_ids"]).loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "_proj" in n and p.requires_grad)
     with pytest.raises(ValueError, match="is packed: unpack it with model.dequantize"):
-        train_hf.load_model({"model": str(out), "trainable": ["adapter"], "quantization": {"load_in_4bit": True}})
+        load_model({"model": str(out), "trainable": ["adapter"], "quantization": {"load_in_4bit": True}})
     shutil.rmtree(out)
 
 
@@ -606,10 +604,8 @@ def test_an_unreadable_picture_ends_in_one_line(tmp_path, monkeypatch):
     data = write_parquet(tmp_path / "data.parquet", rows)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"modules": EVERYTHING}))
-    call = ["quantize_hf.py", str(start), str(tmp_path / "out"), "--recipe", str(recipe), "--data", str(data)]
-    monkeypatch.setattr(sys, "argv", call)
-    with pytest.raises(SystemExit, match="^quantize_hf.py: row toy-1: picture cannot be read: "):
-        runpy.run_path(str(ROOT / "quantize_hf.py"), run_name="__main__")
+    with pytest.raises(ValueError, match="^row toy-1: picture cannot be read: "):
+        main([str(start), str(tmp_path / "out"), "--recipe", str(recipe), "--data", str(data)])
     assert not (tmp_path / "out").exists()
 
 
@@ -619,9 +615,9 @@ def test_recipes_of_packing_are_checked(tmp_path):
     with pytest.raises(
         ValueError, match=f"^unknown key in {re.escape(str(path))}: model. Known: counts, dtype, modules.$"
     ):
-        load_recipe(str(path))
+        load_pack_recipe(str(path))
     path.write_text("dtype: float32\n")
     with pytest.raises(ValueError, match="has no modules: what to pack.$"):
-        load_recipe(str(path))
+        load_pack_recipe(str(path))
     with pytest.raises(ValueError, match="^--set takes key=value, got 'dtype'.$"):
-        load_recipe(str(path), ["dtype"])
+        load_pack_recipe(str(path), ["dtype"])

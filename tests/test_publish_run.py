@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_train import run, write_recipe  # noqa: F401
 from toy_data import pairs, same_state, write_tar
 
-import train_hf
-from hub_microvlm import check_repo
+from microvlm.hub import check_repo
+from train_hf import main
 
 pytest_plugins = ["hub_server"]
 CODE = ("modeling", "configuration", "processing", "memory", "cache", "quantization")
@@ -30,7 +30,7 @@ def train(hub, folder: Path, recipe: str, *options: str) -> str:
 def test_every_save_is_a_complete_repo(run, tmp_path):  # noqa: F811
     run["training"] |= {"eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 1}
     recipe = write_recipe(tmp_path, "toy_stage1.yaml", **run)
-    train_hf.main([recipe])
+    main([recipe])
     out = tmp_path / "out"
     assert [c.name for c in out.glob("checkpoint-*")] == ["checkpoint-6"]
     log = [e for e in json.loads((out / "log.json").read_text()) if "eval_loss" in e]
@@ -64,7 +64,7 @@ def test_pushes_as_it_goes(run, hub, tmp_path):  # noqa: F811
 
 def test_a_token_is_not_published(run, tmp_path):  # noqa: F811
     run["training"] |= {"max_steps": 1, "save_strategy": "no"}
-    train_hf.main([write_recipe(tmp_path, **run), "--set", "training.hub_token=hf_secret"])
+    main([write_recipe(tmp_path, **run), "--set", "training.hub_token=hf_secret"])
     out = tmp_path / "out"
     assert "hub_token" not in (out / "recipe.yaml").read_text()
     published = [p for p in out.rglob("*") if p.is_file() and p.name != "training_args.bin"]  # it is not pushed
@@ -89,7 +89,7 @@ def test_trains_on_a_stream_from_the_hub(run, hub, tmp_path):  # noqa: F811
     remote = load_file(tmp_path / "out" / "model.safetensors")
     local = [f"data.train={tmp_path}/cc12m-train-000[01].tar", f"training.output_dir={tmp_path / 'local'}"]
     validation = [f"data.validation={tmp_path}/cc12m-train-0002.tar"]
-    train_hf.main([recipe, *(x for o in (*local, *validation) for x in ("--set", o))])
+    main([recipe, *(x for o in (*local, *validation) for x in ("--set", o))])
     assert same_state(remote, load_file(tmp_path / "local" / "model.safetensors"))
     logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("out", "local")]
     evaluations = [[e["eval_lm_loss"] for e in log if "eval_lm_loss" in e] for log in logs]

@@ -4,11 +4,8 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
+import quality
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import quality  # noqa: E402
 
 
 def test_a_table_of_bytes_and_scores(tmp_path, monkeypatch, capsys):

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from toy_data import pairs, same_state, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet, write_tar
 from transformers import AutoModelForImageTextToText
 
-import train_hf
-from data_microvlm import CaptionCollator
-from training_microvlm import checkpoints, is_complete, newest_complete
+from microvlm.data.collators import CaptionCollator
+from microvlm.train.checkpoints import checkpoints, is_complete, newest_complete
+from train_hf import STOPPED, main
 
 CONFIGS = sorted(ROOT.glob("configs/accelerate/*.yaml"))
 MEMORY = {"num_slots": 16, "code_size": 32, "num_memory_tokens": 4, "num_content_slots": 4}
@@ -103,7 +103,7 @@ class Runs:
 
     def alone(self, name: str, **changes) -> None:
         """Trains a recipe in this process."""
-        train_hf.main([self.write(name, **changes)])
+        main([self.write(name, **changes)])
 
     def together(self, name: str, job: dict | None = None, **changes) -> None:
         """A recipe for two ranks, trained by `launch`; `job`: see rank_jobs.py."""
@@ -194,7 +194,7 @@ def runs(tmp_path_factory):
 
 
 def test_every_job_ended_as_it_should(runs):
-    expected = {"stream_stopped": train_hf.STOPPED}
+    expected = {"stream_stopped": STOPPED}
     for job in runs.jobs:
         for report in runs.reports(job["name"]):
             if job["name"] != "stream_more":
@@ -305,7 +305,7 @@ def test_a_stream_refuses_another_number_of_ranks(runs, monkeypatch):
     use_cache(monkeypatch, runs.folder / "cache")
     newest = newest_complete(runs.folder / "stream_stopped")
     with pytest.raises(ValueError) as caught:
-        train_hf.main([str(runs.folder / "stream_stopped.yaml"), "--resume"])
+        main([str(runs.folder / "stream_stopped.yaml"), "--resume"])
     assert str(caught.value) == (
         f"{newest} was written with 2 ranks of 0 data loader workers; a stream goes on exactly with the same only, "
         "not with 1 of 0."

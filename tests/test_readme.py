@@ -14,7 +14,7 @@ ELSEWHERE = (
     "make ",
     "source ",
     "pip install ",
-    "python app.py",
+    "microvlm app",
 )  # .ci/run; a page that waits for visitors (tests/test_app.py)
 
 

@@ -1,4 +1,4 @@
-"""scripts/release.py: the folder a Hub repo receives, and what is refused."""
+"""tools/release.py: the folder a Hub repo receives, and what is refused."""
 
 import json
 import os
@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import release
 import torch
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import release  # noqa: E402
 
 LIMIT = 32.0  # MB, for bf16 and packed weights alike
 PIN = "someone/microvlm", "v1.2.3"
@@ -22,7 +20,7 @@ PIN = "someone/microvlm", "v1.2.3"
 
 def run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "release.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "tools" / "release.py"), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

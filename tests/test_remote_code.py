@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from release import build, code_files  # noqa: E402
+from release import build, code_files
 
 PUBLISHED = code_files(ROOT)
 STANDARD = {

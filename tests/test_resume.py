@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from test_train import hub_environment, run, state, toy_trainer, write_recipe  # noqa: F401
 from toy_data import pairs, same_state, toy_model, toy_processor, use_cache, write_parquet, write_tar
 
-import train_hf
-from data_microvlm import CaptionCollator, load_rows
-from training_microvlm import (
+from microvlm.data.collators import CaptionCollator
+from microvlm.data.rows import load_rows
+from microvlm.train.checkpoints import (
     MARKER,
     checkpoints,
     is_complete,
@@ -28,6 +28,8 @@ from training_microvlm import (
     remove_checkpoint,
     rotate_checkpoints,
 )
+from microvlm.train.trainer import MicroVLMTrainer
+from train_hf import main
 
 STEPS = 24
 
@@ -69,7 +71,7 @@ def complete(out: Path) -> list[int]:
 
 def test_killed_at_random_points_ends_with_the_same_weights(stream_run, tmp_path):
     reference = tmp_path / "reference"
-    train_hf.main([write_recipe(tmp_path, "reference.yaml", **stream_run), "--set", f"training.output_dir={reference}"])
+    main([write_recipe(tmp_path, "reference.yaml", **stream_run), "--set", f"training.output_dir={reference}"])
     recipe, out, draw = write_recipe(tmp_path, **stream_run), tmp_path / "out", random.Random(os.urandom(8))
     interrupted_write = False
     for attempt in range(4):
@@ -110,8 +112,8 @@ def test_sigterm_saves_and_stops(stream_run, tmp_path, monkeypatch, capsys):
     stream_run["training"]["dataloader_num_workers"] = 0
     recipe, out = write_recipe(tmp_path, **stream_run), tmp_path / "out"
     whole = tmp_path / "whole"
-    train_hf.main([recipe, "--set", f"training.output_dir={whole}"])
-    calls, step = [], train_hf.MicroVLMTrainer.training_step
+    main([recipe, "--set", f"training.output_dir={whole}"])
+    calls, step = [], MicroVLMTrainer.training_step
 
     def terminated(self, *args, **kwargs):
         calls.append(1)
@@ -120,13 +122,13 @@ def test_sigterm_saves_and_stops(stream_run, tmp_path, monkeypatch, capsys):
         return step(self, *args, **kwargs)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train_hf.MicroVLMTrainer, "training_step", terminated)
+    monkeypatch.setattr(MicroVLMTrainer, "training_step", terminated)
     with pytest.raises(SystemExit) as stopped:
-        train_hf.main([recipe])
+        main([recipe])
     assert stopped.value.code == 143 and len(calls) == 14 and complete(out) == [4, 7]
     assert "stopped by SIGTERM at step 7: --resume goes on from there" in capsys.readouterr().out
     assert not (out / "model.safetensors").exists() and signal.getsignal(signal.SIGTERM) == handler
-    train_hf.main([recipe, "--resume"])
+    main([recipe, "--resume"])
     assert len(calls) == 2 * STEPS
     assert same_state(load_file(out / "model.safetensors"), load_file(whole / "model.safetensors"))
 
@@ -134,7 +136,7 @@ def test_sigterm_saves_and_stops(stream_run, tmp_path, monkeypatch, capsys):
 def test_ends_before_the_first_log(stream_run, tmp_path, monkeypatch, capsys):
     stream_run["training"] |= {"max_steps": 2, "logging_steps": 3, "dataloader_num_workers": 0}
     recipe, out = write_recipe(tmp_path, **stream_run), tmp_path / "out"
-    step = train_hf.MicroVLMTrainer.training_step
+    step = MicroVLMTrainer.training_step
 
     def terminated(self, *args, **kwargs):
         if self.state.global_step == 0:
@@ -142,21 +144,21 @@ def test_ends_before_the_first_log(stream_run, tmp_path, monkeypatch, capsys):
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_hf.MicroVLMTrainer, "training_step", terminated)
+        patch.setattr(MicroVLMTrainer, "training_step", terminated)
         with pytest.raises(SystemExit) as stopped:
-            train_hf.main([recipe])
+            main([recipe])
     assert stopped.value.code == 143 and complete(out) == [1]
     assert "stopped by SIGTERM at step 1: --resume goes on from there" in capsys.readouterr().out
-    train_hf.main([recipe, "--resume"])
+    main([recipe, "--resume"])
     assert (out / "model.safetensors").exists() and not (out / "curves.png").exists()
 
 
 def test_other_readers_are_refused(stream_run, tmp_path):
     stream_run["training"] |= {"max_steps": 4, "dataloader_num_workers": 0}
     recipe = write_recipe(tmp_path, **stream_run)
-    train_hf.main([recipe])
+    main([recipe])
     with pytest.raises(ValueError) as error:
-        train_hf.main([recipe, "--resume", "--set", "training.dataloader_num_workers=2"])
+        main([recipe, "--resume", "--set", "training.dataloader_num_workers=2"])
     assert str(error.value) == (
         f"{tmp_path}/out/checkpoint-4 was written with 1 ranks of 0 data loader workers; a stream goes on exactly with the same "
         "only, not with 1 of 2."
@@ -166,7 +168,7 @@ def test_other_readers_are_refused(stream_run, tmp_path):
 def test_another_order_of_rows_is_refused(stream_run, tmp_path):
     stream_run["training"] |= {"max_steps": 4, "dataloader_num_workers": 0, "seed": 1}
     recipe, shards = write_recipe(tmp_path, **stream_run), stream_run["data"]["train"]
-    train_hf.main([recipe])
+    main([recipe])
     changes = [
         ("data.stream.shuffle_buffer=4", "shuffle_buffer 3", "4"),
         ("training.seed=2", "seed 1", "2"),
@@ -177,7 +179,7 @@ def test_another_order_of_rows_is_refused(stream_run, tmp_path):
     ]
     for change, written, now in changes:
         with pytest.raises(ValueError) as error:
-            train_hf.main([recipe, "--resume", "--set", change])
+            main([recipe, "--resume", "--set", change])
         assert str(error.value) == (
             f"{tmp_path}/out/checkpoint-4 was written with {written}; a stream goes on exactly with the same only, not with {now}."
         )
@@ -243,7 +245,7 @@ def test_rotation_keeps_the_newest_complete_ones_and_the_best(tmp_path, keep, be
 
 
 def test_the_marker_is_written_last_and_lists_everything(run, tmp_path):  # noqa: F811
-    train_hf.main([write_recipe(tmp_path, **run)])
+    main([write_recipe(tmp_path, **run)])
     checkpoint = tmp_path / "out" / "checkpoint-6"
     listed = json.loads((checkpoint / MARKER).read_text())["files"]
     found = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.name != MARKER}
@@ -284,7 +286,7 @@ def poisoned(monkeypatch, tmp_path):
 
 
 def test_a_step_without_a_finite_loss_changes_nothing(poisoned, caplog):
-    trainer, states, step = poisoned(), [], train_hf.MicroVLMTrainer.training_step
+    trainer, states, step = poisoned(), [], MicroVLMTrainer.training_step
 
     def spy(model, inputs, *args, **kwargs):
         states.append(state(trainer.model))
@@ -317,7 +319,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, ca
     sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3, "max_grad_norm": clip}
     saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "optim": "adamw_torch"}
     trainer = toy_trainer(tmp_path, rows, model, **sizes, **saves)
-    saved = train_hf.MicroVLMTrainer._save_checkpoint
+    saved = MicroVLMTrainer._save_checkpoint
 
     def spy(model, trial):
         states.append(state(trainer.model))

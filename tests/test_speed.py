@@ -6,13 +6,11 @@ import math
 import sys
 
 import pytest
+import speed
 import torch
 from conftest import ROOT, tiny_model
+from speed import CATALOGUE, LLAMA_CPP, Result, Scratch, in_groups, ratios, step_bytes
 from torch import nn
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import speed  # noqa: E402
-from speed import CATALOGUE, LLAMA_CPP, Result, Scratch, in_groups, ratios, step_bytes  # noqa: E402
 
 needs_llama_cpp = pytest.mark.skipif(
     not all(importlib.util.find_spec(m) for m in ("llama_cpp", "gguf")), reason="llama-cpp-python is not installed"

@@ -7,9 +7,12 @@ import torch
 from torch.utils.data import DataLoader
 from toy_data import CAPTIONS, pairs, png, toy_model, toy_processor, use_cache, write_parquet, write_tar
 
-from data_microvlm import CaptionCollator, PictureEpisodeCollator, load_rows, picture_augmentation
-from stream_microvlm import CaptionStream, load_stream, take_rows
-from training_microvlm import TrackedCollator
+from microvlm.data.augment import image_augmentation
+from microvlm.data.collators import CaptionCollator
+from microvlm.data.episodes import ImageEpisodeCollator
+from microvlm.data.rows import load_rows
+from microvlm.data.stream import CaptionStream, load_stream, take_rows
+from microvlm.train.loading import TrackedCollator
 
 SIZES = (5, 1, 4, 3, 6)  # rows of the shards
 
@@ -188,7 +191,7 @@ def test_a_shard_cut_short_is_named(tmp_path):
 
 
 def test_augmentation_of_a_stream_follows_the_epoch_of_its_rows(tars):
-    collator = CaptionCollator(toy_processor(), [2, 3], picture_augmentation(degrees=20))
+    collator = CaptionCollator(toy_processor(), [2, 3], image_augmentation(degrees=20))
     row = next(iter(CaptionStream(load_stream(tars), shuffle_buffer=1)))
     views = [collator([row | {"epoch": epoch}])["pixel_values"] for epoch in (0, 0, 1)]
     assert torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
@@ -206,9 +209,9 @@ def test_picture_episodes(tmp_path):
     rows = list(load_rows(str(write_parquet(tmp_path / "toy.parquet", pairs()))))
     model, processor = toy_model(), toy_processor()
     prompt = model.default_prompt(1)[0].tolist()
-    collator = PictureEpisodeCollator(processor, prompt, picture_augmentation(degrees=20), size=4, max_tokens=6, seed=1)
+    collator = ImageEpisodeCollator(processor, prompt, image_augmentation(degrees=20), size=4, max_tokens=6, seed=1)
     batch = collator(rows)
-    plain = CaptionCollator(processor, prompt, picture_augmentation(degrees=20), seed=1)(rows)
+    plain = CaptionCollator(processor, prompt, image_augmentation(degrees=20), seed=1)(rows)
     for name, value in plain.items():
         assert torch.equal(batch[name], value), name  # the rows ask as they would without a memory
     assert batch["support_pixel_values"].shape == batch["pixel_values"].shape

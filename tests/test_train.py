@@ -34,16 +34,21 @@ from transformers import (
     set_seed,
 )
 
-import train_hf
-from data_microvlm import CaptionCollator, FeatureCollator, cache_vision_features, load_rows
-from train_hf import (
-    MicroVLMTrainer,
+from microvlm.data.collators import CaptionCollator, FeatureCollator
+from microvlm.data.feature_cache import cache_vision_features
+from microvlm.data.rows import load_rows
+from microvlm.train.gradcache import embedded_pairs
+from microvlm.train.recipe import RECIPE_KEYS, load_recipe
+from microvlm.train.setup import (
     calibrate_adapter,
-    labelled_logits,
-    load_recipe,
+    change_config,
+    check_patterns,
     set_trainable,
     trainable_table,
+    unquantized_modules,
 )
+from microvlm.train.trainer import MicroVLMTrainer, labelled_logits
+from train_hf import main
 
 RECIPES = [*sorted(ROOT.glob("recipes/*stage*.yaml")), ROOT / "recipes/finetune.yaml"]
 FAMILIES = ("microvlm-m", "microvlm-v", "nano")
@@ -121,7 +126,7 @@ def test_processes_that_would_train_alone_are_refused(run, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = "^2 processes were started, but each would train alone: without a GPU set training.use_cpu: true.$"
     with pytest.raises(ValueError, match=message):
-        train_hf.main([recipe, "--set", "training.use_cpu=false"])
+        main([recipe, "--set", "training.use_cpu=false"])
 
 
 # --- distillation
@@ -163,7 +168,7 @@ def test_distillation_by_hand(tmp_path, rows, batch, steps):
 def test_a_run_learns_from_its_teacher(run, tmp_path):
     run |= {"distillation": {"teacher": run["model"]}, "loss_weights": {"lm": 0.0, "distill": 1.0}}
     run |= {"config": {"qat_config.ternary_modules": [r"language_model\.layers\..*_proj"]}, "calibration_rows": 0}
-    train_hf.main([write_recipe(tmp_path, **run)])
+    main([write_recipe(tmp_path, **run)])
     log = [e["distill_loss"] for e in json.loads((tmp_path / "out" / "log.json").read_text()) if "distill_loss" in e]
     assert log[-1] < log[0]
 
@@ -180,9 +185,9 @@ def test_a_teacher_sees_with_its_own_tower(run, tmp_path, same):
     run["data"]["vision_cache"] = {"views": 1, "folder": str(tmp_path / "features")}
     run["training"]["max_steps"] = 1
     if same:
-        return train_hf.main([write_recipe(tmp_path, **run)])
+        return main([write_recipe(tmp_path, **run)])
     with pytest.raises(ValueError) as error:
-        train_hf.main([write_recipe(tmp_path, **run)])
+        main([write_recipe(tmp_path, **run)])
     assert str(error.value) == (
         "distillation.teacher has another vision tower than the model, whose features data.vision_cache gives to both: "
         "leave data.vision_cache out."
@@ -267,7 +272,7 @@ def test_missing_sections_are_named(key, tmp_path):
     path.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != key}))
     with pytest.raises(ValueError) as caught:
         load_recipe(str(path))
-    assert str(caught.value) == f"{path} has no {key!r}: {train_hf.RECIPE_KEYS[key]}."
+    assert str(caught.value) == f"{path} has no {key!r}: {RECIPE_KEYS[key]}."
 
 
 def test_overrides(tmp_path):
@@ -325,13 +330,13 @@ def test_overrides_of_dotted_names_leave_the_rest_of_a_section(tmp_path):
     ]
     recipe = load_recipe(path, overrides)
     assert recipe["learning_rates"] == rates | {r"layers\.0\.": 0.5}
-    changed = train_hf.change_config(config, recipe["config"])
+    changed = change_config(config, recipe["config"])
     found, before = changed.memory_config, config.memory_config
     assert (found.code_size, found.observation_noise, found.num_slots) == (32, 0.02, 16) and changed.use_fusion
     assert before.num_slots != type(before)().num_slots
     for value in ({"code_size": 32}, None):
         with pytest.raises(ValueError) as error:
-            train_hf.change_config(config, {"memory_config": value})
+            change_config(config, {"memory_config": value})
         message = "config: memory_config is a section: name its values one by one, as memory_config.NAME."
         assert str(error.value) == message
 
@@ -357,7 +362,7 @@ def recipe_model(name: str, recipe: dict) -> MicroVLMForConditionalGeneration:
         config = config.to_dict() | {"text_config": text, "image_token_id": 49152, "adapter_config": adapter}
         config = MicroVLMConfig.from_dict(config)
     with torch.device("meta"):
-        return MicroVLMForConditionalGeneration(train_hf.change_config(config, recipe.get("config", {})))
+        return MicroVLMForConditionalGeneration(change_config(config, recipe.get("config", {})))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -367,13 +372,13 @@ def test_every_stage_recipe_fits_its_model(path, tmp_path):
     TrainingArguments(**{k: v for k, v in training.items() if k not in ("bf16", "fp16")}, bf16=False, fp16=False)
     model = recipe_model(path.stem.replace("finetune", "nano"), recipe)
     set_trainable(model, recipe["trainable"])
-    train_hf.check_patterns("learning_rates", recipe.get("learning_rates") or {}, model)
+    check_patterns("learning_rates", recipe.get("learning_rates") or {}, model)
     assert any(p.requires_grad for p in model.parameters())
     for name in recipe.get("learning_rates") or {}:
         assert any(re.search(name, n) and p.requires_grad for n, p in model.named_parameters()), f"{name} is frozen"
     if "quantization" in recipe:
         assert BitsAndBytesConfig(**recipe["quantization"]).quantization_method() == "nf4"
-        skip = set(train_hf.unquantized_modules(model, recipe["trainable"]))
+        skip = set(unquantized_modules(model, recipe["trainable"]))
         linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         for name, module in linear.items():
             assert (name in skip) >= module.weight.requires_grad, f"{name} trains in 4 bits"
@@ -674,7 +679,7 @@ def test_both_passes_of_a_step_draw_the_same_dropout(rows, tmp_path, monkeypatch
 
     def spy(self, model, outputs, step_pairs):
         pairs, place = step_pairs
-        live = train_hf.embedded_pairs(outputs).detach()
+        live = embedded_pairs(outputs).detach()
         passes.append((live, pairs[place : place + len(live)]))
         return alignment(self, model, outputs, step_pairs)
 
@@ -686,7 +691,7 @@ def test_both_passes_of_a_step_draw_the_same_dropout(rows, tmp_path, monkeypatch
         torch.testing.assert_close(live, first, rtol=1e-5, atol=1e-6)
     model.train()
     batch = CaptionCollator(toy_processor(), model.default_prompt(1)[0].tolist())(list(rows)[:2])
-    one, two = (train_hf.embedded_pairs(model(**batch, return_alignment=True)) for _ in range(2))
+    one, two = (embedded_pairs(model(**batch, return_alignment=True)) for _ in range(2))
     assert not torch.allclose(one, two, atol=1e-2)  # it has dropout
 
 
@@ -809,7 +814,7 @@ def test_training_beside_4_bits(run, tmp_path):
     """Evaluation before a step must not cost its gradients; what is quantised stays; the output opens as it is and goes on exactly."""
     run = quantised_run(run, tmp_path)
     recipe, out = write_recipe(tmp_path, **run), tmp_path / "out"
-    train_hf.main([recipe, "--set", "training.eval_on_start=true"])
+    main([recipe, "--set", "training.eval_on_start=true"])
     through = load_file(out / "model.safetensors")
     early = load_file(out / "checkpoint-2" / "model.safetensors")
     packed = {name for name, tensor in through.items() if tensor.dtype == torch.uint8 and "quant" not in name}
@@ -830,7 +835,7 @@ def test_training_beside_4_bits(run, tmp_path):
     plain = AutoModelForImageTextToText.from_pretrained(run["model"], trust_remote_code=True)
     assert f"{plain.num_parameters():,}" in trainable_table(model)  # two numbers in a byte are two
     shutil.rmtree(out / "checkpoint-4")
-    train_hf.main([recipe, "--set", "training.eval_on_start=true", "--resume"])
+    main([recipe, "--set", "training.eval_on_start=true", "--resume"])
     assert same_state(load_file(out / "model.safetensors"), through)
 
 
@@ -840,7 +845,7 @@ def test_ternary_linears_are_not_quantised_again(run, tmp_path):
     )
     run = quantised_run(run, tmp_path) | {"model": str(checkpoint)}
     with pytest.raises(ValueError) as error:
-        train_hf.main([write_recipe(tmp_path, **run)])
+        main([write_recipe(tmp_path, **run)])
     assert str(error.value) == (
         "quantization: the config makes linears ternary, from weights that NF4 would change. Compose from ternary weights and set "
         "config: {qat_config.ternary_modules: null}."
@@ -850,10 +855,10 @@ def test_ternary_linears_are_not_quantised_again(run, tmp_path):
 def test_4_bits_cannot_train(run, tmp_path):
     run = quantised_run(run, tmp_path)
     recipe = write_recipe(tmp_path, **run)
-    train_hf.main([recipe, "--set", "training.max_steps=2"])
+    main([recipe, "--set", "training.max_steps=2"])
     again = ["--set", f"model={tmp_path / 'out'}", "--set", f"training.output_dir={tmp_path / 'again'}"]
     with pytest.raises(ValueError, match=r"^trainable: model\.\S+ is quantised \(torch.uint8\) and cannot train.$"):
-        train_hf.main([recipe, *again, "--set", "trainable=['.*']", "--set", "quantization=null"])
+        main([recipe, *again, "--set", "trainable=['.*']", "--set", "quantization=null"])
 
 
 # --- runs
@@ -895,7 +900,7 @@ def test_run_on_kept_features(run, tmp_path):
     run["optimizer"] = "muon"
     run["attn_implementation"] = "eager"
     run["data"]["vision_cache"] = {"views": 2, "folder": str(tmp_path / "features")}
-    train_hf.main([write_recipe(tmp_path, **run)])
+    main([write_recipe(tmp_path, **run)])
     through = load_file(tmp_path / "out" / "model.safetensors")
     start = load_file(tmp_path / "start" / "model.safetensors")
     moved = {name for name in through if not torch.equal(through[name], start[name])}
@@ -903,14 +908,14 @@ def test_run_on_kept_features(run, tmp_path):
     (file,) = (tmp_path / "features").glob("*.bin")
     written = file.stat().st_mtime_ns
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
-    train_hf.main([write_recipe(tmp_path, **run), "--resume"])
+    main([write_recipe(tmp_path, **run), "--resume"])
     assert file.stat().st_mtime_ns == written  # taken, not made again
     assert same_state(load_file(tmp_path / "out" / "model.safetensors"), through)
     run["trainable"] = [".*"]
     run["training"]["output_dir"] = str(tmp_path / "out2")
     message = "^data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.$"
     with pytest.raises(ValueError, match=message):
-        train_hf.main([write_recipe(tmp_path, **run)])
+        main([write_recipe(tmp_path, **run)])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -918,7 +923,7 @@ def test_resume_continues_bit_for_bit(accumulation, run, tmp_path, capsys):
     out = tmp_path / "out"
     run["training"]["gradient_accumulation_steps"] = accumulation
     recipe = write_recipe(tmp_path, **run)
-    train_hf.main([recipe])
+    main([recipe])
     assert "model.adapter" in capsys.readouterr().out
     through = load_file(out / "model.safetensors")
     log = json.loads((out / "log.json").read_text())
@@ -931,7 +936,7 @@ def test_resume_continues_bit_for_bit(accumulation, run, tmp_path, capsys):
     shutil.rmtree(out / "checkpoint-6")
     (out / "model.safetensors").unlink()
     set_seed(999)
-    train_hf.main([recipe, "--resume"])
+    main([recipe, "--resume"])
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == written  # it did not begin anew
     assert same_state(load_file(out / "model.safetensors"), through)
     again = json.loads((out / "log.json").read_text())
@@ -941,10 +946,10 @@ def test_resume_continues_bit_for_bit(accumulation, run, tmp_path, capsys):
 
     recipe, new = write_recipe(tmp_path, **run), tmp_path / "new"
     with pytest.raises(FileNotFoundError, match=f"^{new} has no complete checkpoint to go on from.$"):
-        train_hf.main([recipe, "--resume", "--set", f"training.output_dir={new}"])
+        main([recipe, "--resume", "--set", f"training.output_dir={new}"])
     message = f"^{out} has checkpoints of a run: --resume goes on with it, or choose another output_dir.$"
     with pytest.raises(FileExistsError, match=message):
-        train_hf.main([recipe])
+        main([recipe])
 
 
 @pytest.mark.parametrize("key", ["model", "distillation.teacher"])
@@ -955,7 +960,7 @@ def test_the_folder_it_starts_from_is_not_written_to(run, tmp_path, key):
     before = {path: path.read_bytes() for path in (tmp_path / "start").iterdir()}
     run["training"]["output_dir"] = str(tmp_path / "link")
     with pytest.raises(ValueError) as error:
-        train_hf.main([write_recipe(tmp_path, **run)])
+        main([write_recipe(tmp_path, **run)])
     assert (
         str(error.value)
         == f"training.output_dir {tmp_path}/link is the folder of {key}, which the run would overwrite."
@@ -967,10 +972,10 @@ def test_the_log_of_a_resumed_run_between_logging_steps(run, tmp_path):
     """Weights go on exactly; the first line after a checkpoint between two of them is the mean since the checkpoint."""
     run["training"] |= {"logging_steps": 2}
     recipe, out = write_recipe(tmp_path, **run), tmp_path / "out"
-    train_hf.main([recipe])
+    main([recipe])
     through, log = load_file(out / "model.safetensors"), json.loads((out / "log.json").read_text())
     shutil.rmtree(out / "checkpoint-6")
-    train_hf.main([recipe, "--resume"])
+    main([recipe, "--resume"])
     again = json.loads((out / "log.json").read_text())
     assert same_state(load_file(out / "model.safetensors"), through)
     losses = [{e["step"]: e["lm_loss"] for e in entries if "lm_loss" in e} for entries in (log, again)]
@@ -980,7 +985,9 @@ def test_the_log_of_a_resumed_run_between_logging_steps(run, tmp_path):
 @pytest.mark.parametrize("private", [None, True, False])
 def test_who_may_see_the_repo_is_handed_on(private, rows, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(train_hf, "push_folder", lambda folder, repo_id, private, *args: given.append(private))
+    monkeypatch.setattr(
+        "microvlm.train.trainer.push_folder", lambda folder, repo_id, private, *args: given.append(private)
+    )
     toy_trainer(tmp_path, rows, hub_private_repo=private)._push(tmp_path, "message")
     assert given == [private]
 
@@ -1045,7 +1052,7 @@ def test_two_ranks_equal_one_of_twice_the_batch(run, tmp_path):
     toy_checkpoint(tmp_path / "plain")
     one, two = (write_recipe(tmp_path, f"{name}.yaml", **run) for name in ("one", "two"))
     sizes = [f"training.per_device_{part}_batch_size" for part in ("train", "eval")]
-    train_hf.main([one, *(f"--set={size}=4" for size in sizes), f"--set=training.output_dir={tmp_path / 'one'}"])
+    main([one, *(f"--set={size}=4" for size in sizes), f"--set=training.output_dir={tmp_path / 'one'}"])
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "train_hf.py"), two, *(f"--set={size}=2" for size in sizes)]

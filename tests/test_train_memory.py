@@ -1,15 +1,11 @@
 """The arithmetic of benchmarks/train_memory.py against what autograd keeps of a real pass, and against a hand's."""
 
-import sys
-
 import pytest
 import torch
+import train_memory
 from conftest import ROOT, tiny_config, tiny_inputs
+from parameters import MicroVLMForConditionalGeneration
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import train_memory  # noqa: E402
-from parameters import MicroVLMForConditionalGeneration  # noqa: E402
 
 RECIPE = ROOT / "recipes" / "microvlm-v_stage1.yaml"
 

@@ -6,12 +6,10 @@ import sys
 
 import pytest
 import torch
+import train_throughput
 from conftest import ROOT
 from toy_data import use_cache
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import train_throughput  # noqa: E402
-from train_throughput import PLAIN, TRAINER, VARIANTS, Turn, cc12m_answers, padding_row, padding_waste  # noqa: E402
+from train_throughput import PLAIN, TRAINER, VARIANTS, Turn, cc12m_answers, padding_row, padding_waste
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,12 @@ from test_train import hub_environment, rows, run, toy_trainer, write_recipe  # 
 from toy_data import pairs, same_state, toy_checkpoint, toy_model, toy_processor, write_parquet, write_tar
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import train_hf
-from data_microvlm import PictureEpisodeCollator, gray_copy, picture_augmentation
-from evaluate_hf import score
-from training_microvlm import LossBar, plot_curves, retrieval_recalls, scope_metrics
+from microvlm.data.augment import gray_copy, image_augmentation
+from microvlm.data.episodes import ImageEpisodeCollator
+from microvlm.metrics import retrieval_recalls, scope_metrics, score
+from microvlm.train.callbacks import LossBar
+from microvlm.train.curves import plot_curves
+from train_hf import main
 
 MEMORY = {"num_slots": 16, "code_size": 32, "key_hidden_size": 16, "max_content_tokens": 8, "scope_hidden_size": 16}
 
@@ -121,7 +123,7 @@ def test_evaluation_and_the_best_checkpoint(run, tmp_path):  # noqa: F811
     }
     run["training"] |= {"metric_for_best_model": "eval_lm_loss", "greater_is_better": False, "learning_rate": 5e-2}
     run["training"] |= {"load_best_model_at_end": True}
-    train_hf.main([write_recipe(tmp_path, **run)])
+    main([write_recipe(tmp_path, **run)])
     out = tmp_path / "out"
     log = json.loads((out / "log.json").read_text())
     evaluations = {e["step"]: e for e in log if "eval_loss" in e}
@@ -153,13 +155,13 @@ def test_captioned_pictures_are_some_that_can_be_read(run, tmp_path):  # noqa: F
     run["data"]["max_unreadable_share"] = 1.0
     run["evaluation"] = {"captions": 2}
     run["training"] |= {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    train_hf.main([write_recipe(tmp_path, **run)])
+    main([write_recipe(tmp_path, **run)])
     captions = json.loads((tmp_path / "out" / "captions" / "step_1.json").read_text())
     assert [c["reference"] for c in captions] == [broken[2]["caption"]]
     run["data"]["validation"] = str(write_parquet(tmp_path / "none.parquet", broken[:2]))
     run["training"]["output_dir"] = str(tmp_path / "none")
     with pytest.raises(ValueError, match="^evaluation.captions: none of the 2 validation rows can be read.$"):
-        train_hf.main([write_recipe(tmp_path, **run)])
+        main([write_recipe(tmp_path, **run)])
 
 
 def test_evaluation_leaves_the_training_alone(run, tmp_path):  # noqa: F811
@@ -167,7 +169,7 @@ def test_evaluation_leaves_the_training_alone(run, tmp_path):  # noqa: F811
     outputs = []
     for name, more in (("with", ["training.eval_strategy=steps", "training.eval_steps=1"]), ("without", [])):
         options = [f"training.output_dir={tmp_path / name}", *more]
-        train_hf.main([write_recipe(tmp_path, **run), *(x for o in options for x in ("--set", o))])
+        main([write_recipe(tmp_path, **run), *(x for o in options for x in ("--set", o))])
         outputs.append(load_file(tmp_path / name / "model.safetensors"))
     assert same_state(*outputs)
 
@@ -178,7 +180,7 @@ def test_tensorboard_gets_every_part(run, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     run["training"] |= {"report_to": "tensorboard", "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    train_hf.main([write_recipe(tmp_path, **run)])
+    main([write_recipe(tmp_path, **run)])
     (file,) = (tmp_path / "events").rglob("*tfevents*")
     events = EventAccumulator(str(file.parent))
     events.Reload()
@@ -233,8 +235,8 @@ def memory_run(run, tmp_path):  # noqa: F811
 def test_picture_episodes_become_features_of_the_vision_tower(tmp_path, rows):  # noqa: F811
     model = toy_model(use_memory=True, memory_config=MEMORY)
     trainer = toy_trainer(tmp_path, rows, model)
-    prompt, augment = model.default_prompt(1)[0].tolist(), picture_augmentation()
-    collator = PictureEpisodeCollator(toy_processor(), prompt, augment, size=2, max_tokens=8)
+    prompt, augment = model.default_prompt(1)[0].tolist(), image_augmentation()
+    collator = ImageEpisodeCollator(toy_processor(), prompt, augment, size=2, max_tokens=8)
     batch = collator(list(rows.select(range(4))))
     inputs, episode = trainer._model_inputs(batch)
     of = lambda pixels: model.model.vision_tower(pixels, do_pooling=False).last_hidden_state  # noqa: E731
@@ -251,7 +253,7 @@ def test_picture_episodes_become_features_of_the_vision_tower(tmp_path, rows):  
 
 def test_episodes_of_a_stream(memory_run, tmp_path):
     recipe, out = write_recipe(tmp_path, **memory_run), tmp_path / "out"
-    train_hf.main([recipe])
+    main([recipe])
     through = load_file(out / "model.safetensors")
     log = json.loads((out / "log.json").read_text())
     steps = [e for e in log if "lm_loss" in e]
@@ -279,7 +281,7 @@ def test_episodes_of_a_stream(memory_run, tmp_path):
     (out / "model.safetensors").unlink()
 
     shutil.rmtree(out / "checkpoint-6")
-    train_hf.main([recipe, "--resume"])
+    main([recipe, "--resume"])
     assert same_state(load_file(out / "model.safetensors"), through)
     again = [e for e in json.loads((out / "log.json").read_text()) if "eval_loss" in e]
     timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -314,7 +316,7 @@ def test_episode_recipes_say_what_is_wrong(memory_run, tmp_path):
         ),
     ):
         with pytest.raises(ValueError) as error:
-            train_hf.main([write_recipe(tmp_path, **memory_run), "--set", change])
+            main([write_recipe(tmp_path, **memory_run), "--set", change])
         assert str(error.value) == message
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert os.listdir(tmp_path).count("x") == 0
@@ -336,7 +338,7 @@ def test_two_ranks_teach_one_memory(memory_run, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    train_hf.main(
+    main(
         [recipe, "--set", f"training.output_dir={tmp_path / 'one'}", "--set", "training.gradient_accumulation_steps=2"]
     )
     logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("out", "one")]

@@ -11,24 +11,27 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoProcessor
 
-import visualize_hf
-from visualize_hf import (
+from microvlm.model import load
+from microvlm.visualize.attention import (
     WordAttention,
-    contrast_figure,
     eager_attention,
-    memory_figure,
-    overlay,
-    overlay_signed,
     pooling_attention,
-    pooling_figure,
     recall,
-    save_png,
-    sheet,
     split_words,
     stored_sentences,
     word_attention,
+)
+from microvlm.visualize.figures import (
+    contrast_figure,
+    memory_figure,
+    overlay,
+    overlay_signed,
+    pooling_figure,
+    save_png,
+    sheet,
     word_figure,
 )
+from microvlm.visualize.run import main
 
 MEMORY = {"num_slots": 8, "code_size": 32, "num_memory_tokens": 3, "max_content_tokens": 12}
 CAPTIONS = [[17, 50, 23, 9, 61], [40, 7, 7]]
@@ -132,7 +135,7 @@ def test_words_look_where_the_decoder_does(model, processor, pictures):
 
 def test_contrast_is_what_a_word_has_beyond_the_mean(model, processor, pictures, monkeypatch):
     every_token = lambda tokenizer, ids: [(str(i), [place]) for place, i in enumerate(ids)]  # noqa: E731
-    monkeypatch.setattr(visualize_hf, "split_words", every_token)
+    monkeypatch.setattr("microvlm.visualize.attention.split_words", every_token)
     found = word_attention(model, processor, pictures[:1], CAPTIONS[:1])[0]
     maps, contrast = found.maps.double(), found.contrast()
     assert len(found.words) > 2 and contrast.shape == maps.shape
@@ -292,7 +295,9 @@ def test_figures(model, processor, pictures, monkeypatch):
         memory_figure(model, processor, model.new_memory(), pictures[:1]),
     ]
     assert len({image.tobytes() for image in images}) == 3
-    monkeypatch.setattr(visualize_hf, "stored_sentences", lambda *_: [r"It costs $\frac{$ or $5."])  # no formula
+    monkeypatch.setattr(
+        "microvlm.visualize.figures.stored_sentences", lambda *_: [r"It costs $\frac{$ or $5."]
+    )  # no formula
     memory_figure(model, processor, memory)
     assert sheet([(picture, "one")], 5).width < 200
 
@@ -350,8 +355,8 @@ def interrupted(*_):
 
 def test_command_line(tmp_path, capsys, monkeypatch):
     """On the shipped model and example pictures."""
-    model, processor = visualize_hf.load(ROOT)
-    monkeypatch.setattr(visualize_hf, "load", lambda *args: (model, processor))  # once for all calls
+    model, processor = load(ROOT)
+    monkeypatch.setattr("microvlm.visualize.run.load", lambda *args: (model, processor))  # once for all calls
     swan, out = str(ROOT / "examples/swan.png"), tmp_path / "out"
     inputs = processor(images=[Image.open(swan)], text=["<image>This is Bimo the swan."], return_tensors="pt")
     memory = model.write_memory(**inputs.to(model.device, model.dtype))
@@ -365,7 +370,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         "memory.png": ["memory", "--memory", facts],
     }
     for name, call in calls.items():
-        assert visualize_hf.main([*call, "--out", str(out)]) == 0
+        assert main([*call, "--out", str(out)]) == 0
         assert capsys.readouterr().out.split() == [str(out / name)]
         with Image.open(out / name) as image:
             assert image.format == "PNG" and image.width > 300
@@ -373,17 +378,17 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    assert visualize_hf.main(["words", str(broken), swan, "--out", str(out)]) == 1  # the other one is done
+    assert main(["words", str(broken), swan, "--out", str(out)]) == 1  # the other one is done
     said = capsys.readouterr()
     assert "broken.png is not a picture" in said.err and "swan_words.png" in said.out
-    assert visualize_hf.main(["words", str(tmp_path / "none.png"), "--out", str(out)]) == 1
-    assert visualize_hf.main(["memory", "--memory", swan, "--out", str(out)]) == 1
+    assert main(["words", str(tmp_path / "none.png"), "--out", str(out)]) == 1
+    assert main(["memory", "--memory", swan, "--out", str(out)]) == 1
     assert "refused" in capsys.readouterr().err
-    assert visualize_hf.main(["pooling", "--out", str(out), swan]) == 0  # options anywhere
+    assert main(["pooling", "--out", str(out), swan]) == 0  # options anywhere
     with monkeypatch.context() as patch:
-        patch.setattr(visualize_hf, "draw", interrupted)
-        assert visualize_hf.main(["words", swan, "--out", str(out)]) == 130
-    assert capsys.readouterr().err == "visualize_hf.py: interrupted\n"
+        patch.setattr("microvlm.visualize.run.draw", interrupted)
+        assert main(["words", swan, "--out", str(out)]) == 130
+    assert capsys.readouterr().err == "microvlm visualize: interrupted\n"
     for wrong in (["memory"], ["words"], ["pooling", swan, "--memory", facts], ["pooling", swan, "--contrast"]):
         with pytest.raises(SystemExit, match="2"):
-            visualize_hf.main([*wrong, "--out", str(out)])
+            main([*wrong, "--out", str(out)])

@@ -1,0 +1,5 @@
+"""Run the command line: python -m microvlm."""
+
+from .cli import app
+
+app()

@@ -1,0 +1,1 @@
+"""Compose checkpoints from pretrained parts."""

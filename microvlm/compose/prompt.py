@@ -1,0 +1,105 @@
+"""Build chat template, default prompt, processor and generation config of a checkpoint."""
+
+import copy
+
+import torch
+from PIL import Image
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_utils import PILImageResampling
+
+from ..model import MicroVLMImageProcessor, MicroVLMProcessor
+from .parts import IMAGE_TOKEN
+from .text import TextPart
+from .vision import VisionPart
+
+REQUEST = "Describe the picture."
+FLATTEN_MESSAGES = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- if message.content is defined and message.content is sequence and message.content is not string -%}
+        {%- set content = namespace(text='') -%}
+        {%- for item in message.content -%}
+            {%- if item.type == 'image' -%}
+                {%- set content.text = content.text + '<image>' -%}
+            {%- elif item.type == 'text' -%}
+                {%- set content.text = content.text + item.text -%}
+            {%- else -%}
+                {{- raise_exception("Content is made of 'image' and 'text' items, got " ~ item.type) -}}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+    {%- else -%}
+        {%- set flat.messages = flat.messages + [message] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+{{- '' }}"""  # printing nothing protects the first newline of the template that follows
+PLAIN_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- message.role | capitalize + ': ' + message.content | trim -}}
+    {{- eos_token + '\\n' if message.role == 'assistant' else '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'Assistant:' -}}
+{%- endif -%}"""
+
+
+def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's own template, or a plain one, behind a prelude that flattens pictures and texts into strings."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ValueError(f"--text: of the chat templates {sorted(template)} none is called 'default'.")
+        template = template["default"]
+    if template and IMAGE_TOKEN in template:
+        return template  # it knows pictures already
+    return FLATTEN_MESSAGES + (template or PLAIN_CHAT_TEMPLATE)
+
+
+def build_processor(vision: VisionPart, tokenizer: PreTrainedTokenizerBase, num_prefix_tokens: int):
+    """Image processor as the vision tower was trained, and the tokenizer, with the chat template in both."""
+    height, width = vision.image_size
+    image_processor = MicroVLMImageProcessor(
+        size={"height": height, "width": width},
+        image_mean=vision.mean,
+        image_std=vision.std,
+        resample=PILImageResampling[vision.interpolation.upper()],
+    )
+    tokenizer.chat_template = chat_template_for(tokenizer)
+    return MicroVLMProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=tokenizer.chat_template,
+        image_token=IMAGE_TOKEN,
+        num_image_tokens=num_prefix_tokens,
+    )
+
+
+def default_prompt(processor, chat: bool) -> list[int]:
+    """Ids of the prompt for a picture alone, its placeholders as one: a request in the chat format, or the picture."""
+    picture = Image.new("RGB", (8, 8))
+    if chat:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": REQUEST}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    else:
+        inputs = processor(text=IMAGE_TOKEN, images=picture)
+    ids = [int(i) for i in torch.as_tensor(inputs["input_ids"]).flatten()]
+    return [t for i, t in enumerate(ids) if t != processor.image_token_id or i == 0 or ids[i - 1] != t]
+
+
+def build_generation_config(text: TextPart, image_token_id: int) -> GenerationConfig:
+    """The text model's, which never generates the placeholder and knows how to stop and to pad."""
+    generation = copy.deepcopy(text.model.generation_config)
+    generation._from_model_config = False
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), image_token_id})
+    generation.pad_token_id = text.tokenizer.pad_token_id
+    if generation.eos_token_id is None:
+        generation.eos_token_id = text.tokenizer.eos_token_id
+    if generation.bos_token_id is None:
+        generation.bos_token_id = text.tokenizer.bos_token_id
+    return generation

@@ -1,0 +1,1 @@
+"""Export checkpoints for other runtimes."""

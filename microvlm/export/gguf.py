@@ -1,0 +1,372 @@
+"""Export the language model of a checkpoint as GGUF for llama.cpp."""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..model import TernaryLinear, ternary_quantize
+from .checkpoint import check_new, load_checkpoint
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "tq2_0", "tq1_0")
+GGUF_ARCHITECTURES = ("qwen2", "llama", "bitnet")
+# Ways of cutting text before the merges, by llama.cpp's name: regular expression (None: that of GPT-2, which ByteLevel has
+# built in), whether digits are cut off one by one first, and whether a whole word in the vocabulary skips the merges.
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {
+    "gpt-2": (None, False, False),
+    "smollm": (None, True, False),
+    "qwen2": (CONTRACTIONS + r"\p{N}" + PUNCTUATION, False, False),
+    "llama-bpe": (CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION, False, True),
+}
+# Microsoft's name for BitNet 2B-4T's graph, with squared ReLU. llama.cpp has none of that name and refuses the file, where its "bitnet" would
+# open it, apply SiLU and write other words
+RELU2_ARCHITECTURE = "bitnet-b1.58"
+
+
+@dataclass
+class GGUFTensor:
+    """One tensor of the file.
+
+    Args:
+        data: float32, as llama.cpp is to see it.
+        kind: "weight" (a matrix of the decoder), "ternary" (one of -1, 0, 1 times one scale), "embedding" or "plain" (always float32).
+    """
+
+    name: str
+    data: np.ndarray
+    kind: str
+
+
+def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> str:
+    """llama.cpp's name for the way in which a byte-level BPE tokenizer cuts text.
+
+    Raises:
+        ValueError: llama.cpp has none that is known here, so that its ids would differ.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, cutter = spec["model"], spec["pre_tokenizer"] or {}
+    parts = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
+    if model["type"] != "BPE" or parts[-1].get("type") != "ByteLevel" or model.get("byte_fallback"):
+        raise ValueError(
+            f"the tokenizer is {model['type']} behind {parts[-1].get('type')}, expected byte-level BPE (GPT-2, Qwen2, Llama 3)."
+        )
+    if (spec["normalizer"] or {}).get("type") not in (None, "NFC") or parts[-1]["add_prefix_space"]:
+        raise ValueError("the tokenizer changes text before it cuts it, which llama.cpp would not do.")
+    digits = [p for p in parts[:-1] if p == {"type": "Digits", "individual_digits": True}]
+    splits = [p for p in parts[:-1] if p["type"] == "Split"]
+    regex = splits[0]["pattern"].get("Regex") if splits else None
+    simple = len(digits) + len(splits) == len(parts) - 1 and len(digits) <= 1 and len(splits) <= 1
+    simple = simple and parts[-1]["use_regex"] == (regex is None)
+    simple = simple and all(s["behavior"] == "Isolated" and not s["invert"] for s in splits)
+    found = (regex, bool(digits), bool(model.get("ignore_merges")))
+    for name, known in PRE_TOKENIZERS.items():
+        if simple and found == known:
+            return name
+    raise ValueError(
+        f"the tokenizer cuts text by {json.dumps(cutter)}, ignore_merges {found[2]}; known are those of {sorted(PRE_TOKENIZERS)}."
+    )
+
+
+def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppressed: list[int]) -> None:
+    """Add vocabulary, merges, special tokens and chat template to a `gguf.GGUFWriter`.
+
+    Args:
+        rows: of the embedding; ids beyond the tokenizer's become unused tokens.
+        suppressed: ids that are never to be generated.
+    """
+    from gguf import TokenType
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    names = {i: text for text, i in spec["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    if max(names) >= rows:
+        raise ValueError(f"the tokenizer has the id {max(names)}, the embedding {rows} rows only.")
+    tokens, types = [], []
+    for i in range(rows):
+        tokens.append(names.get(i, f"[PAD{i}]"))
+        if i not in names:
+            types.append(TokenType.UNUSED)
+        elif i in added:
+            types.append(TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED)
+        else:
+            types.append(TokenType.NORMAL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokenizer_kind(tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
+    for name, add in (
+        ("bos", writer.add_bos_token_id),
+        ("eos", writer.add_eos_token_id),
+        ("pad", writer.add_pad_token_id),
+        ("unk", writer.add_unk_token_id),
+    ):
+        value = getattr(tokenizer, f"{name}_token_id")
+        if value is not None:
+            add(value)
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(len(ids) > 1 and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
+    writer.add_add_space_prefix(False)
+    if suppressed:
+        writer.add_array("tokenizer.ggml.suppress_tokens", sorted(suppressed))
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def check_architecture(model, text_config) -> None:
+    """Raise ValueError where llama.cpp's graph of this architecture would compute something else, save for BitNet's activation."""
+    kind = text_config.model_type
+    if kind not in GGUF_ARCHITECTURES:
+        raise ValueError(
+            f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {list(GGUF_ARCHITECTURES)}."
+        )
+    known = ("silu", "relu2") if kind == "bitnet" else ("silu",)
+    if text_config.hidden_act not in known:
+        raise ValueError(
+            f"text_config.hidden_act is {text_config.hidden_act!r}, expected {' or '.join(known)} of {kind}."
+        )
+    if any(t != "full_attention" for t in getattr(text_config, "layer_types", None) or []):
+        raise ValueError(f"the text model has sliding windows, which llama.cpp's {kind} does not.")
+    rope = text_config.rope_parameters["rope_type"]
+    if rope not in (("default", "linear", "llama3") if kind == "llama" else ("default",)):
+        raise ValueError(f"text_config.rope_parameters has rope_type {rope!r}, which is not exported for {kind}.")
+    layers = model.model.language_model.layers
+    if kind == "bitnet":
+        if not model.config.tie_word_embeddings:
+            raise ValueError("llama.cpp's bitnet has tied embeddings only, this checkpoint has a head of its own.")
+        if layers[0].self_attn.q_proj.out_features != text_config.hidden_size:
+            raise ValueError("llama.cpp's bitnet needs num_attention_heads x head_dim = hidden_size.")
+    biased = {n.split(".", 1)[1] for n, _ in layers.named_parameters() if n.endswith("_proj.bias")}
+    allowed = {"qwen2": {f"self_attn.{n}_proj.bias" for n in "qkv"}, "bitnet": set()}.get(kind, biased)
+    if biased - allowed:
+        raise ValueError(f"llama.cpp's {kind} has no {min(biased - allowed)}.")
+
+
+def ternary_parts(layer: nn.Linear, groups: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Values in {-1, 0, 1} (out, in) and scale () or (out, 1) of a `TernaryLinear`; None for another layer.
+
+    Raises:
+        ValueError: the layer says that its weights are ternary as stored, and they are not; other scales than `groups`.
+    """
+    if not isinstance(layer, TernaryLinear):
+        return None
+    if layer.group_size not in groups:
+        raise ValueError(
+            f"this GGUF has scales of a {' or '.join(groups)}, qat_config.group_size is {layer.group_size!r}."
+        )
+    if layer.ternary_weights:
+        return ternary_quantize(layer.weight, layer.group_size)
+    scale = layer.weight.abs().max()
+    values = (layer.weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    if not torch.allclose(values * scale, layer.weight, rtol=1e-2, atol=0):  # bfloat16 keeps three digits
+        raise ValueError(
+            "qat_config.ternary_weights is 'none', but the weights of a ternary layer take more than three values."
+        )
+    return values, scale
+
+
+def permute_heads(x: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key projection from transformers' order (halves) to that of llama.cpp's llama (pairs), per head."""
+    return x.reshape(heads, 2, len(x) // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+@torch.no_grad()
+def gguf_tensors(model) -> list[GGUFTensor]:
+    """The language model's tensors under llama.cpp's names."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    text, decoder = model.config.text_config, model.model.language_model
+    kind = text.model_type
+    table = get_tensor_name_map(MODEL_ARCH[kind.upper()], text.num_hidden_layers)
+    sub_norms = {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+    modules = dict(decoder.named_modules())
+    tensors = []
+    for name, parameter in decoder.named_parameters():
+        module, suffix = name.rsplit(".", 1)
+        data, scale, role = parameter.float(), None, "plain" if parameter.ndim == 1 else "weight"
+        if name == "embed_tokens.weight":
+            role = "embedding"
+        groups = ("tensor",) if kind == "bitnet" else ("tensor", "row")
+        parts = ternary_parts(modules[module], groups) if suffix == "weight" else None
+        if parts is not None:
+            values, scale = parts
+            role = "ternary"
+            data = (
+                values if kind == "bitnet" else values * scale
+            )  # qwen2 and llama read no scales of their own everywhere
+        _, _, rest = module.split(".", 2) if module.startswith("layers.") else ("", "", module)
+        if rest in sub_norms:
+            target = f"blk.{module.split('.')[1]}.{sub_norms[rest]}"
+        else:
+            target = table.get_name(f"model.{module}")
+        if target is None:
+            raise ValueError(f"{name} has no name in GGUF's architecture {kind}.")
+        array = data.numpy()
+        if kind == "llama" and rest in ("self_attn.q_proj", "self_attn.k_proj"):
+            array = permute_heads(array, text.num_attention_heads if "q_proj" in rest else text.num_key_value_heads)
+        tensors.append(GGUFTensor(f"{target}.{suffix}", np.ascontiguousarray(array), role))
+        if role == "ternary" and kind == "bitnet":
+            tensors.append(GGUFTensor(f"{target}.scale", scale.reshape(1).numpy(), "plain"))
+    if not model.config.tie_word_embeddings:
+        tensors.append(GGUFTensor("output.weight", model.lm_head.weight.float().numpy(), "embedding"))
+    if text.rope_parameters["rope_type"] != "default":
+        frequencies = decoder.rotary_emb.inv_freq.double()
+        plain = text.rope_parameters["rope_theta"] ** (-torch.arange(len(frequencies)).double() / len(frequencies))
+        tensors.append(GGUFTensor("rope_freqs.weight", (plain / frequencies).float().numpy(), "plain"))
+    return tensors
+
+
+def choose_type(tensor: GGUFTensor, wanted: str) -> tuple[str, str | None]:
+    """Type in which a tensor is stored, and why it is not the one that was asked for.
+
+    Vectors are float32; the ternary types hold ternary layers, and what is not ternary is float16 beside them.
+    """
+    if tensor.kind == "plain":
+        return "f32", None
+    if wanted.startswith("tq") and tensor.kind != "ternary":
+        return "f16", "not ternary"
+    block = {"q8_0": 32, "tq2_0": 256, "tq1_0": 256}.get(wanted, 1)
+    if tensor.data.shape[-1] % block:
+        return "f16", f"rows of {tensor.data.shape[-1]}, not divisible by {block}"
+    return wanted, None
+
+
+def export_gguf(
+    source: str,
+    out: str | Path,
+    dtype: str = "f16",
+    revision: str | None = None,
+    force: bool = False,
+    architecture: str | None = None,
+) -> Path:
+    """Write the language model of a checkpoint as one GGUF file.
+
+    Args:
+        source: folder or Hub id.
+        out: file to write.
+        dtype: of the matrices, one of `GGUF_TYPES`.
+        force: replace `out`.
+        architecture: the file's `general.architecture`; default: the model type, for a BitNet with squared ReLU `RELU2_ARCHITECTURE`.
+
+    Raises:
+        ValueError: something given is not what is expected; nothing is written then.
+    """
+    out = Path(out)
+    if dtype not in GGUF_TYPES:
+        raise ValueError(f"--type {dtype!r} is unknown, expected one of {', '.join(GGUF_TYPES)}.")
+    if out.suffix != ".gguf":
+        raise ValueError(f"OUT {out} does not end in .gguf; for a folder of ONNX graphs add --onnx.")
+    if out.is_dir():
+        raise ValueError(f"OUT {out} is a folder, expected a file.")
+    check_new(out, force)
+    import gguf  # after the checks, which need no package
+
+    model, tokenizer = load_checkpoint(source, revision)
+    text = model.config.text_config
+    check_architecture(model, text)
+    tokenizer_kind(tokenizer)
+    tensors = gguf_tensors(model)
+    if dtype.startswith("tq") and not any(tensor.kind == "ternary" for tensor in tensors):
+        raise ValueError(
+            f"--type {dtype} holds ternary layers, and this checkpoint has none (qat_config.ternary_modules)."
+        )
+
+    kind = text.model_type
+    squared = kind == "bitnet" and text.hidden_act == "relu2"
+    architecture = architecture or (RELU2_ARCHITECTURE if squared else kind)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        writer = gguf.GGUFWriter(temporary, architecture)
+        name = source.rstrip("/").split("/")[-1].strip(".")
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(f"{name or 'MicroVLM'} language model")
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_vocab_size(text.vocab_size)
+        writer.add_context_length(text.max_position_embeddings)
+        writer.add_embedding_length(text.hidden_size)
+        writer.add_block_count(text.num_hidden_layers)
+        writer.add_feed_forward_length(text.intermediate_size)
+        writer.add_head_count(text.num_attention_heads)
+        writer.add_head_count_kv(text.num_key_value_heads)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+        writer.add_rope_dimension_count(head_dim)
+        writer.add_rope_freq_base(text.rope_parameters["rope_theta"])
+        if kind == "bitnet":
+            writer.add_string(f"{architecture}.hidden_activation", text.hidden_act)
+            if squared:
+                note = f"relu2 in the feed-forward, architecture {architecture}: llama.cpp's bitnet graph applies silu and gives other tokens"
+                writer.add_description(note)
+                print(f"note: {note} (docs/export.md)")
+        write_tokenizer(writer, tokenizer, text.vocab_size, model.generation_config.suppress_tokens or [])
+
+        stored: Counter[str] = Counter()
+        fallbacks: dict[str, list[str]] = {}
+        for tensor in tensors:
+            used, reason = choose_type(tensor, dtype)
+            qtype = gguf.GGMLQuantizationType[used.upper()]
+            data = gguf.quants.quantize(tensor.data, qtype)
+            writer.add_tensor(tensor.name, data, raw_dtype=qtype)
+            stored[used] += 1
+            if reason:
+                fallbacks.setdefault(reason, []).append(tensor.name)
+        for reason, names in fallbacks.items():
+            print(f"note: {len(names)} tensors are f16 instead of {dtype} ({reason}), such as {names[0]}")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        error = verify_gguf(temporary, tensors)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(
+        f"{kind}: {', '.join(f'{n} tensors {name}' for name, n in stored.items())}; rounding at most {error:.1e} of a tensor's norm"
+    )
+    print(f"wrote {out}, {out.stat().st_size:,} bytes")
+    return out
+
+
+def verify_gguf(path: Path, tensors: list[GGUFTensor]) -> float:
+    """Read a file back; the largest distance of a tensor from what was to be written, over its norm.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or is further off than 8 bits would put it.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    worst = 0.0
+    for tensor in tensors:
+        if tensor.name not in stored:
+            raise ValueError(f"verification: {tensor.name} was not written.")
+        found = stored[tensor.name]
+        shape = tuple(int(n) for n in found.shape[::-1])
+        if shape != tensor.data.shape:
+            raise ValueError(f"verification: {tensor.name} is {shape} in the file, expected {tensor.data.shape}.")
+        data = dequantize(found.data, found.tensor_type).reshape(shape)
+        error = float(np.linalg.norm(data - tensor.data) / max(np.linalg.norm(tensor.data), 1e-30))
+        if not error <= 0.02:
+            raise ValueError(f"verification: {tensor.name} in the file is {error:.1e} of its norm off.")
+        worst = max(worst, error)
+    return worst

@@ -1,0 +1,73 @@
+"""MicroVLM as a model of lmms-eval: --model microvlm --model_args pretrained=."""
+
+from lmms_eval.api.model import lmms
+from lmms_eval.api.registry import register_model
+from tqdm import tqdm
+
+from microvlm.lmms_eval.captioner import Captioner
+
+
+@register_model("microvlm")
+class MicroVLM(lmms):
+    """A checkpoint of MicroVLM, in one process.
+
+    Args:
+        pretrained: folder or Hub id.
+        revision: on the Hub.
+        dtype: of the weights in memory.
+        device: as `cpu` or `cuda`; default: the CPU.
+        batch_size: contexts at once.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = ".",
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        batch_size: int | str = 16,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.captioner = Captioner(pretrained, revision, dtype, device)
+        self.batch_size_per_gpu = int(batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch_size_per_gpu
+
+    @property
+    def device(self):
+        return self.captioner.model.device
+
+    def pictures(self, task: str, split: str, doc_id: int, doc_to_visual) -> list:
+        """Pictures of a row of a task."""
+        return list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+
+    def generate_until(self, requests) -> list[str]:
+        """Answers to requests (context, generation arguments, doc_to_visual, doc_id, task, split), in their order."""
+        groups, answers = {}, [""] * len(requests)
+        for place, request in enumerate(requests):  # what is generated alike goes together
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(place)
+        batches = [p[s : s + self.batch_size] for p in groups.values() for s in range(0, len(p), self.batch_size)]
+        for places in tqdm(batches, desc="captions"):
+            arguments = [requests[place].args for place in places]
+            pictures = [self.pictures(a[4], a[5], a[3], a[2]) for a in arguments]
+            texts = self.captioner.generate([a[0] for a in arguments], pictures, **dict(arguments[0][1]))
+            for place, text in zip(places, texts, strict=True):
+                answers[place] = text
+                self.cache_hook.add_partial("generate_until", requests[place].args[:2], text)
+        return answers
+
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        """Log-probability of each request's continuation and whether it is the greedy one; requests are (context, continuation or
+        doc_to_target, doc_to_visual, doc_id, task, split)."""
+        found = []
+        for context, target, doc_to_visual, doc_id, task, split in tqdm([r.args for r in requests], desc="likelihoods"):
+            text = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+            images = self.pictures(task, split, doc_id, doc_to_visual)
+            found.append(self.captioner.loglikelihood(context, text, images))
+        return found
+
+    def generate_until_multi_round(self, requests) -> list[str]:
+        raise NotImplementedError("MicroVLM answers one question at a time: tasks of several rounds are not scored.")

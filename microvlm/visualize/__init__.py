@@ -1,0 +1,1 @@
+"""Draw attention and memory."""
