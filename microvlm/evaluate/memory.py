@@ -2,9 +2,7 @@
 
 import random
 import re
-import sys
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -408,7 +406,6 @@ def in_prompt(bench: Bench, pictures, facts, places, wanted) -> dict:
 
 def share_recalled(model, processor, rows, facts: int) -> float:
     """Share of so many taught names that are said of an augmented view of their picture, as benchmarks/memory_recall.py counts."""
-    sys.path.append(str(Path(__file__).resolve().parent / "benchmarks"))
 
     bench = Bench(model, processor, rows)
     pictures, names = bench.choose(facts), bench.draw.sample(bench.names["new"], facts)
