@@ -769,9 +769,11 @@ def test_what_does_not_verify_is_not_published(sources, composed, tmp_path, monk
         with pytest.raises(ValueError, match=message):
             verify(composed / "llama", bad, logits, exact=True)
 
-    monkeypatch.setattr(
-        "microvlm.compose.verify.text_logits", lambda model, size, calls=[]: calls.append(1) or torch.rand(2, 3, size)
-    )
+    for module in ("compose", "verify"):
+        monkeypatch.setattr(
+            f"microvlm.compose.{module}.text_logits",
+            lambda model, size, calls=[]: calls.append(1) or torch.rand(2, 3, size),
+        )
     with pytest.raises(ValueError, match="the logits differ"):
         compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
