@@ -53,12 +53,12 @@ from .memory_microvlm import (
     MemoryProjection,
     MemoryQuery,
     MemoryReadout,
-    MemoryState,
     ScopeNet,
-    address_kl,
     in_float32,
     scope_threshold,
 )
+from .memory_posterior_microvlm import address_kl
+from .memory_state_microvlm import MemoryState
 from .quantization_microvlm import PackedEmbedding, register_quantizer, replace_with_ternary
 
 # A decoder whose head does more than one linear map would give wrong logits here, so it is refused.

@@ -19,7 +19,7 @@ from transformers import (
 
 from .cache_microvlm import CACHE_NAME
 from .configuration_microvlm import MicroVLMConfig
-from .memory_microvlm import MemoryState
+from .memory_state_microvlm import MemoryState
 from .modeling_microvlm import MicroVLMForConditionalGeneration
 from .processing_microvlm import DEFAULT_MAX_PIXELS, MicroVLMImageProcessor, MicroVLMProcessor, open_image, to_rgb
 from .quantization_microvlm import (

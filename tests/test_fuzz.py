@@ -16,7 +16,7 @@ from conftest import tiny_config, tiny_model
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 from microvlm.configuration_microvlm import LARGEST_SIZE
-from microvlm.memory_microvlm import MemoryState
+from microvlm.memory_state_microvlm import MemoryState
 from microvlm.processing_microvlm import open_image, scale_to_8_bit, to_rgb
 from PIL import Image
 from safetensors.torch import load_file, save_file

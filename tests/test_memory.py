@@ -13,23 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import IMAGE_ID, tiny_inputs, tiny_model
+from microvlm.addressing_microvlm import ben_cohen_inverse
 from microvlm.configuration_microvlm import MicroVLMMemoryConfig
-from microvlm.memory_microvlm import (
-    MemoryQuery,
-    MemoryState,
-    ScopeNet,
-    address_kl,
-    ben_cohen_inverse,
-    direct_write,
-    memory_kl,
-    scope_threshold,
-    sherman_morrison,
-)
+from microvlm.memory_microvlm import MemoryQuery, ScopeNet, scope_threshold
+from microvlm.memory_posterior_microvlm import address_kl, direct_write, memory_kl, sherman_morrison
+from microvlm.memory_state_microvlm import MemoryState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from microvlm import memory_microvlm
+from microvlm import memory_state_microvlm
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -778,7 +771,7 @@ class TestFiles:
         state, path = written(), tmp_path / "memory"
         state.save(path)
         before = path.read_bytes()
-        monkeypatch.setattr(memory_microvlm, "save_file", broken)
+        monkeypatch.setattr(memory_state_microvlm, "save_file", broken)
         with pytest.raises(OSError, match="disk full"):
             state.forget(0).save(path)
         assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["memory"]

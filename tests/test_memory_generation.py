@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_config, tiny_inputs, tiny_model
 from microvlm.cache_microvlm import MemoryCache
-from microvlm.memory_microvlm import MemoryQuery, MemoryState
+from microvlm.memory_microvlm import MemoryQuery
+from microvlm.memory_state_microvlm import MemoryState
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, CompileConfig, DynamicCache
 from transformers.cache_utils import StaticCache
