@@ -44,7 +44,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cache_microvlm import CACHE_NAME, MemoryCache, memory_mask, one_cache
-from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, refusing
+from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, naming_section
 from .decoder_microvlm import PackedDecoder, versions
 from .kernels_microvlm import kernel_threads
 from .memory_microvlm import (
@@ -365,7 +365,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                     "its head is more than one linear map, which MicroVLM does not support."
                 )
         hidden_size = config.text_config.hidden_size
-        with refusing("vision_config"):
+        with naming_section("vision_config"):
             self.vision_tower = MicroVLMVisionTower._from_config(config.vision_config)
         vision_width = self.vision_tower.timm_model.num_features
         if vision_width != config.adapter_config.vision_hidden_size:
@@ -373,9 +373,9 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
                 f"adapter_config.vision_hidden_size is {config.adapter_config.vision_hidden_size}, but "
                 f"{config.vision_config.architecture} has features of width {vision_width}."
             )
-        with refusing("adapter_config"):
+        with naming_section("adapter_config"):
             self.adapter = MicroVLMAdapter(config.adapter_config, hidden_size)
-        with refusing("text_config"):
+        with naming_section("text_config"):
             self.language_model = AutoModel.from_config(config.text_config)
         if missing := [name for name in ("embed_tokens", "layers", "norm") if not hasattr(self.language_model, name)]:
             raise ValueError(
@@ -399,7 +399,7 @@ class MicroVLMModel(MicroVLMPreTrainedModel):
             )
             self.scope = ScopeNet(config.memory_config)
         if config.qat_config.ternary_modules:
-            with refusing("qat_config"):
+            with naming_section("qat_config"):
                 replace_with_ternary(
                     self,
                     config.qat_config.ternary_modules,

@@ -13,12 +13,11 @@ from conftest import ROOT
 from packaging.version import Version
 
 FAKED = """
-import json, sys
-import transformers
+import importlib.metadata, json, sys
 from transformers import AutoConfig
-said = {}
+said, real = {}, importlib.metadata.version
 for version in sys.argv[2:]:
-    transformers.__version__ = version
+    importlib.metadata.version = lambda name: version if name == "transformers" else real(name)
     try:
         said[version] = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).model_type
     except ImportError as error:
@@ -52,7 +51,10 @@ def test_other_versions_are_refused_by_name(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    message = f"MicroVLM needs transformers {wanted}, found {{}}: pip install 'transformers{wanted}'"
+    message = (
+        f"transformers{wanted}.dev0 is required for a normal functioning of this module, but found "
+        f"transformers=={{}}.\nMicroVLM: pip install 'transformers{wanted}'"
+    )
     assert said == dict.fromkeys(good, "microvlm") | {name: message.format(name) for name in bad}
 
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 from conftest import IMAGE_ID, ROOT, VOCAB, tiny_config
+from huggingface_hub.errors import StrictDataclassError
 from microvlm.configuration_microvlm import AUTO_MAP, MicroVLMAdapterConfig, MicroVLMConfig
 from transformers import Qwen2Config, TimmWrapperConfig
 
@@ -92,8 +93,7 @@ def test_tying_follows_the_text_model_unless_given(tied):
     [
         (
             {"text_config": {"model_type": "gpt9"}},
-            "text_config.model_type is 'gpt9', which this version of transformers does not know. "
-            "Use the model_type of a causal decoder such as 'qwen2', 'bitnet' or 'llama'.",
+            "text_config is not valid: Unrecognized model type for subconfig: gpt9. Should contain one of ",
         ),
         (
             {"vision_config": {"model_type": "clip_vision_model"}},
@@ -121,22 +121,31 @@ def test_tying_follows_the_text_model_unless_given(tied):
             {"default_prompt_ids": [4, VOCAB]},
             "default_prompt_ids must be inside the text vocabulary of 128 tokens, got [4, 128].",
         ),
-        ({"qat_config": {"activation_bits": 1}}, "qat_config.activation_bits must be 8 or None, got 1."),
-        ({"memory_config": {"address_ridge": -0.1}}, "memory_config.address_ridge must not be negative, got -0.1."),
+        (
+            {"qat_config": {"activation_bits": 1}},
+            "qat_config is not valid: Validation error for field 'activation_bits'",
+        ),
+        (
+            {"memory_config": {"address_ridge": -0.1}},
+            "memory_config is not valid: Validation error for field 'address_ridge':\n    "
+            "ValueError: Value must be greater or equal to 0, got -0.1.",
+        ),
         (
             {"memory_config": {"address_temperature": 0.0}},
-            "memory_config.address_temperature must be positive, got 0.0.",
+            "memory_config is not valid: Validation error for field 'address_temperature':\n    "
+            "ValueError: Value must be greater than 0, got 0.0.",
         ),
         (
             {"qat_config": {"ternary_weights": "sign"}},
-            "qat_config.ternary_weights must be 'absmean' or 'none', got 'sign'.",
+            "qat_config is not valid: Validation error for field 'ternary_weights':\n    "
+            "TypeError: Field 'ternary_weights' expected one of ('absmean', 'none'), got sign",
         ),
     ],
 )
 def test_contradictions_are_refused(change, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, StrictDataclassError)) as error:
         tiny_config(**change)
-    assert str(error.value) == message
+    assert message in str(error.value)
 
 
 def test_heads_of_an_absent_fusion_block_do_not_matter():

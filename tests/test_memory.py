@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import IMAGE_ID, tiny_inputs, tiny_model
+from huggingface_hub.errors import StrictDataclassError
 from microvlm.addressing_microvlm import ben_cohen_inverse
-from microvlm.configuration_microvlm import MicroVLMMemoryConfig
+from microvlm.configuration_microvlm import MicroVLMConfig, MicroVLMMemoryConfig
 from microvlm.memory_microvlm import MemoryQuery, ScopeNet, scope_threshold
 from microvlm.memory_posterior_microvlm import address_kl, direct_write, memory_kl, sherman_morrison
 from microvlm.memory_state_microvlm import MemoryState
@@ -433,9 +434,15 @@ class TestEpisodicMemory:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"observation_noise": 0.0}, "observation_noise must be positive, got 0.0."),
-        ({"read_sharpness": -1.0}, "read_sharpness must not be negative, got -1.0."),
-        ({"gray_weight": -0.5}, "gray_weight must not be negative, got -0.5."),
+        (
+            {"observation_noise": 0.0},
+            "field 'observation_noise':\n    ValueError: Value must be greater than 0, got 0.0.",
+        ),
+        (
+            {"read_sharpness": -1.0},
+            "field 'read_sharpness':\n    ValueError: Value must be greater or equal to 0, got -1.0.",
+        ),
+        ({"gray_weight": -0.5}, "field 'gray_weight':\n    ValueError: Value must be greater or equal to 0, got -0.5."),
         ({"scope_threshold": 1.0}, "scope_threshold must be between 0 and 1, got 1.0."),
         (
             {"scope_threshold": [[1, 0.5], [4, 0.0]]},
@@ -445,15 +452,31 @@ class TestEpisodicMemory:
             {"scope_threshold": [[4, 0.5], [4, 0.6]]},
             "scope_threshold must be in rising order of facts, got [[4, 0.5], [4, 0.6]].",
         ),
-        ({"scope_threshold": [0.5]}, "scope_threshold must be a number or pairs [facts, probability], got [0.5]."),
+        ({"scope_threshold": [[0.5]]}, "scope_threshold must be a number or pairs [facts, probability], got [[0.5]]."),
+        ({"scope_threshold": [0.5]}, "Field 'scope_threshold' with value [0.5] doesn't match any type in"),
+        (
+            {"observation_noise": math.nan},
+            "field 'observation_noise':\n    ValueError: Value must be greater than 0, got nan.",
+        ),
+        (
+            {"gray_weight": math.inf},
+            "field 'gray_weight':\n    ValueError: Value must be greater or equal to 0, got inf.",
+        ),
+        ({"scope_threshold": [[math.nan, 0.5]]}, "scope_threshold must be in rising order of facts, got [[nan, 0.5]]."),
         ({"scope_threshold": []}, "scope_threshold must be a number or pairs [facts, probability], got []."),
-        ({"addressing": "hash"}, "addressing must be one of ('pseudoinverse', 'ben_cohen', 'gaussian'), got 'hash'."),
+        (
+            {"addressing": "hash"},
+            "Field 'addressing' expected one of ('pseudoinverse', 'ben_cohen', 'gaussian'), got hash",
+        ),
     ],
 )
 def test_config_values_are_checked(change, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(StrictDataclassError) as error:
         MicroVLMMemoryConfig(**change)
-    assert str(error.value) == f"memory_config.{message}"
+    assert message in str(error.value)
+    with pytest.raises(ValueError, match="^memory_config is not valid: ") as error:
+        MicroVLMConfig(memory_config=change)
+    assert message in str(error.value)
 
 
 class TestState:

@@ -36,7 +36,7 @@ STANDARD = {
     "uuid",
 }
 LIBRARIES = {"PIL", "numpy", "packaging", "safetensors", "timm", "tokenizers", "torch", "transformers"}
-PARTS = {"huggingface_hub.errors"}  # of a library whose rest is not allowed
+PARTS = {"huggingface_hub.dataclasses", "huggingface_hub.errors"}  # of a library whose rest is not allowed
 OPTIONAL = {"llvmlite", "triton"}  # in a function, or where their absence is caught
 NETWORK = {"processing_microvlm.py": {"http", "urllib"}}  # a picture may be a URL, fetched when it is asked for
 EVERYWHERE = {"eval", "exec", "__import__", "os.system", "os.popen", "os.execv", "os.fork", "ctypes.CDLL", "torch.load"}
