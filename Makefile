@@ -17,7 +17,7 @@ $(VENV)/.test: $(VENV)/.ready
 
 demo: $(VENV)/.ready  ## environment, captions of the example pictures with the checkpoint in this folder, then facts taught and recalled
 	$(PY) -m microvlm caption examples
-	$(PY) -m microvlm memory demo
+	$(PY) -m microvlm demo
 
 test: $(VENV)/.test lint  ## everything but the slow checks
 	$(PY) -m pytest -m "not slow"

@@ -12,8 +12,8 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _temporary(path: str | os.PathLike) -> tuple[int, str]:
-    """Handle and name of a new file beside `path`.
+def _temporary(path: str | os.PathLike) -> Path:
+    """Create an empty file with a name of its own in the folder of `path`.
 
     Raises:
         OSError: `path` cannot be written.
@@ -24,9 +24,72 @@ def _temporary(path: str | os.PathLike) -> tuple[int, str]:
     if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise OSError(f"cannot write {path}: it is not a regular file.")
     try:
-        return tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}.") from error
+    os.close(handle)
+    return Path(temporary)
+
+
+def _make_readable(path: Path) -> None:
+    """Give a private temporary file or folder the mode of a new one."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give the name of a new file that takes the place of `path` when all went well, and disappears when not."""
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        _make_readable(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a new file that takes the place of `path` when all went well, and disappears when not."""
+    encoding = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, open(temporary, mode, **encoding) as file:
+        yield file
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Make a folder that takes the place of `out` when all went well, and disappears when not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield temporary
+        put_folder(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_folder(temporary: Path, out: Path) -> None:
+    """Rename a finished folder to `out`, replacing what is there; readable again (safetensors writes private files)."""
+    for path in (temporary, *temporary.rglob("*")):
+        _make_readable(path)
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    out.rename(old)  # a rename replaces an empty folder
+    temporary.rename(out)
+    shutil.rmtree(old)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1))
 
 
 def check_outputs(inputs: Iterable[str], **outputs: str | None) -> None:
@@ -44,47 +107,27 @@ def check_outputs(inputs: Iterable[str], **outputs: str | None) -> None:
     for option, path in outputs.items():
         if path is None:
             continue
-        handle, temporary = _temporary(path)
-        os.close(handle)
-        os.unlink(temporary)
+        _temporary(path).unlink()
         if os.path.realpath(path) in read:
             raise ValueError(f"--{option} would be written over the input {path}.")
         if (other := options.setdefault(os.path.realpath(path), option)) != option:
             raise ValueError(f"--{other} and --{option} are the same file, {path}.")
 
 
-@contextmanager
-def atomic_file(path: str, mode: str) -> Iterator[IO]:
-    """Open a new file that takes the place of `path` when all went well, and disappears when not."""
-    encoding = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-    handle, temporary = _temporary(path)
-    try:
-        with os.fdopen(handle, mode, **encoding) as file:
-            yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def check_out(out: Path, force: bool, sources: list[str], made: str = "config.json") -> None:
-    """Refuse to overwrite what should not be.
+def check_out(out: Path, force: bool, sources: list[str], marker: str = "config.json") -> None:
+    """Refuse to overwrite a folder by accident.
 
     Args:
         out: folder to write.
         force: whether it may replace one of its kind.
         sources: folders or files it is made of; what does not exist is a Hub id.
-        made: what a folder of its kind has.
+        marker: a file that every folder of its kind has.
 
     Raises:
         ValueError: `out` is a file, is or contains a source or this repository, or is a folder that is not empty and
-            either not `force`d or without `made`.
+            either not `force`d or without `marker`.
     """
-    kept = [Path(source).resolve() for source in sources if os.path.exists(source)] + [ROOT]
-    for path in kept:
+    for path in [Path(source).resolve() for source in sources if os.path.exists(source)] + [ROOT]:
         if path.is_relative_to(out.resolve()):
             raise ValueError(f"OUT {out} would overwrite {path}: choose another folder.")
     if out.exists() and not out.is_dir():
@@ -92,32 +135,5 @@ def check_out(out: Path, force: bool, sources: list[str], made: str = "config.js
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise ValueError(f"OUT {out} exists and is not empty: choose another folder, or replace it with --force.")
-        if not (out / made).exists():
-            raise ValueError(f"OUT {out} has no {made}, so --force does not replace it: choose another folder.")
-
-
-def put_folder(temporary: Path, out: Path) -> None:
-    """Rename a finished folder to `out`, replacing what is there; readable again (safetensors writes private files)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o777 & ~mask)
-    for path in temporary.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-    if not out.exists():
-        temporary.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    out.rename(old)  # a rename replaces an empty folder
-    temporary.rename(out)
-    shutil.rmtree(old)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under another name and rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1))
+        if not (out / marker).exists():
+            raise ValueError(f"OUT {out} has no {marker}, so --force does not replace it: choose another folder.")

@@ -1,11 +1,9 @@
 """Write model cards and push checkpoints to the Hub."""
 
-import argparse
 import json
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -418,18 +416,9 @@ def push_folder(
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a finished run")
-    parser.add_argument("repo_id", help="owner/name on the Hub, created when missing")
-    parser.add_argument("--private", action=argparse.BooleanOptionalAction, default=True, help="default: private")
-    parser.add_argument("--revision", help="branch, created when missing; default: main")
-    parser.add_argument("--message", default="Upload checkpoint", help="of the commit")
-    options = parser.parse_args(argv)
+def main(folder: str, repo_id: str, private: bool, revision: str | None, message: str) -> None:
     try:
-        commit = push_folder(
-            options.folder, options.repo_id, options.private, options.message, revision=options.revision
-        )
+        commit = push_folder(folder, repo_id, private, message, revision)
     except (ValueError, RuntimeError, OSError, httpx2.HTTPError) as error:
-        sys.exit(f"{options.folder} was not pushed to {options.repo_id}: {error}")
+        raise OSError(f"{folder} was not pushed to {repo_id}: {error}") from error
     print(commit.commit_url)

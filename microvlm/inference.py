@@ -1,129 +1,159 @@
-"""Caption images, store facts and ask for them: what every front end calls."""
+"""Caption images, store facts, answer questions: what every front end calls."""
 
-import argparse
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
+from transformers import TextIteratorStreamer
 
-from .model import DEFAULT_MAX_PIXELS, open_image
+from .model import DEFAULT_MAX_PIXELS, MemoryState, open_image
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def usable_device(text: str) -> str:
-    try:
-        torch.zeros(1, device=text).tolist()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from error
-    return text
+MAX_NEW_TOKENS = 32
 
 
 @dataclass
 class Caption:
-    """What became of one picture: either `text` and `picture` (RGB), or `error`."""
+    """The result for one image: either `text` and `image` (RGB), or `error`."""
 
     path: str
     text: str | None = None
     error: str | None = None
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
 
 
-def caption_images(
+@dataclass
+class Answer:
+    """The answer to one image or question, and the probability that the memory knows it."""
+
+    text: str
+    scope: float | None = None
+
+
+@dataclass
+class Query:
+    """A prompt: its tokens (1, T), and for an image its pixels (1, 3, H, W) and features of `get_image_features`."""
+
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor | None = None
+    image: Any = None
+
+    def inputs(self) -> dict[str, Any]:
+        """Give what `generate` takes; the image is not encoded again."""
+        encoded = {} if self.image is None else {"mm_encoder_outputs": {"image": self.image}}
+        return {"input_ids": self.input_ids} | encoded
+
+
+def chat_prompt(processor, text: str, image: bool = False) -> str:
+    """Put a user's text into the chat template, after an image if there is one."""
+    content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+@torch.no_grad()
+def image_query(model, processor, image: Image.Image) -> Query:
+    """Encode an image with the model's own prompt."""
+    pixel_values = processor.image_processor([image], return_tensors="pt")["pixel_values"]
+    pixel_values = pixel_values.to(model.device, model.dtype)
+    return Query(model.default_prompt(1), pixel_values, model.get_image_features(pixel_values, return_dict=True))
+
+
+def question_query(model, processor, question: str) -> Query:
+    """Encode a question in words."""
+    inputs = processor(text=[chat_prompt(processor, question)], return_tensors="pt")
+    return Query(inputs["input_ids"].to(model.device))
+
+
+def caption(
     model, processor, paths: Iterable[str], prompt: str | None = None, batch_size: int = 8, **generate_kwargs
 ) -> Iterator[Caption]:
-    """Caption pictures in batches; no more than one batch is in memory.
+    """Caption images in batches; no more than one batch is in memory.
 
     Args:
-        model: any image-text-to-text model; without `prompt` one that has a `default_prompt`, as MicroVLM.
-        processor: its processor.
+        model: any image-text-to-text model; without `prompt` one that has a `default_prompt`.
         paths: paths or URLs, opened when their batch comes.
-        prompt: what to ask about every picture, through the chat template; default: the model's own prompt.
-        batch_size: pictures per `generate`.
+        prompt: what to ask about every image, through the chat template; default: the model's own prompt.
         generate_kwargs: for `generate`, such as `max_new_tokens` and `num_beams`.
 
     Returns:
-        an iterator with one `Caption` per path in their order; a picture that cannot be opened gives one with `error`.
+        one `Caption` per path in their order, with an `error` where an image cannot be opened.
 
     Raises:
-        ValueError: no prompt, neither given nor in the model; or a prompt and no chat template.
+        ValueError: neither a prompt nor a default one, or a prompt and no chat template.
     """
-    text = None
-    if prompt is not None:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    elif not hasattr(model, "default_prompt"):
+    if prompt is None and not hasattr(model, "default_prompt"):
         raise ValueError(f"{type(model).__name__} has no default prompt: give one (--prompt 'Describe the picture.').")
-    return _caption_images(model, processor, paths, text, batch_size, generate_kwargs)
+    text = None if prompt is None else chat_prompt(processor, prompt, image=True)
+    return _caption(model, processor, paths, text, batch_size, generate_kwargs)  # a generator would check too late
 
 
-def _caption_images(model, processor, paths, text, batch_size, generate_kwargs) -> Iterator[Caption]:
+def _caption(model, processor, paths, text, batch_size, generate_kwargs) -> Iterator[Caption]:
     max_pixels = getattr(processor.image_processor, "max_pixels", DEFAULT_MAX_PIXELS)
-    batch, pictures = [], []
+    batch, images = [], 0
     for path in paths:
         try:
-            pictures.append(open_image(path, max_pixels))
-            batch.append(Caption(path, picture=pictures[-1]))
+            batch.append(Caption(path, image=open_image(path, max_pixels)))
+            images += 1
         except (OSError, ValueError) as error:
             batch.append(Caption(path, error=str(error)))
-        if len(pictures) == batch_size:
+        if images == batch_size:
             yield from _caption_batch(model, processor, batch, text, generate_kwargs)
-            batch, pictures = [], []
+            batch, images = [], 0
     yield from _caption_batch(model, processor, batch, text, generate_kwargs)
 
 
-def _caption_batch(model, processor, batch, text, generate_kwargs) -> list[Caption]:
-    good = [caption for caption in batch if caption.error is None]
-    if not good:
+def _caption_batch(model, processor, batch: list[Caption], text, generate_kwargs) -> list[Caption]:
+    readable = [result for result in batch if result.error is None]
+    if not readable:
         return batch
     if text is None:
-        inputs = processor.image_processor([caption.picture for caption in good], return_tensors="pt")
+        inputs = processor.image_processor([result.image for result in readable], return_tensors="pt")
         start = model.default_prompt(1).shape[1]
     else:
-        images, texts = [[caption.picture] for caption in good], [text] * len(good)
+        images, texts = [[result.image] for result in readable], [text] * len(readable)
         inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
         start = inputs["input_ids"].shape[1]
     output = model.generate(**inputs.to(model.device, model.dtype), **generate_kwargs)
-    for caption, text in zip(good, processor.batch_decode(output[:, start:], skip_special_tokens=True)):
-        caption.text = text.strip()
+    for result, words in zip(readable, processor.batch_decode(output[:, start:], skip_special_tokens=True)):
+        result.text = words.strip()
     return batch
 
 
-def add(model, processor, memory, picture: str, sentence: str):
-    """`memory` with the sentence under the picture's address."""
-    text = processor.image_token + sentence
-    inputs = processor(images=[open_image(picture)], text=[text], return_tensors="pt")
+def teach(model, processor, image: str, sentence: str, memory: MemoryState | None = None) -> MemoryState:
+    """Store a sentence under an image (a path or URL); returns the new memory."""
+    inputs = processor(images=[open_image(image)], text=[processor.image_token + sentence], return_tensors="pt")
     return model.write_memory(memory, **inputs.to(model.device, model.dtype), labels=[sentence])
 
 
 @torch.inference_mode()
-def ask(model, processor, memory, what: list[str]) -> list[tuple[str, float | None]]:
-    """Caption of every picture or answer to every question, with its scope probability."""
-    answers = []
-    for words in what:
-        prompt, image, scope = model.default_prompt(1), None, None
-        if words.endswith("?"):
-            content = [{"type": "text", "text": words}]
-            asked = [{"role": "user", "content": content}]
-            how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-            prompt = processor.apply_chat_template(asked, **how)["input_ids"].to(model.device)
-        else:
-            pixel_values = processor.image_processor([open_image(words)], return_tensors="pt")["pixel_values"]
-            # encoded once, for scope and caption
-            image = model.get_image_features(pixel_values.to(model.device, model.dtype), return_dict=True)
-        if memory is not None:
-            features = None if image is None else image.last_hidden_state
-            query = model.model.get_memory_query(prompt, None, features)
-            scope = float(model.model.read_memory(memory, query).scope_logits.sigmoid())
-        encoded = {} if image is None else {"mm_encoder_outputs": {"image": image}}
-        ids = model.generate(input_ids=prompt, **encoded, memory=memory, max_new_tokens=32, do_sample=False)
-        answers.append((processor.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip(), scope))
-    return answers
+def ask(model, processor, what: str, memory: MemoryState | None = None) -> Answer:
+    """Answer a question, which ends in a question mark, or caption the image at a path or URL."""
+    is_question = what.endswith("?")
+    query = question_query(model, processor, what) if is_question else image_query(model, processor, open_image(what))
+    readout, scope = {}, None
+    if memory is not None:
+        # read once, for the scope and for the answer
+        model._check_memory(memory)
+        features = None if query.image is None else query.image.last_hidden_state
+        key = model.model.get_memory_query(query.input_ids, None, features)
+        readout = {"memory_readout": model.model.read_memory(memory, key)}
+        scope = float(readout["memory_readout"].scope_logits.sigmoid())
+    ids = model.generate(**query.inputs(), **readout, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    text = processor.decode(ids[0, query.input_ids.shape[1] :], skip_special_tokens=True)
+    return Answer(text.strip(), scope)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+def stream(model, processor, query: Query, memory: MemoryState | None = None) -> Iterator[tuple[str, list[int]]]:
+    """Yield an answer as it grows, and with the last piece its tokens."""
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(model.generate, **query.inputs(), memory=memory, **options)
+        future.add_done_callback(lambda _: streamer.end())  # after an error too
+        text = ""
+        for piece in streamer:
+            text += piece
+            yield text.strip(), []
+        yield text.strip(), future.result()[0, query.input_ids.shape[1] :].tolist()

@@ -1,22 +1,19 @@
 """Pack a checkpoint: ternary weights at 1.6 bits, embeddings and vision at 4 or 8."""
 
-import argparse
 import json
 import re
-import shutil
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from .data.rows import load_rows, text_ids
 from .evaluate.captions import caption_rows
 from .evaluate.language import perplexity
 from .evaluate.memory import share_recalled
-from .files import atomic_file, put_folder
+from .files import atomic_file, atomic_folder
 from .metrics import score
 from .model import PackedConfig, PackedEmbedding, PackedQuantizer, PackedWeight, TernaryLinear, replace_with_packed
 
@@ -31,7 +28,7 @@ PARTS = (
 
 
 def load_pack_recipe(path: str, overrides: list[str] = ()) -> dict:
-    """A recipe with `key=value` overrides applied.
+    """Read a recipe and apply `key=value` overrides.
 
     Raises:
         ValueError: unknown keys, no modules, or an override without `=`.
@@ -50,24 +47,21 @@ def load_pack_recipe(path: str, overrides: list[str] = ()) -> dict:
 
 
 def token_counts(processor, source: str, size: int) -> torch.Tensor:
-    """How often each of `size` tokens occurs in the captions of `source`, the end token once per caption, (size,)."""
-    rows = load_rows(source)
-    ids = [
-        i
-        for line in text_ids(processor.tokenizer, rows["caption"][:])
-        for i in (*line, processor.tokenizer.eos_token_id)
-    ]
+    """Count each of `size` tokens in the captions of `source`, the end token once per caption; (size,)."""
+    lines = text_ids(processor.tokenizer, load_rows(source)["caption"][:])
+    ids = [token for line in lines for token in (*line, processor.tokenizer.eos_token_id)]
     return torch.bincount(torch.tensor(ids), minlength=size)
 
 
 @torch.no_grad()
 def pack(model, config, counts: torch.Tensor | None = None) -> None:
-    """Replace what `config` names by packed modules with the model's own weights, rounded.
+    """Replace the modules that `config` names by packed ones with the same weights, rounded.
 
     Args:
         model: in floating point; ternary training layers are packed as they round.
         config: a `PackedConfig`.
-        counts: of the vocabulary's tokens (V,), for `frequent_rows`; default: the lower the id, the more frequent, as BPE numbers its merges.
+        counts: of the vocabulary's tokens (V,), for `frequent_rows`; default: the lower the id, the more frequent, as
+            BPE numbers its merges.
     """
     plain = dict(model.named_modules())
     for name, new in replace_with_packed(model, config).items():
@@ -87,98 +81,113 @@ def pack(model, config, counts: torch.Tensor | None = None) -> None:
     model.is_quantized = True
 
 
-def quality(model, processor, rows, facts: int) -> dict[str, float]:
-    """What `--data` measures; `captions` beside it."""
+def quality(model, processor, rows, facts: int) -> tuple[dict[str, float], list[str]]:
+    """Measure a model on captioned images; returns the scores and its captions."""
     candidates, references = caption_rows(model, processor, rows)
     scores = score(candidates, references)
     out = {"perplexity": perplexity(model, processor, rows)} | {k: scores[k] for k in ("exact", "word_f1", "cider")}
     if model.config.use_memory and facts:
         out[f"recall of {facts} facts"] = share_recalled(model, processor, rows, facts)
-    return out | {"captions": candidates}
+    return out, candidates
 
 
 def size_table(model) -> str:
-    """Part, formats, bytes as stored and bits per weight."""
-    owners = {}
-    for name, module in model.named_modules():
-        for key in module.state_dict() if isinstance(module, PackedWeight) else ():
-            owners[f"{name}.{key}"] = module
-    parts = defaultdict(lambda: [set(), 0, 0])
+    """Write part, format, weights, bytes as stored and bits per weight as a table."""
+    owners = {
+        f"{name}.{key}": module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedWeight)
+        for key in module.state_dict()
+    }
+    parts = defaultdict(lambda: [0, 0])  # (part, format) -> weights, bytes
     for name, tensor in model.state_dict().items():
         part = next((p for p, pattern in PARTS if re.match(pattern, name)), "rest")
-        own = owners.get(name)
-        kind = own.scheme.format if own is not None else str(tensor.dtype).removeprefix("torch.")
-        weights = tensor.numel()
-        if own is not None:
-            weights = own.rows * own.columns if name.endswith(".weight") else 0
+        owner, weights = owners.get(name), tensor.numel()
+        kind = owner.scheme.format if owner is not None else str(tensor.dtype).removeprefix("torch.")
+        # scales and tables take bytes, but are no weights
+        if owner is not None:
+            weights = owner.rows * owner.columns if name.endswith(".weight") else 0
         elif name.endswith("is_frequent"):
             weights = 0
         for key in ((part, kind), ("total", "")):
+            parts[key][0] += weights
             parts[key][1] += tensor.numel() * tensor.element_size()
-            parts[key][2] += weights
     lines = [f"{'part':<18}{'format':<12}{'weights':>16}{'bytes':>16}{'bits per weight':>18}"]
     order = [p for p, _ in PARTS] + ["rest", "total"]
-    for (part, kind), (_, size, weights) in sorted(parts.items(), key=lambda x: (order.index(x[0][0]), x[0][1])):
+    for (part, kind), (weights, size) in sorted(parts.items(), key=lambda x: (order.index(x[0][0]), x[0][1])):
         lines.append(f"{part:<18}{kind:<12}{weights:>16,}{size:>16,}{8 * size / max(1, weights):>18.3f}")
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="IN", help="folder or Hub id")
-    parser.add_argument("output", metavar="OUT", help="a folder that does not exist")
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    parser.add_argument("--revision", help="of IN on the Hub")
-    parser.add_argument("--data", help="pictures with captions to measure the quality on")
-    parser.add_argument("--limit", type=int, help="only the first so many")
-    parser.add_argument("--facts", type=int, default=16, help="to teach the memory, 0: none; default %(default)s")
-    parser.add_argument("--json", help="also write sizes and scores to this file")
-    options = parser.parse_args(argv)
-    recipe, output = load_pack_recipe(options.recipe, options.set), Path(options.output)
-    if output.exists():
-        raise FileExistsError(f"{output} exists: choose another folder.")
-    where = {"revision": options.revision, "trust_remote_code": True}
-    bare = Path(options.checkpoint).is_dir() and not (Path(options.checkpoint) / "processor_config.json").exists()
-    if bare and (options.data or recipe.get("counts")):
-        raise ValueError(f"{options.checkpoint} has no processor: --data and counts need one.")
-    processor = None if bare else AutoProcessor.from_pretrained(options.checkpoint, **where)
-    model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, dtype=torch.float32, **where).eval()
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"{options.checkpoint} is quantized already.")
-    rows = load_rows(options.data, limit=options.limit) if options.data else None
-    results = {"before": quality(model, processor, rows, options.facts)} if rows is not None else {}
+def open_plain(checkpoint: str, revision: str, needs_processor: bool) -> tuple[PreTrainedModel, object | None]:
+    """Open a checkpoint in float32 with its processor, or None for a folder without one.
 
-    counts = None
-    if recipe.get("counts"):
-        counts = token_counts(processor, recipe["counts"], model.config.text_config.vocab_size)
-    pack(model, PackedConfig(recipe["modules"]), counts)
-    model.to(getattr(torch, recipe.get("dtype", "bfloat16")))
-    print(size_table(model), flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        model.save_pretrained(temporary)
-        if processor is not None:
-            processor.save_pretrained(temporary)
-        opened = AutoModelForImageTextToText.from_pretrained(temporary, trust_remote_code=True).eval()
+    Raises:
+        ValueError: it is quantized, or has no processor where one is needed.
+    """
+    bare = Path(checkpoint).is_dir() and not (Path(checkpoint) / "processor_config.json").exists()
+    if bare and needs_processor:
+        raise ValueError(f"{checkpoint} has no processor: --data and counts need one.")
+    processor = None if bare else AutoProcessor.from_pretrained(checkpoint, revision=revision)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, revision=revision).eval()
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{checkpoint} is quantized already.")
+    return model, processor
+
+
+def save_packed(model, processor, out: Path) -> PreTrainedModel:
+    """Write a packed model and its processor as a new folder; returns it as opened again.
+
+    Raises:
+        RuntimeError: a tensor comes back from the disk changed; nothing is written then.
+    """
+    with atomic_folder(out) as folder:
+        for part in (model, processor):
+            if part is not None:
+                part.save_pretrained(folder)
+        opened = AutoModelForImageTextToText.from_pretrained(folder).eval()
         stored = model.state_dict()
         for name, tensor in opened.state_dict().items():
             if not torch.equal(tensor, stored[name]):
                 raise RuntimeError(f"{name} comes back from the disk changed.")
-        put_folder(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    files = sum(f.stat().st_size for f in output.glob("*.safetensors"))
-    print(f"\n{output}: {files:,} bytes of weights", flush=True)
-    if rows is not None:
-        results["after"] = quality(opened, processor, rows, options.facts)
-        same = [a == b for a, b in zip(*(results[k].pop("captions") for k in ("before", "after")))]
-        print(f"\n{options.data}, {len(rows)} pictures\n{'':<24}{'before':>12}{'after':>12}")
-        for name, value in results["before"].items():
-            print(f"{name:<24}{value:>12.4f}{results['after'][name]:>12.4f}")
-        print(f"{'same caption':<24}{'':>12}{sum(same) / len(same):>12.4f}")
-        results["same captions"] = sum(same) / len(same)
-    if options.json:
-        with atomic_file(options.json, "w") as file:
-            file.write(json.dumps(results | {"bytes": files}, indent=1))
+    return opened
+
+
+def compare(data: str, count: int, before: tuple, after: tuple) -> dict:
+    """Print the scores of a checkpoint before and after packing; returns them."""
+    (scores, captions), (packed_scores, packed_captions) = before, after
+    same = sum(a == b for a, b in zip(captions, packed_captions)) / count
+    print(f"\n{data}, {count} pictures\n{'':<24}{'before':>12}{'after':>12}")
+    for name, value in scores.items():
+        print(f"{name:<24}{value:>12.4f}{packed_scores[name]:>12.4f}")
+    print(f"{'same caption':<24}{'':>12}{same:>12.4f}")
+    return {"before": scores, "after": packed_scores, "same captions": same}
+
+
+def main(checkpoint: str, out: Path, recipe: Path, assignments: list[str], revision: str, **measure) -> None:
+    """Pack a checkpoint as a recipe says, and measure it before and after.
+
+    Args:
+        measure: `data`, `limit` and `facts` of the measurement, `json` the file for its scores.
+    """
+    settings = load_pack_recipe(str(recipe), assignments)
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another folder.")
+    counts, data, facts = settings.get("counts"), measure["data"], measure["facts"]
+    model, processor = open_plain(checkpoint, revision, bool(data or counts))
+    # measure, pack, print the sizes
+    rows = load_rows(data, limit=measure["limit"]) if data else None
+    before = quality(model, processor, rows, facts) if data else None
+    if counts:
+        counts = token_counts(processor, counts, model.config.text_config.vocab_size)
+    pack(model, PackedConfig(settings["modules"]), counts)
+    model.to(getattr(torch, settings.get("dtype", "bfloat16")))
+    print(size_table(model), flush=True)
+    # write, open again, measure again
+    opened = save_packed(model, processor, out)
+    size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    print(f"\n{out}: {size:,} bytes of weights", flush=True)
+    scores = compare(data, len(rows), before, quality(opened, processor, rows, facts)) if data else {}
+    if measure["json"]:
+        with atomic_file(measure["json"]) as file:
+            file.write(json.dumps(scores | {"bytes": size}, indent=1))

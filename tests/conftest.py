@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 from microvlm import model as microvlm_model
+from microvlm.cli import app
 
 MicroVLMConfig = microvlm_model.MicroVLMConfig
 MicroVLMForConditionalGeneration = microvlm_model.MicroVLMForConditionalGeneration
@@ -24,6 +25,13 @@ TEXT = {
     "bitnet": {"model_type": "bitnet"},
     "llama": {"model_type": "llama"},
 }
+
+
+def microvlm(*arguments) -> int:
+    """Run a command in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as end:
+        app([str(argument) for argument in arguments], prog_name="microvlm")
+    return end.value.code or 0
 
 
 def text_section(text: str, **kwargs) -> dict:

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, microvlm
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,7 @@ gr = pytest.importorskip("gradio")
 
 import httpx
 
-from microvlm.commands.app import EXAMPLES, NO_MEMORY, Page, build, main, table
+from microvlm.commands.app import EXAMPLES, NO_MEMORY, Page, build, recall_table
 from microvlm.model import load
 from microvlm.visualize.attention import Recall
 
@@ -195,22 +195,22 @@ def test_a_checkpoint_without_memory_captions(page, tmp_path):
 def test_a_checkpoint_that_cannot_be_loaded_is_a_line(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert main(["--model", name]) == 2
+    assert microvlm("app", "--model", name) == 1
     error = capsys.readouterr().err
-    assert error.startswith("microvlm app: ") and error.count("\n") == 1
+    assert error.startswith("microvlm: ") and error.count("\n") == 1
 
 
 def test_a_taken_port_and_another_model_are_a_line(page, monkeypatch, capsys):
     monkeypatch.setattr("microvlm.commands.app.load", lambda *_: (page.model, page.processor))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["--port", str(port)]) == 2
+        assert microvlm("app", "--port", port) == 1
     error = capsys.readouterr().err
-    assert error.startswith("microvlm app: ") and str(port) in error and error.count("\n") == 1
+    assert error.startswith("microvlm: ") and str(port) in error and error.count("\n") == 1
     monkeypatch.setattr(
         "microvlm.commands.app.load", lambda *_: (SimpleNamespace(config=SimpleNamespace(model_type="llava")), None)
     )
-    assert main([]) == 2
+    assert microvlm("app") == 1
     assert "is a model of type llava, not a MicroVLM." in capsys.readouterr().err
 
 
@@ -242,7 +242,7 @@ def test_an_error_while_generating_ends_the_stream(page, monkeypatch):
 
 def test_sentences_are_shown_as_text(page):
     said = Recall(["<script>x</script>"] * 9, torch.arange(9.0) / 9, torch.ones(9), 0.9, 0.5, True)
-    assert "<script" not in table(said) and "and 3 more" in table(said)
+    assert "<script" not in recall_table(said) and "and 3 more" in recall_table(said)
 
 
 # --------------------------------------------------------------------------------------------------------------------- server

@@ -10,13 +10,14 @@ from itertools import islice
 
 import pytest
 import torch
+from conftest import microvlm
 from PIL import Image, ImageDraw
 from test_processing import picture, save_checkpoint
 
-from microvlm.commands.caption import ContactSheet, HtmlPage, JsonLines, main
+from microvlm.commands.caption import ContactSheet, HtmlPage, JsonLines
 from microvlm.files import atomic_file
 from microvlm.images import find_images, natural_key
-from microvlm.inference import Caption, caption_images
+from microvlm.inference import Caption, caption
 from microvlm.model import load, open_image
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -67,10 +68,10 @@ def test_command_with_all_outputs(checkpoint, pictures, tmp_path):
     sources = [pictures, pictures / "p1*.png", pictures / "gone.png"]
     result = run(*sources, "--model", checkpoint, "--batch-size", 4, "--max-new-tokens", 4, *options, cwd=tmp_path)
     assert result.returncode == 1, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("microvlm caption: ")]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("microvlm: ")]
     assert errors == [
-        f"microvlm caption: no picture at {pictures / 'gone.png'}",
-        f"microvlm caption: {pictures / 'p3.png'} cannot be decoded: image file is truncated",
+        f"microvlm: no image at {pictures / 'gone.png'}",
+        f"microvlm: {pictures / 'p3.png'} cannot be decoded: image file is truncated",
     ]
     good = [str(pictures / f"p{i}.png") for i in range(1, 12) if i != 3]
     lines = [line.partition(": ") for line in result.stdout.splitlines()]
@@ -94,24 +95,11 @@ def test_command_with_all_outputs(checkpoint, pictures, tmp_path):
     assert sorted(names(tmp_path.iterdir())) == ["out.html", "out.json", "out.png", "pictures"]
 
 
-def test_command_with_a_prompt_to_the_terminal(checkpoint, pictures):
-    result = run(pictures / "p1.png", "--model", checkpoint, "--prompt", "what is it?", "--json", "-", "--num-beams", 2)
-    assert result.returncode == 0, result.stderr
-    (row,) = [json.loads(line) for line in result.stdout.splitlines()]
-    assert row["path"] == str(pictures / "p1.png") and row["caption"]
-
-
-def test_command_without_pictures(tmp_path):
-    result = run(tmp_path, tmp_path / "*.png")
-    assert result.returncode == 2 and result.stdout == ""
-    assert f"microvlm caption: no picture at {tmp_path}\n" in result.stderr and "nothing to caption" in result.stderr
-
-
 # --- in this process
 
 
 def call(capsys, *arguments):
-    code = main([str(a) for a in arguments])
+    code = microvlm("caption", *arguments)
     return code, *capsys.readouterr()
 
 
@@ -125,6 +113,20 @@ def test_all_well(no_loading, pictures, capsys):
     assert code == 0 and out.startswith(f"{pictures / 'p1.png'}: ") and out.count("\n") == 1
 
 
+def test_command_with_a_prompt_to_the_terminal(no_loading, pictures, capsys):
+    options = ["--prompt", "what is it?", "--json", "-", "--num-beams", 2]
+    code, out, err = call(capsys, pictures / "p1.png", *options)
+    assert code == 0, err
+    (row,) = [json.loads(line) for line in out.splitlines()]
+    assert row["path"] == str(pictures / "p1.png") and row["caption"]
+
+
+def test_command_without_pictures(tmp_path, capsys):
+    code, out, err = call(capsys, tmp_path, tmp_path / "*.png")
+    assert code == 1 and out == ""
+    assert f"microvlm: no image at {tmp_path}\n" in err and "nothing to caption" in err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -135,7 +137,7 @@ def test_all_well(no_loading, pictures, capsys):
 )
 def test_what_cannot_be_done_is_said_before_it_is_tried(pictures, capsys, options, message):
     code, out, err = call(capsys, pictures, "--json", pictures / "out.json", *options)
-    assert code == 2 and out == "" and message in err
+    assert code == 1 and out == "" and message in err
     assert not [name for name in names(pictures.iterdir()) if "out.json" in name]
 
 
@@ -155,7 +157,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_loading(pictures, cap
     monkeypatch.chdir(pictures)
     before = names(pictures.iterdir())
     code, out, err = call(capsys, "p1.png", "--json", "out.json", "--html", output)
-    assert code == 2 and out == "" and err == f"microvlm caption: {message}\n"
+    assert code == 1 and out == "" and err == f"microvlm: {message}\n"
     assert names(pictures.iterdir()) == before
 
 
@@ -170,26 +172,21 @@ def test_a_sheet_in_its_own_folder_is_made_again(checkpoint, pictures, capsys, m
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "toaster"])
 def test_a_device_that_is_not_there_is_said_in_a_line(pictures, capsys, device):
-    with pytest.raises(SystemExit) as error:
-        call(capsys, pictures, "--device", device)
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert error.value.code == 2 and line.startswith(
-        f"microvlm caption: error: argument --device: cannot use {device!r}: "
-    )
+    code, _, err = call(capsys, pictures, "--device", device)
+    assert code == 2 and f"Invalid value for '--device': cannot use {device!r}: " in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--max-new-tokens", "--num-beams"])
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
 def test_numbers_are_checked(option, value, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["a.png", f"{option}={value}"])
-    assert error.value.code == 2 and "must be a whole number of at least 1" in capsys.readouterr().err
+    code, _, err = call(capsys, "a.png", f"{option}={value}")
+    assert code == 2 and f"Invalid value for '{option}'" in err
 
 
 def test_contact_sheet_has_a_limit(pictures, capsys, monkeypatch):
-    monkeypatch.setattr(ContactSheet, "MAX_PICTURES", 5)
+    monkeypatch.setattr(ContactSheet, "MAX_IMAGES", 5)
     code, _, err = call(capsys, pictures, "--png", pictures / "out.png")
-    assert code == 2 and "a contact sheet holds 5 pictures, 11 were found: use --html." in err
+    assert code == 1 and "a contact sheet holds 5 images, 11 were found: use --html." in err
     assert not (pictures / "out.png").exists()
 
 
@@ -218,7 +215,7 @@ def test_interrupted(no_loading, loaded, pictures, capsys, monkeypatch):
     monkeypatch.setattr(loaded[0], "generate", interrupt)
     options = ["--json", pictures / "out.json", "--html", pictures / "out.html", "--batch-size", 2]
     code, _, err = call(capsys, pictures, *options)
-    assert code == 130 and "microvlm caption: interrupted after 5 of 11 pictures" in err
+    assert code == 130 and "microvlm: interrupted after 5 of 11 images" in err
     assert len((pictures / "out.json").read_text().splitlines()) == 5
     assert (pictures / "out.html").read_text().endswith("</html>\n")
 
@@ -250,7 +247,7 @@ def test_finding_pictures(pictures, monkeypatch):
 
 
 def captions(loaded, paths, **kwargs):
-    result = list(caption_images(*loaded, paths, **({"max_new_tokens": 6, "do_sample": False} | kwargs)))
+    result = list(caption(*loaded, paths, **({"max_new_tokens": 6, "do_sample": False} | kwargs)))
     assert [c.path for c in result] == list(paths)
     return [c.text for c in result]
 
@@ -280,33 +277,33 @@ def test_only_one_batch_is_opened_at_a_time(loaded, pictures, monkeypatch):
     opened, real = [], open_image
     monkeypatch.setattr("microvlm.inference.open_image", lambda *a: opened.append(a) or real(*a))
     paths = [str(pictures / f"p{i % 2 + 1}.png") for i in range(1000)]
-    results = caption_images(*loaded, paths, batch_size=4, max_new_tokens=1)
+    results = caption(*loaded, paths, batch_size=4, max_new_tokens=1)
     assert len(list(islice(results, 5))) == 5 and len(opened) == 8
 
 
 def test_the_processors_size_limit_holds(loaded, pictures, monkeypatch):
     monkeypatch.setattr(loaded[1].image_processor, "max_pixels", 100)
-    (result,) = caption_images(*loaded, [str(pictures / "p1.png")])
+    (result,) = caption(*loaded, [str(pictures / "p1.png")])
     assert result.text is None and "has 31 x 20 pixels, the limit is 100" in result.error
 
 
 def test_a_prompt_is_needed_from_somewhere(loaded, monkeypatch):
     with pytest.raises(ValueError, match="Linear has no default prompt: give one"):
-        caption_images(torch.nn.Linear(1, 1), loaded[1], [])
+        caption(torch.nn.Linear(1, 1), loaded[1], [])
     monkeypatch.setattr(loaded[1], "chat_template", None)
     with pytest.raises(ValueError, match="chat template"):
-        caption_images(*loaded, [], prompt="what is it?")
+        caption(*loaded, [], prompt="what is it?")
 
 
 def test_nothing_breaks_out_of_the_page(tmp_path):
     bad = '<script>alert("x")</script>&'
     with atomic_file(tmp_path / "page.html", "w") as file:
         page = HtmlPage(file)
-        page.add(Caption(f"{bad}.png", text=bad, picture=picture(2000, 100)))
+        page.add(Caption(f"{bad}.png", text=bad, image=picture(2000, 100)))
         page.add(Caption("b\udc80.png", error=bad))
         page.finish()
     text = (tmp_path / "page.html").read_text()
-    assert "<script" not in text and text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;") == 4
+    assert "<script" not in text and text.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;&amp;") == 4
     assert 'width="560" height="28"' in text and len(re.findall("<img ", text)) == 1
 
 
@@ -325,7 +322,7 @@ def test_any_file_name_and_caption_is_one_json_line(tmp_path):
 def test_long_captions_stay_in_their_cell(tmp_path):
     sheet = ContactSheet(tmp_path / "a.png", 3)
     for text in ("WORD " * 200, "W" * 5000, ""):
-        sheet.add(Caption("name" * 100, text=text, picture=picture(1000, 1)))
+        sheet.add(Caption("name" * 100, text=text, image=picture(1000, 1)))
     sheet.finish()
     image = Image.open(tmp_path / "a.png").convert("L")
     gaps = [image.crop((x, 0, x + sheet.GAP, image.height)) for x in (0, 252, 504, 756)]
@@ -342,7 +339,7 @@ def test_a_long_name_is_cut_at_its_end(tmp_path, monkeypatch, name):
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k))
     sheet = ContactSheet(tmp_path / "a.png", 2)
     for path in (f"{name}.png", "short.png"):
-        sheet.add(Caption(path, text="", picture=picture()))
+        sheet.add(Caption(path, text="", image=picture()))
     cut, whole = (text for text in drawn if text)
     kept = cut.removesuffix("...")
     assert whole == "short.png" and cut != kept and name.startswith(kept)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, microvlm
 from microvlm.configuration_microvlm import MicroVLMConfig
 from microvlm.memory_microvlm import MemoryKeyEncoder
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitNetForCausalLM,
 from transformers.integrations.bitnet import pack_weights
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from microvlm.compose.compose import compose, main
+from microvlm.compose.compose import compose
 from microvlm.compose.prompt import FLATTEN_MESSAGES, chat_template_for
 from microvlm.compose.text import load_text
 from microvlm.compose.verify import verify
@@ -780,14 +781,14 @@ def test_what_does_not_verify_is_not_published(sources, composed, tmp_path, monk
 
 
 def test_command_line(sources, tmp_path, monkeypatch, capsys):
-    arguments = ["--vision", str(sources / "vision"), "--text", str(sources / "qwen2"), "--out"]
+    arguments = ["compose", "--vision", str(sources / "vision"), "--text", str(sources / "qwen2"), "--out"]
     arguments += [str(tmp_path / "out"), "--dtype", "float32", "--seed", "3"]
-    main(arguments)
+    assert microvlm(*arguments) == 0
     printed = capsys.readouterr().out
     assert "ok: vision: 150 tensors equal to the source" in printed
     assert "equal bit by bit" in printed and "a spare row" in printed
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.endswith(tuple("0123456789"))}
     size = sum(t.nbytes for t in read(tmp_path / "out").values())
     assert rows["total"][2] == f"{size:,}" and rows["vision_tower"][:2] == ["150", "5,524,416"]
-    with pytest.raises(SystemExit, match="microvlm compose: OUT .* exists and is not empty"):
-        main(arguments)
+    assert microvlm(*arguments) == 1
+    assert re.search("^microvlm: OUT .* exists and is not empty", capsys.readouterr().err, re.MULTILINE)

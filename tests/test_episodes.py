@@ -10,13 +10,13 @@ import memory_recall
 import pytest
 import torch
 import yaml
+from conftest import microvlm
 from safetensors.torch import load_file
 from toy_data import pairs, png, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
 from transformers import AutoConfig
 
 import train_hf
 from microvlm import inference as inference_module
-from microvlm.commands import memory as memory_command
 from microvlm.data.episodes import QUESTIONS, EpisodeCollator, caption_noun, make_names
 from microvlm.data.rows import load_rows
 from microvlm.evaluate.memory import Bench, forget_half, mean, measure, negatives, own_words, says_name
@@ -426,40 +426,40 @@ def shop(tmp_path):
     folder = toy_checkpoint(tmp_path / "model", use_memory=True, memory_config=MEMORY)
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(png(i))
-    return lambda *words: memory_command.main([str(w) for w in (*words, "--model", folder)])
+    return lambda command, *words: microvlm("memory", command, *words, "--model", folder)
 
 
 def test_teach_adds_lists_asks_and_forgets(shop, tmp_path, capsys):
     file = tmp_path / "facts.safetensors"
-    assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
-    assert shop(file, "add", tmp_path / "1.png", "a blue circle") == 0
-    assert shop(file, "list") == 0
+    assert shop("add", file, tmp_path / "0.png", "a red square") == 0
+    assert shop("add", file, tmp_path / "1.png", "a blue circle") == 0
+    assert shop("list", file) == 0
     out = capsys.readouterr().out
     assert "0. 'a red square'" in out and "1. 'a blue circle'" in out and "memory: 2 items of at most 64" in out
-    assert shop(file, "ask", tmp_path / "0.png", tmp_path / "1.png") == 0
+    assert shop("ask", file, tmp_path / "0.png", tmp_path / "1.png") == 0
     assert capsys.readouterr().out.count("(memory ") == 2
-    assert shop(file, "ask", tmp_path / "0.png", "Who is the red square?") == 0
+    assert shop("ask", file, tmp_path / "0.png", "Who is the red square?") == 0
     out = capsys.readouterr().out
     assert out.count("(memory ") == 2 and "Who is the red square?: " in out
-    assert shop(file, "forget", "a red square") == 0 and shop(file, "forget", "0") == 0
+    assert shop("forget", file, "a red square") == 0 and shop("forget", file, "0") == 0
     assert "memory: 0 items" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("{file}", "forget", "7"), "item 7 is not in the memory, which holds 1."),
-        (("{file}", "add", "{missing}", "a square"), "missing.png"),
-        (("{missing}", "list"), "does not exist"),
-        (("{picture}", "list"), "is refused: it is not a whole safetensors file"),
-        (("{rows}", "ask", "{picture}"), "rows.safetensors holds 2 memories; here it is one."),
-        (("{rows}", "add", "{picture}", "a square"), "rows.safetensors holds 2 memories; here it is one."),
-        (("{missing}/f", "add", "{picture}", "a square"), "missing.png."),
+        (("forget", "{file}", "7"), "item 7 is not in the memory, which holds 1."),
+        (("add", "{file}", "{missing}", "a square"), "missing.png"),
+        (("list", "{missing}"), "does not exist"),
+        (("list", "{picture}"), "is refused: it is not a whole safetensors file"),
+        (("ask", "{rows}", "{picture}"), "rows.safetensors holds 2 memories; here it is one."),
+        (("add", "{rows}", "{picture}", "a square"), "rows.safetensors holds 2 memories; here it is one."),
+        (("add", "{missing}/f", "{picture}", "a square"), "missing.png."),
     ],
 )
 def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, words, message):
     file = tmp_path / "facts.safetensors"
-    assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
+    assert shop("add", file, tmp_path / "0.png", "a red square") == 0
     before = file.read_bytes()
     names = {"file": file, "missing": tmp_path / "missing.png", "picture": tmp_path / "0.png"}
     names["rows"] = tmp_path / "rows.safetensors"
@@ -470,38 +470,36 @@ def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, wo
 
 def test_a_file_by_two_names_has_one_lock(shop, tmp_path, capsys):
     file, link = tmp_path / "facts.safetensors", tmp_path / "link.safetensors"
-    assert shop(file, "forget", "0") == 1 and not list(tmp_path.glob("*.lock"))
-    assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
+    assert shop("forget", file, "0") == 1 and not list(tmp_path.glob("*.lock"))
+    assert shop("add", file, tmp_path / "0.png", "a red square") == 0
     link.symlink_to(file)
-    assert shop(link, "add", tmp_path / "1.png", "a blue circle") == 0
+    assert shop("add", link, tmp_path / "1.png", "a blue circle") == 0
     assert [path.name for path in tmp_path.glob("*.lock")] == ["facts.safetensors.lock"]
-    assert shop(file, "list") == 0 and "memory: 2 items" in capsys.readouterr().out
+    assert shop("list", file) == 0 and "memory: 2 items" in capsys.readouterr().out
 
 
 def test_two_who_teach_at_once_both_teach(shop, tmp_path, monkeypatch):
     """The second loads what the first has saved, however long the first takes in between."""
-    file, add = tmp_path / "facts.safetensors", inference_module.add
+    file, teach = tmp_path / "facts.safetensors", inference_module.teach
     inside, second = threading.Event(), []
 
     def slow(*arguments):
         if not second:
-            second.append(threading.Thread(target=shop, args=(file, "add", tmp_path / "1.png", "a blue circle")))
+            second.append(threading.Thread(target=shop, args=("add", file, tmp_path / "1.png", "a blue circle")))
             second[0].start()
             assert not inside.wait(1)
         else:
             inside.set()
-        return add(*arguments)
+        return teach(*arguments)
 
-    monkeypatch.setattr("microvlm.commands.memory.add", slow)
-    assert shop(file, "add", tmp_path / "0.png", "a red square") == 0
+    monkeypatch.setattr("microvlm.commands.memory.teach", slow)
+    assert shop("add", file, tmp_path / "0.png", "a red square") == 0
     second[0].join()
     assert load(tmp_path / "model")[0].load_memory(file).labels == [["a red square", "a blue circle"]]
 
 
 @pytest.mark.parametrize(
-    "words", [("facts.safetensors",), ("demo", "list"), ("facts.safetensors", "forget"), ("f", "add", "p")]
+    "words", [("facts.safetensors",), ("list",), ("forget", "facts.safetensors"), ("add", "f", "p"), ("ask", "f")]
 )
 def test_teach_with_wrong_arguments(words):
-    with pytest.raises(SystemExit) as error:
-        memory_command.main(list(words))
-    assert error.value.code == 2
+    assert microvlm("memory", *words) == 2

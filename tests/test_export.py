@@ -270,7 +270,7 @@ def test_refusals(tmp_path):
     assert out.read_bytes() == b"mine"
     export_gguf(str(source), out, force=True)
     assert out.read_bytes()[:4] == b"GGUF"
-    with pytest.raises(ValueError, match="ends in .gguf; with --onnx it is a folder"):
+    with pytest.raises(ValueError, match="ends in .gguf, expected a folder"):
         export_onnx(str(source), out)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     other = shutil.copytree(source, tmp_path / "other")

@@ -556,18 +556,18 @@ def test_command_line(hub, run, tmp_path):
     done = command(run, "someone/toy", HF_ENDPOINT="http://127.0.0.1:9")
     assert (done.returncode, done.stderr.splitlines()) == (
         1,
-        [f"{run} was not pushed to someone/toy: [Errno 111] Connection refused"],
+        [f"microvlm: {run} was not pushed to someone/toy: [Errno 111] Connection refused"],
     )
 
     code = """
 import json, os, sys
 from microvlm import hub
 said = []
-for arguments in json.loads(sys.argv[1]):
+for folder, repo_id in json.loads(sys.argv[1]):
     try:
-        hub.main(arguments)
-    except SystemExit as error:
-        said.append(error.code)
+        hub.main(folder, repo_id, True, None, "a message")
+    except OSError as error:
+        said.append(str(error))
 print(json.dumps(said))
 """
     nowhere = str(tmp_path / "nowhere")

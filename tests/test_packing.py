@@ -12,14 +12,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import outspoken_model, tiny_inputs, tiny_model
+from conftest import microvlm, outspoken_model, tiny_inputs, tiny_model
 from microvlm.decoder_microvlm import PackedDecoder
 from safetensors.torch import load_file, save_file
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText
 
 from microvlm import quantization_microvlm as quantization
-from microvlm.pack import load_pack_recipe, main, pack
+from microvlm.pack import load_pack_recipe, pack
 from microvlm.train.setup import load_model
 
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
@@ -564,7 +564,7 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     mine = tmp_path / "out.tmp" / "notes.txt"  # no folder of ours
     mine.parent.mkdir()
     mine.write_text("mine")
-    main([str(start), str(out), "--recipe", str(recipe), "--data", str(data), "--json", str(scores)])
+    assert microvlm("pack", start, out, "--recipe", recipe, "--data", data, "--json", scores) == 0
     printed = capsys.readouterr().out
     size = (out / "model.safetensors").stat().st_size
     assert f"{size:,} bytes of weights" in printed
@@ -577,10 +577,11 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert found["after"]["perplexity"] == pytest.approx(found["before"]["perplexity"], rel=0.3)
     assert re.search(rf"perplexity +{found['before']['perplexity']:.4f} +{found['after']['perplexity']:.4f}", printed)
     assert reopen(out).dtype == torch.bfloat16
-    with pytest.raises(FileExistsError, match=f"^{re.escape(str(out))} exists: choose another folder.$"):
-        main([str(start), str(out), "--recipe", str(recipe)])
-    with pytest.raises(ValueError, match=f"^{re.escape(str(out))} is quantized already.$"):
-        main([str(out), str(tmp_path / "twice"), "--recipe", str(recipe)])
+    assert microvlm("pack", start, out, "--recipe", recipe) == 1
+    assert microvlm("pack", out, tmp_path / "twice", "--recipe", recipe) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert f"microvlm: {out} exists: choose another folder." in lines
+    assert f"microvlm: {out} is quantized already." in lines
 
     assert mine.read_text() == "mine" and not list(tmp_path.glob(".out-*"))
     assert (out / "model.safetensors").stat().st_mode & 0o777 == recipe.stat().st_mode & 0o777
@@ -596,7 +597,7 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     shutil.rmtree(out)
 
 
-def test_an_unreadable_picture_ends_in_one_line(tmp_path, monkeypatch):
+def test_an_unreadable_picture_ends_in_one_line(tmp_path, monkeypatch, capsys):
     use_cache(monkeypatch, tmp_path / "cache")
     start = toy_checkpoint(tmp_path / "start")
     rows = pairs(2)
@@ -604,8 +605,8 @@ def test_an_unreadable_picture_ends_in_one_line(tmp_path, monkeypatch):
     data = write_parquet(tmp_path / "data.parquet", rows)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"modules": EVERYTHING}))
-    with pytest.raises(ValueError, match="^row toy-1: picture cannot be read: "):
-        main([str(start), str(tmp_path / "out"), "--recipe", str(recipe), "--data", str(data)])
+    assert microvlm("pack", start, tmp_path / "out", "--recipe", recipe, "--data", data) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("microvlm: row toy-1: picture cannot be read: ")
     assert not (tmp_path / "out").exists()
 
 

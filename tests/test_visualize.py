@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IMAGE_ID, ROOT, VOCAB, outspoken_model
+from conftest import IMAGE_ID, ROOT, VOCAB, microvlm, outspoken_model
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoProcessor
@@ -31,7 +31,6 @@ from microvlm.visualize.figures import (
     sheet,
     word_figure,
 )
-from microvlm.visualize.run import main
 
 MEMORY = {"num_slots": 8, "code_size": 32, "num_memory_tokens": 3, "max_content_tokens": 12}
 CAPTIONS = [[17, 50, 23, 9, 61], [40, 7, 7]]
@@ -370,7 +369,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         "memory.png": ["memory", "--memory", facts],
     }
     for name, call in calls.items():
-        assert main([*call, "--out", str(out)]) == 0
+        assert microvlm("visualize", *call, "--out", out) == 0
         assert capsys.readouterr().out.split() == [str(out / name)]
         with Image.open(out / name) as image:
             assert image.format == "PNG" and image.width > 300
@@ -378,17 +377,16 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    assert main(["words", str(broken), swan, "--out", str(out)]) == 1  # the other one is done
+    assert microvlm("visualize", "words", broken, swan, "--out", out) == 1  # the other one is done
     said = capsys.readouterr()
     assert "broken.png is not a picture" in said.err and "swan_words.png" in said.out
-    assert main(["words", str(tmp_path / "none.png"), "--out", str(out)]) == 1
-    assert main(["memory", "--memory", swan, "--out", str(out)]) == 1
+    assert microvlm("visualize", "words", tmp_path / "none.png", "--out", out) == 1
+    assert microvlm("visualize", "memory", "--memory", swan, "--out", out) == 1
     assert "refused" in capsys.readouterr().err
-    assert main(["pooling", "--out", str(out), swan]) == 0  # options anywhere
+    assert microvlm("visualize", "pooling", "--out", out, swan) == 0  # options anywhere
     with monkeypatch.context() as patch:
         patch.setattr("microvlm.visualize.run.draw", interrupted)
-        assert main(["words", swan, "--out", str(out)]) == 130
-    assert capsys.readouterr().err == "microvlm visualize: interrupted\n"
+        assert microvlm("visualize", "words", swan, "--out", out) == 130
+    assert capsys.readouterr().err == "microvlm: interrupted\n"
     for wrong in (["memory"], ["words"], ["pooling", swan, "--memory", facts], ["pooling", swan, "--contrast"]):
-        with pytest.raises(SystemExit, match="2"):
-            main([*wrong, "--out", str(out)])
+        assert microvlm("visualize", *wrong, "--out", out) == 2

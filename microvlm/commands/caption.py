@@ -1,8 +1,5 @@
-"""Caption images from the command line."""
+"""Caption images: to the terminal, as JSON lines, as an HTML page, as a contact sheet."""
 
-import argparse
-import base64
-import html
 import json
 import os
 import sys
@@ -10,24 +7,27 @@ import textwrap
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..files import atomic_file, check_outputs
-from ..images import find_images, thumbnail
-from ..inference import DTYPES, Caption, caption_images, positive, usable_device
+from ..images import data_uri, find_images, thumbnail
+from ..inference import Caption, caption
 from ..model import load
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 
 
 class Terminal:
     """`path: caption` a line."""
 
-    def add(self, caption: Caption) -> None:
-        if caption.error is None:
-            tqdm.write(f"{caption.path}: {' '.join(caption.text.split())}", file=sys.stdout)
+    def add(self, result: Caption) -> None:
+        if result.error is None:
+            tqdm.write(f"{result.path}: {' '.join(result.text.split())}", file=sys.stdout)
 
     def finish(self) -> None:
         sys.stdout.flush()
@@ -39,84 +39,71 @@ class JsonLines:
     def __init__(self, file: IO[str]):
         self.file = file
 
-    def add(self, caption: Caption) -> None:
-        result = {"caption": caption.text} if caption.error is None else {"error": caption.error}
-        self.file.write(json.dumps({"path": caption.path} | result, ensure_ascii=False) + "\n")
+    def add(self, result: Caption) -> None:
+        outcome = {"caption": result.text} if result.error is None else {"error": result.error}
+        self.file.write(json.dumps({"path": result.path} | outcome, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
         self.file.flush()
 
 
 class HtmlPage:
-    """One page that needs no other file: pictures as small JPEG data URIs, one column on a phone."""
-
-    HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Captions</title><style>
-:root { color-scheme: light dark; font: 16px/1.45 system-ui, sans-serif; }
-body { margin: 0 auto; max-width: 1400px; padding: 1rem; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); gap: 1.25rem; }
-figure { margin: 0; border: 1px solid #8885; border-radius: 8px; overflow: hidden; }
-img { display: block; width: 100%; height: auto; background: #fff; }
-figcaption { padding: .6rem .8rem; overflow-wrap: anywhere; }
-small { display: block; opacity: .65; }
-.error { color: #c33; }
-</style></head><body><main>
-"""
+    """One page that needs no other file: images as small JPEG data URIs, one column on a phone."""
 
     def __init__(self, file: IO[str], size: int = 560):
+        environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
+        self.page = environment.get_template("captions.html.jinja").module
         self.file, self.size = file, size
-        file.write(self.HEAD)
+        file.write(self.page.head())
 
-    def add(self, caption: Caption) -> None:
-        if caption.error is None:
-            text, data, picture = html.escape(caption.text), BytesIO(), thumbnail(caption.picture, self.size)
-            picture.save(data, "JPEG", quality=85)
-            uri = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-            image = f'<img src="{uri}" width="{picture.width}" height="{picture.height}" alt="{text}">'
-        else:
-            text, image = f'<span class="error">{html.escape(caption.error)}</span>', ""
-        path = f"<small>{html.escape(caption.path)}</small>"
-        self.file.write(f"<figure>{image}<figcaption>{text}{path}</figcaption></figure>\n")
+    def add(self, result: Caption) -> None:
+        image, uri = None, None
+        if result.error is None:
+            image, data = thumbnail(result.image, self.size), BytesIO()
+            image.save(data, "JPEG", quality=85)
+            uri = data_uri(data.getvalue(), "jpeg")
+        self.file.write(self.page.figure(result, image, uri))
 
     def finish(self) -> None:
-        self.file.write("</main></body></html>\n")
+        self.file.write(self.page.foot())
 
 
 class ContactSheet:
-    """One PNG with a cell per picture; only the sheet is kept in memory."""
+    """One PNG with a cell per image; only the sheet is in memory."""
 
-    MAX_PICTURES = 1000
-    CELL, TEXT, GAP, COLUMNS = 240, 84, 12, 5  # pixels: side of a picture, height of the text below it, space between
+    MAX_IMAGES = 1000
+    CELL, TEXT, GAP, COLUMNS = 240, 84, 12, 5  # pixels: side of an image, height of the text below it, space between
 
     def __init__(self, file: IO[bytes], count: int):
-        if count > self.MAX_PICTURES:
-            raise ValueError(f"a contact sheet holds {self.MAX_PICTURES} pictures, {count} were found: use --html.")
-        self.file, self.used = file, 0
+        if count > self.MAX_IMAGES:
+            raise ValueError(f"a contact sheet holds {self.MAX_IMAGES} images, {count} were found: use --html.")
+        self.file, self.count = file, 0
         columns, rows = min(count, self.COLUMNS), -(-count // self.COLUMNS)
         size = columns * (self.CELL + self.GAP) + self.GAP, rows * (self.CELL + self.TEXT + self.GAP) + self.GAP
         self.sheet = Image.new("RGB", size, "white")
         self.font = ImageFont.load_default(size=13)
 
-    def add(self, caption: Caption) -> None:
+    def add(self, result: Caption) -> None:
         cell = Image.new("RGB", (self.CELL, self.CELL + self.TEXT), "white")
-        text, colour = caption.error, "firebrick"
-        if caption.error is None:
-            text, colour = caption.text, "black"
-            picture = thumbnail(caption.picture, self.CELL)
-            cell.paste(picture, ((self.CELL - picture.width) // 2, self.CELL - picture.height))
+        text, colour = result.error, "firebrick"
+        if result.error is None:
+            text, colour = result.text, "black"
+            image = thumbnail(result.image, self.CELL)
+            cell.paste(image, ((self.CELL - image.width) // 2, self.CELL - image.height))
+        # the caption in three lines, the file's name below it
         draw = ImageDraw.Draw(cell)
         lines = textwrap.wrap(text, width=36, max_lines=3, placeholder=" ...")
         draw.multiline_text((0, self.CELL + 6), "\n".join(lines), fill=colour, font=self.font)
-        name = self.shortened(" ".join(os.path.basename(caption.path).split()))
+        name = self.shorten(" ".join(os.path.basename(result.path).split()))
         draw.text((0, self.CELL + 62), name, fill="gray", font=self.font)
-        row, column = divmod(self.used, self.COLUMNS)
-        self.used += 1
+        # the next free place on the sheet
+        row, column = divmod(self.count, self.COLUMNS)
+        self.count += 1
         x, y = self.GAP + column * (self.CELL + self.GAP), self.GAP + row * (self.CELL + self.TEXT + self.GAP)
         self.sheet.paste(cell, (x, y))
 
-    def shortened(self, name: str) -> str:
-        """As much of a name as a cell is wide, with an ellipsis where some is left out."""
+    def shorten(self, name: str) -> str:
+        """Cut a name to the width of a cell, with an ellipsis where something is left out."""
         if self.font.getlength(name) <= self.CELL:
             return name
         while self.font.getlength(f"{name}...") > self.CELL:
@@ -127,70 +114,55 @@ class ContactSheet:
         self.sheet.save(self.file, "PNG")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    usage, _, rest = __doc__.partition("\n\n    ")
-    parser = argparse.ArgumentParser(prog="microvlm caption", description=usage, epilog=rest[rest.index("Exit code") :])
-    add = parser.add_argument
-    add("sources", nargs="+", metavar="PATH", help="pictures, folders, globs or URLs")
-    add("--model", default=Path(__file__).resolve().parent, metavar="FOLDER_OR_ID", help="default: this repo")
-    add("--revision", default="main", help="branch, tag or commit of a model on the Hub")
-    add("--batch-size", type=positive, default=8, metavar="N", help="pictures at once (default: 8)")
-    add("--prompt", metavar="TEXT", help="what to ask about each picture (default: the model's own prompt)")
-    add("--max-new-tokens", type=positive, default=32, metavar="N", help="longest caption (default: 32)")
-    add("--num-beams", type=positive, default=1, metavar="N", help="beams (default: 1, greedy)")
-    add("--json", metavar="FILE", help="write JSON lines; - for the terminal, in place of `path: caption`")
-    add("--html", metavar="FILE", help="write one page with pictures and captions")
-    add("--png", metavar="FILE", help="write a contact sheet")
-    add("--recursive", action="store_true", help="also look into the folders of folders")
-    add("--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's")
-    add("--device", type=usable_device, help="cpu, cuda, mps (default: the best there is)")
-    return parser.parse_intermixed_args(arguments)
+def warn(message: str) -> None:
+    tqdm.write(f"microvlm: {message}", file=sys.stderr)
 
 
-def say(message: str) -> None:
-    tqdm.write(f"microvlm caption: {message}", file=sys.stderr)
+def open_sinks(stack: ExitStack, options: SimpleNamespace, count: int) -> list:
+    """Open the outputs; files appear when the stack closes without an error."""
+    sinks = [JsonLines(sys.stdout) if options.json == "-" else Terminal()]
+    if options.json not in (None, "-"):
+        sinks.append(JsonLines(stack.enter_context(atomic_file(options.json, "w"))))
+    if options.html is not None:
+        sinks.append(HtmlPage(stack.enter_context(atomic_file(options.html, "w"))))
+    if options.png is not None:
+        sinks.append(ContactSheet(stack.enter_context(atomic_file(options.png, "wb")), count))
+    return sinks
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    paths, missing = find_images(args.sources, args.recursive)
+def main(sources: list[str], **options) -> int:
+    """Caption images; returns 1 where one of them could not be read."""
+    options = SimpleNamespace(**options)
+    # find the images
+    paths, missing = find_images(sources, options.recursive)
     for source in missing:
-        say(f"no picture at {source}")
+        warn(f"no image at {source}")
     if not paths:
-        say("nothing to caption: give pictures, folders (with --recursive for the folders in them) or quoted globs.")
-        return 2
+        raise ValueError("nothing to caption: give images, folders (--recursive: and theirs) or quoted globs.")
+    # only what was named outright is an input: a folder may hold the sheet of an earlier run
+    json_file = None if options.json == "-" else options.json
+    check_outputs([p for p in paths if p in sources], json=json_file, html=options.html, png=options.png)
+
     with ExitStack() as stack:
+        # open the outputs before the model: what cannot be written is said at once
+        sinks = open_sinks(stack, options, len(paths))
+        model, processor = load(options.model, options.revision, options.dtype, options.device)
+        generate = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams, "do_sample": False}
+        results = caption(model, processor, paths, options.prompt, options.batch_size, **generate)
+        # caption; after an interrupt the outputs hold what is done
+        done, failed, interrupted = 0, len(missing), False
         try:
-            named = [
-                path for path in paths if path in args.sources
-            ]  # what folders hold may be sheets of an earlier run
-            check_outputs(named, json=None if args.json == "-" else args.json, html=args.html, png=args.png)
-            outputs = []
-            if args.json and args.json != "-":
-                outputs.append(JsonLines(stack.enter_context(atomic_file(args.json, "w"))))
-            if args.html:
-                outputs.append(HtmlPage(stack.enter_context(atomic_file(args.html, "w"))))
-            if args.png:
-                outputs.append(ContactSheet(stack.enter_context(atomic_file(args.png, "wb")), len(paths)))
-            model, processor = load(args.model, args.revision, args.dtype, args.device)
-            generate_kwargs = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False}
-            captions = caption_images(model, processor, paths, args.prompt, args.batch_size, **generate_kwargs)
-        except (OSError, ValueError, SafetensorError) as error:
-            stack.pop_all().__exit__(type(error), error, error.__traceback__)  # leaves no file behind
-            say(str(error))
-            return 2
-        outputs.append(JsonLines(sys.stdout) if args.json == "-" else Terminal())
-        done, failed = 0, len(missing)
-        try:
-            for caption in tqdm(captions, total=len(paths), unit="picture", disable=None):
-                if caption.error is not None:
+            for result in tqdm(results, total=len(paths), unit="image", disable=None):
+                if result.error is not None:
                     failed += 1
-                    say(caption.error)
-                for output in outputs:
-                    output.add(caption)
+                    warn(result.error)
+                for sink in sinks:
+                    sink.add(result)
                 done += 1
         except KeyboardInterrupt:
-            say(f"interrupted after {done} of {len(paths)} pictures")
-        for output in outputs:
-            output.finish()
-    return 130 if done < len(paths) else 1 if failed else 0
+            interrupted = True
+        for sink in sinks:
+            sink.finish()
+    if interrupted:
+        raise KeyboardInterrupt(f"interrupted after {done} of {len(paths)} images")
+    return 1 if failed else 0

@@ -1,6 +1,5 @@
 """Compose one checkpoint from a timm vision tower and a language model."""
 
-import argparse
 import json
 import math
 import re
@@ -168,43 +167,7 @@ def compose(
     return out
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse, compose, and end with a one-line message when something given is wrong."""
-    parser = argparse.ArgumentParser(
-        description="Compose one MicroVLM checkpoint from pretrained parts.",
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--vision", required=True, help="timm model: Hub id, folder, or bare weight file of our DeiT-Tiny"
-    )
-    parser.add_argument("--text", required=True, help="causal language model: Hub id or folder")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument(
-        "--variant", help="sizes from configs/microvlm-VARIANT.json; default: as they fit the text model"
-    )
-    parser.add_argument("--vision-revision", help="branch, tag or commit of a Hub --vision")
-    parser.add_argument("--text-revision", help="branch, tag or commit of a Hub --text")
-    parser.add_argument(
-        "--text-gguf", metavar="FILE", help="name of a GGUF file in --text to read instead of safetensors"
-    )
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the text model's")
-    parser.add_argument("--seed", type=int, default=0, help="of the new modules: adapter and alignment")
-    parser.add_argument("--force", action="store_true", help="replace the checkpoint at OUT")
-    args = parser.parse_args(arguments)
+def main(vision: str, text: str, out: str, dtype: str | None, **options) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        compose(
-            args.vision,
-            args.text,
-            args.out,
-            variant=args.variant,
-            vision_revision=args.vision_revision,
-            text_revision=args.text_revision,
-            text_gguf=args.text_gguf,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            seed=args.seed,
-            force=args.force,
-        )
-    except ValueError as error:
-        raise SystemExit(f"microvlm compose: {error}") from error
+    compose(vision, text, out, dtype=getattr(torch, dtype) if dtype else None, **options)

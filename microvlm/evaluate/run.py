@@ -1,22 +1,16 @@
 """Score a checkpoint on image-caption data, from the command line."""
 
-import argparse
 import importlib.util
 import json
 import math
 import os
-import sys
 from glob import glob
 from pathlib import Path
-from tarfile import TarError
-
-from datasets.exceptions import DatasetsError
-from safetensors import SafetensorError
+from types import SimpleNamespace
 
 from ..data.rows import load_rows
 from ..data.stream import is_hub_dataset, load_stream, take_rows
 from ..files import atomic_file, check_outputs
-from ..inference import DTYPES, positive, usable_device
 from ..metrics import normalise, word_f1
 from ..model import load
 from ..teacher import nearest_neighbours, teacher_features
@@ -29,8 +23,6 @@ from .retrieval import RETRIEVAL_POOL, retrieval_scores
 from .speed import size_scores, speed_scores
 
 GROUPS = ("captions", "language", "retrieval", "memory", "speed", "size")
-DEFAULT_GROUPS = ("captions", "language", "retrieval", "size")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def open_rows(path: str, limit: int | None = None):
@@ -113,65 +105,26 @@ def evaluate(model, processor, rows, options, train=None) -> tuple[dict, dict]:
     return result | {"not_measured": missing}, more
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Options of the command line, checked.
+def check_options(options: SimpleNamespace) -> None:
+    """Refuse outputs that cannot be written and options that do not fit, before anything is computed.
 
     Raises:
-        SystemExit: 2, they are wrong: said before anything is computed.
+        OSError, ValueError, ModuleNotFoundError: what is wrong.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default=str(ROOT), help="checkpoint folder or Hub id")
-    add("--revision", help="revision on the Hub")
-    sources = "parquet file, webdataset tar, folder of pictures, or a data set's Hub id with --limit; each is scored"
-    add("--data", nargs="+", required=True, help=sources)
-    add("--metrics", nargs="+", choices=GROUPS, default=list(DEFAULT_GROUPS), help="default: %(default)s")
-    add("--memory", action="store_true", help="also the group memory")
-    add("--facts", type=positive, nargs="+", default=[1, 4, 16, 64], help="sizes of memories (default: %(default)s)")
-    add("--queries", type=positive, default=32, help="questions of each sort per memory size (default: %(default)s)")
-    add("--batch-size", type=positive, default=16)
-    add("--device", type=usable_device, default="cpu", help="cpu, cuda, mps (default: %(default)s)")
-    what = "of weights that are not packed; auto: the checkpoint's (default: %(default)s)"
-    add("--dtype", default="float32", choices=DTYPES, help=what)
-    add("--limit", type=positive, help="only the first so many rows")
-    add("--show", type=not_negative, default=0, help="print so many captions beside their references")
-    add("--no-meteor", action="store_true", help="leave METEOR out: its Java program takes seconds to start")
-    add("--yardstick", metavar="TRAIN", help="training data for the nearest-neighbour caption")
-    add("--yardstick-exclude-copyleft", action="store_true")
-    add("--json", metavar="FILE", help="write the scores")
-    add("--markdown", metavar="FILE", help="write the tables")
-    add("--html", metavar="FILE", help="write a report with plots and pictures, one file")
-    add("--examples", type=positive, default=12, help="pictures in the report, per data set (default: %(default)s)")
-    add("--card", metavar="README.md", help="write the scores into this model card's metadata")
-    options = parser.parse_args(arguments)
     options.data = list(dict.fromkeys(options.data))
-    options.metrics += ["memory"] if options.memory and "memory" not in options.metrics else []
+    options.metrics = [*options.metrics, *["memory"] * (options.memory and "memory" not in options.metrics)]
+    # an output inside a folder of inputs is an input
     outputs = {name: getattr(options, name) for name in ("json", "markdown", "html", "card")}
     sources = [*options.data, *filter(None, [options.yardstick])]
     inputs = {file for source in sources for file in (source, *glob(source, recursive=True))}
-    folders = [os.path.realpath(source) + os.sep for source in sources if os.path.isdir(source)]
-    inputs |= {
-        p
-        for p in filter(None, outputs.values())
-        if os.path.exists(p) and os.path.realpath(p).startswith(tuple(folders))
-    }
-    try:
-        check_outputs(inputs, **outputs)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    needs = {"matplotlib": options.html, "pycocoevalcap": "captions" in options.metrics}
-    for module, needed in needs.items():
+    folders = tuple(os.path.realpath(source) + os.sep for source in sources if os.path.isdir(source))
+    existing = [path for path in outputs.values() if path is not None and os.path.exists(path)]
+    check_outputs(inputs | {path for path in existing if os.path.realpath(path).startswith(folders)}, **outputs)
+    for module, needed in {"matplotlib": options.html, "pycocoevalcap": "captions" in options.metrics}.items():
         if needed and importlib.util.find_spec(module) is None:
-            parser.error(f"{'--html' if module == 'matplotlib' else 'captions'} needs {module}: pip install '.[eval]'")
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
     if options.yardstick and "captions" not in options.metrics:
-        parser.error("--yardstick needs the group captions")
-    return options
-
-
-def not_negative(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
+        raise ValueError("--yardstick needs the group captions")
 
 
 def write_report(path: str, text: str) -> None:
@@ -179,7 +132,7 @@ def write_report(path: str, text: str) -> None:
         file.write(text.encode())
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: SimpleNamespace) -> None:
     """The command, see above."""
     sets = {path: open_rows(path, options.limit) for path in options.data}
     if options.card:
@@ -215,14 +168,10 @@ def run(options: argparse.Namespace) -> None:
             write_report(options.html, html_page(name, sections))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def main(**options) -> None:
+    options = SimpleNamespace(**options)
+    check_options(options)
     try:
         run(options)
-    except (OSError, ValueError, SafetensorError, TarError, DatasetsError) as error:
-        print(f"microvlm evaluate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("microvlm evaluate: interrupted; data sets scored until then are written", file=sys.stderr)
-        return 130
-    return 0
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("interrupted; data sets scored until then are written") from error

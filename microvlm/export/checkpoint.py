@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ..model import QUANT_METHOD, MicroVLMConfig, MicroVLMForConditionalGeneration
 
@@ -47,3 +48,9 @@ def check_new(out: Path, force: bool) -> None:
     """Raise ValueError when something at `out` would be overwritten."""
     if out.exists() and not force:
         raise ValueError(f"OUT {out} exists: choose another name, or replace it with --force.")
+
+
+def quiet() -> None:
+    """Turn off what transformers prints while it opens a checkpoint."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

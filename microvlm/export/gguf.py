@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..model import TernaryLinear, ternary_quantize
-from .checkpoint import check_new, load_checkpoint
+from .checkpoint import check_new, load_checkpoint, quiet
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "tq2_0", "tq1_0")
 GGUF_ARCHITECTURES = ("qwen2", "llama", "bitnet")
@@ -265,7 +265,7 @@ def export_gguf(
     if dtype not in GGUF_TYPES:
         raise ValueError(f"--type {dtype!r} is unknown, expected one of {', '.join(GGUF_TYPES)}.")
     if out.suffix != ".gguf":
-        raise ValueError(f"OUT {out} does not end in .gguf; for a folder of ONNX graphs add --onnx.")
+        raise ValueError(f"OUT {out} does not end in .gguf; a folder of ONNX graphs is written by export onnx.")
     if out.is_dir():
         raise ValueError(f"OUT {out} is a folder, expected a file.")
     check_new(out, force)
@@ -370,3 +370,8 @@ def verify_gguf(path: Path, tensors: list[GGUFTensor]) -> float:
             raise ValueError(f"verification: {tensor.name} in the file is {error:.1e} of its norm off.")
         worst = max(worst, error)
     return worst
+
+
+def main(**options) -> None:
+    quiet()
+    export_gguf(**options)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from ..files import check_out, put_folder
 from ..model import CACHE_NAME, MicroVLMProcessor, TernaryLinear
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, quiet
 
 # Logits of the ONNX graphs against the model's, largest difference over the largest logit. Where activations are rounded to 8 bits,
 # sums in another order move a few of them to the neighbouring step.
@@ -133,8 +133,8 @@ def export_onnx(source: str, out: str | Path, revision: str | None = None, force
     """
     out = Path(out)
     if out.suffix == ".gguf":
-        raise ValueError(f"OUT {out} ends in .gguf; with --onnx it is a folder.")
-    check_out(out, force, [source], made="onnx")
+        raise ValueError(f"OUT {out} ends in .gguf, expected a folder.")
+    check_out(out, force, [source], marker="onnx")
     for path in sorted(out.rglob("*")) if out.is_dir() else ():
         if path.is_file() and path.suffix not in EXPORTED:
             raise ValueError(f"OUT {out} holds {path.relative_to(out)}, which no export wrote: choose another folder.")
@@ -289,3 +289,8 @@ def verify_onnx(model, folder: Path) -> list[str]:
         )
         embeds = sessions["embed_tokens"].run(None, {"input_ids": token.numpy()})[0]
     return lines
+
+
+def main(**options) -> None:
+    quiet()
+    export_onnx(**options)
