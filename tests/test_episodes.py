@@ -24,6 +24,7 @@ from microvlm.metrics import auroc, equal_error_rate
 from microvlm.model import load
 from microvlm.train import calibrate
 from microvlm.train.calibrate import lowest_threshold
+from microvlm.train.losses import Episodes, memory_losses
 from microvlm.train.trainer import EPISODE_INPUTS
 
 MEMORY = {
@@ -312,9 +313,8 @@ def test_memory_losses_against_their_definition():
     model.model.memory.eval()  # no draws: the reference below has none
     batch = collator(shares={"view": 0.5, "style": 0.0, "text": 0.0, "new": 0.5, "unknown": 0.0})(batch_rows())
     episode = {name: batch[name] for name in EPISODE_INPUTS}
-    readout, losses = model.memory_losses(
-        batch["input_ids"], batch["attention_mask"], batch["vision_features"], **episode
-    )
+    episode |= {name: batch[name] for name in ("input_ids", "attention_mask", "vision_features")}
+    readout, losses = memory_losses(model, Episodes(**episode))
     memory, known = model.model.memory, batch["known"]
     p = readout.scope_logits.double().sigmoid()
     positive, negative = -p[known].log().mean(), -(1 - p[~known]).log().mean()

@@ -4,7 +4,16 @@ import pytest
 import torch
 from conftest import IMAGE_ID, ROOT, VOCAB, outspoken_model, tiny_inputs, tiny_model
 from microvlm.cache_microvlm import CACHE_NAME, MemoryCache
-from transformers import AutoProcessor, CompileConfig, DynamicCache, GenerationConfig, TextStreamer
+from transformers import (
+    AutoProcessor,
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    TextStreamer,
+)
 from transformers.cache_utils import StaticCache
 from transformers.utils import generic
 
@@ -440,13 +449,19 @@ def test_chunks_of_any_size_give_the_same_words():
 
 
 def test_indexed_processors_are_the_librarys():
+    """They give the library's scores; a caller's own processor stays the object that it is."""
     model, scores, ids = tiny_model(), torch.randn(2, 128), torch.zeros(2, 9, dtype=torch.long)
     config = GenerationConfig(suppress_tokens=[4, 17, 128, -1], min_new_tokens=3, min_length=9, eos_token_id=[0, 5])
     config._eos_token_tensor = torch.tensor([0, 5, -1])
     for length in (6, 7):  # two of three new tokens, and enough
-        ours = model._get_logits_processor(config, input_ids_seq_length=9 - (8 - length), device="cpu")
+        arguments = {"input_ids_seq_length": 9 - (8 - length), "device": "cpu"}
+        ours = model._get_logits_processor(config, **arguments)
+        theirs = GenerationMixin._get_logits_processor(model, config, **arguments)
         assert [type(p).__name__ for p in ours] == ["IndexedMinLength", "IndexedMinNewTokens", "IndexedSuppressTokens"]
-        for processor in ours:
-            assert torch.equal(
-                processor(ids, scores.clone()), type(processor).__bases__[1].__call__(processor, ids, scores)
-            )
+        for processor, library in zip(ours, theirs, strict=True):
+            assert isinstance(processor, type(library)) and type(processor) is not type(library)
+            assert torch.equal(processor(ids, scores.clone()), library(ids, scores))
+    for own in (SuppressTokensLogitsProcessor([7]), lambda ids, scores: scores):
+        got = model._get_logits_processor(config, logits_processor=LogitsProcessorList([own]), **arguments)
+        assert sum(p is own for p in got) == 1 and not type(own).__name__.startswith("Indexed")
+        assert type(got[0]).__name__ == "IndexedMinLength"

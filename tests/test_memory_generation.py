@@ -731,14 +731,14 @@ def test_a_fused_optimizer_leaves_nothing_stale():
     model = tiny_model("qwen2", use_memory=True).eval()
     reference = model.model.memory.reference
     with torch.no_grad():
-        fingerprint, inverse = model.memory_fingerprint(), model.model.memory.inverse()
-        assert model.model.memory.inverse() is inverse  # remembered
+        fingerprint, prepared = model.memory_fingerprint(), model.model.memory.prepared()
+        assert model.model.memory.prepared() is prepared  # remembered
     optimizer = torch.optim.AdamW([reference], lr=0.1, fused=True)
     model.train()
     reference.grad = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     model.eval()
-    computed = model.model.memory.inverse().detach()
+    computed = model.model.memory.prepared().detach()
     with torch.no_grad():
-        assert torch.equal(model.model.memory.inverse(), computed) and not torch.equal(computed, inverse)
+        assert torch.equal(model.model.memory.prepared(), computed) and not torch.equal(computed, prepared)
         assert model.memory_fingerprint() != fingerprint

@@ -32,6 +32,7 @@ from .callbacks import LossBar, StepGuard, StopOnSignal, StreamEpoch
 from .checkpoints import mark_complete, remove_checkpoint, rotate_checkpoints
 from .gradcache import drawn_again, embedded_pairs, random_state
 from .loading import SeededLengthGroupedSampler, TrackedCollator
+from .losses import Episodes, match_loss, memory_losses
 from .recipe import MEMORY_LOSSES
 from .setup import check_patterns, parameter_count
 
@@ -290,7 +291,7 @@ class MicroVLMTrainer(Trainer):
             kwargs["use_fusion"] = False
         extra = {}
         if episode:
-            kwargs["memory_readout"], extra = self.accelerator.unwrap_model(model).memory_losses(**episode)
+            kwargs["memory_readout"], extra = memory_losses(self.accelerator.unwrap_model(model), Episodes(**episode))
         if not model.training:
             num_items_in_batch = None  # Trainer's counts the rows of all ranks, repeated ones too
         if num_items_in_batch is not None:
@@ -323,7 +324,7 @@ class MicroVLMTrainer(Trainer):
                 gradient = self.accelerator.num_processes * (value - value.detach()) if model.training else 0.0
                 loss = loss + align * (value.detach() / steps + gradient)
         if match:
-            extra["match"] = self.accelerator.unwrap_model(model).match_loss(outputs)
+            extra["match"] = match_loss(outputs.match_logits)
         for name, value in extra.items():
             if value is None:  # a single pair has no other picture
                 continue

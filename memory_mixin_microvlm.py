@@ -1,0 +1,455 @@
+"""The episodic memory in the model: what a batch asks it, how it joins a forward pass, and the verbs that change it.
+
+`MemoryReader` is mixed into `MicroVLMModel`, `MemoryMixin` into `MicroVLMForConditionalGeneration`:
+
+    image or words -> MemoryQuery    get_memory_query
+    query, state   -> MemoryReadout  read_memory
+    read-out       -> MemoryCache    attach_memory: keys and values of S tokens next to the text's
+    image and text -> MemoryState    write_memory, edit_memory, forget
+
+The model holds no state: every verb takes a `MemoryState` and returns another. B rows ask R memories, R = 1 or R = B.
+"""
+
+import hashlib
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache, initialization as init
+
+from .cache_microvlm import CACHE_NAME, MemoryCache
+from .decoder_microvlm import versions
+from .memory_microvlm import (
+    EpisodicMemory,
+    MemoryContentEncoder,
+    MemoryProjection,
+    MemoryQuery,
+    MemoryReadout,
+    in_float32,
+    scope_threshold,
+)
+from .memory_posterior_microvlm import address_kl
+from .memory_state_microvlm import MemoryState
+
+# Values of the memory's config on which addresses, contents and the posterior depend, next to the weights.
+FINGERPRINT_FIELDS = (
+    "num_slots",
+    "code_size",
+    "num_content_slots",
+    "max_content_tokens",
+    "addressing",
+    "address_ridge",
+    "address_temperature",
+    "ben_cohen_steps",
+    "observation_noise",
+    "ordering",
+    "gray_weight",
+)
+
+
+def init_memory_weights(module: nn.Module, std: float) -> None:
+    """Initialise a module of the memory; others are left alone."""
+    if isinstance(module, EpisodicMemory):
+        init.orthogonal_(module.reference)
+        init.constant_(module.address_log_variance, -6.0)
+        init.zeros_(module.key_encoder.feature_mean)
+        init.ones_(module.key_encoder.feature_std)
+        init.ones_(module.word_weight)
+        for linear in (module.key_encoder.image_skip, module.key_encoder.image_fc1):
+            init.xavier_uniform_(linear.weight)
+    elif isinstance(module, MemoryContentEncoder):
+        S, L = module.position_bias.shape
+        init.normal_(module.slot_queries, std=std)
+        distance = (torch.arange(S).view(-1, 1) - torch.arange(L)).abs().clamp(max=1)  # (S, L)
+        init.copy_(module.position_bias, -6.0 * distance)
+        init.copy_(module.v_proj.weight, torch.eye(*module.v_proj.weight.shape))
+    elif isinstance(module, MemoryProjection):
+        init.normal_(module.token_bias, std=0.2)
+        init.xavier_uniform_(module.up.weight)
+    elif isinstance(module, nn.LSTM):
+        for parameter in module.parameters():
+            init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+
+
+def check_memory_arguments(memory, gate, readout=None) -> None:
+    """Refuse a gate without a memory, and a memory next to a read-out of one."""
+    if memory is not None and readout is not None:
+        raise ValueError("You cannot specify both memory and memory_readout at the same time")
+    if memory is None and not (isinstance(gate, str) and gate == "auto"):
+        raise ValueError(
+            "memory_gate is for a memory, which was not given: a cache keeps the one it has, with its gate."
+        )
+
+
+def question_mask(attention_mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Mask (B, T) of the text that asks a memory: labelled positions are the answer."""
+    if labels is None:
+        return attention_mask
+    return (labels == -100) & (True if attention_mask is None else attention_mask.bool())
+
+
+def memory_outputs(readout: MemoryReadout | None) -> dict[str, torch.Tensor]:
+    """Name what a forward pass returns of a read-out."""
+    if readout is None:
+        return {}
+    return {
+        "scope_probability": readout.scope_logits.sigmoid(),
+        "scope_logits": readout.scope_logits,
+        "memory_content": readout.content,
+        "memory_kl": readout.memory_kl,
+        "address_kl": readout.address_kl,
+    }
+
+
+class MemoryReader:
+    """Ask a memory and attach what it says to the text's cache: the part of `MicroVLMModel`."""
+
+    def get_text_mask(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
+        """Mask (B, T) of words: no padding, placeholders or control tokens of the prompt.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), or (B, past + T) with what a cache holds.
+        """
+        text = self.config.text_config
+        control = {self.config.image_token_id, *(self.config.default_prompt_ids or [])}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(text, name, None)
+            control.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
+        mask = ~torch.isin(input_ids, torch.tensor(sorted(control), device=input_ids.device))
+        return mask if attention_mask is None else mask & attention_mask[:, -input_ids.shape[1] :].bool()
+
+    def get_memory_query(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        vision_features: torch.FloatTensor | None,
+    ) -> MemoryQuery:
+        """Make the query of B rows: the mean key of a row's images, or its words without any.
+
+        Args:
+            input_ids: (B, T).
+            vision_features: of all images, (N, 1 + patches, vision width).
+        """
+        per_row = self.count_images(input_ids)  # (B,)
+        placeholders, images = int(per_row.sum()), 0 if vision_features is None else len(vision_features)
+        if placeholders != images:
+            raise ValueError(f"The text has placeholders for {placeholders} pictures, {images} were given.")
+        # keys of the images, summed over those of a row
+        keys = torch.zeros(len(per_row), self.config.memory_config.code_size, device=input_ids.device)  # (B, C)
+        if images:
+            image_keys = self.memory.image_keys(vision_features, self.vision_tower.num_prefix_tokens)  # (N, C)
+            owner = torch.arange(len(per_row), device=per_row.device).repeat_interleave(per_row)  # (N,)
+            keys = F.normalize(keys.index_add(0, owner, image_keys), dim=-1)
+        if bool((per_row > 0).all()):
+            return MemoryQuery(keys)
+        # words of the rows without an image, moved to the front in their order
+        mask = self.get_text_mask(input_ids, attention_mask) & (per_row == 0).unsqueeze(1)
+        place = (~mask).long().argsort(dim=1, stable=True)[:, : max(1, int(mask.sum(1).max()))]
+        ids, mask = input_ids.gather(1, place), mask.gather(1, place)  # (B, words)
+        words = self.memory.words(self.get_input_embeddings()(ids))  # (B, words, C)
+        return MemoryQuery(keys, words, self.memory.weigh_words(ids) * mask)
+
+    def scope_threshold(self, memory: MemoryState, by_words: bool = False) -> torch.Tensor:
+        """Probability (R,) from which each memory applies to an image, or to a question in words."""
+        config = self.config.memory_config
+        return scope_threshold(config.word_threshold if by_words else config.scope_threshold, memory.counts)
+
+    def read_memory(
+        self, memory: MemoryState, query: MemoryQuery, gate: str | torch.Tensor = "auto", kl: bool = True
+    ) -> MemoryReadout:
+        """Read what a memory adds to a forward pass of B rows.
+
+        Args:
+            memory: R rows; every B / R neighbouring rows of the query ask one of them.
+            query: of `get_memory_query`.
+            gate: `auto` (ScopeNet: soft in training, hard by the config's threshold in eval), `on`, `off`, a boolean
+                or a weight in [0, 1], or one per row (B,).
+            kl: also compute the two KL terms, which generation does without.
+        """
+        read, addresses = self.memory.read(memory, query)
+        scope = in_float32(self.scope, query.keys, read.statistics.flatten(0, 1))  # (B,)
+        log_gate = self._log_gate(memory, query, scope, gate)
+        content = read.content.flatten(0, 1)  # (B, S x C)
+        return MemoryReadout(
+            key_values=self.memory_projection(content.to(self.memory_projection.token_bias.dtype)),
+            log_gate=log_gate,
+            scope_logits=scope,
+            content=content.view(len(scope), self.config.memory_config.num_content_slots, -1),
+            address=addresses.flatten(0, 1),
+            memory_kl=memory.kl().mean().float().to(scope.device) if kl else None,
+            address_kl=address_kl(addresses, self.memory.address_log_variance.float()).mean() if kl else None,
+        )
+
+    def _log_gate(self, memory: MemoryState, query: MemoryQuery, scope: torch.Tensor, gate) -> torch.Tensor:
+        """Log of the gate (B,), from 0 for on to -inf for off; scope logits (B,)."""
+        B = len(scope)
+        if isinstance(gate, (bool, int, float)):  # the same for all rows
+            gate = torch.full((B,), float(gate))
+        if isinstance(gate, torch.Tensor):
+            if gate.shape != (B,):
+                raise ValueError(f"memory_gate has the shape {tuple(gate.shape)}, expected ({B},).")
+            gate = gate.to(scope.device, torch.float32)
+            if not bool(((gate >= 0) & (gate <= 1)).all()):
+                raise ValueError("memory_gate must lie between 0 and 1.")
+            log_gate = gate.log()
+        elif gate not in ("auto", "on", "off"):
+            raise ValueError(f"memory_gate must be 'auto', 'on', 'off' or a tensor, got {gate!r}.")
+        elif gate == "auto" and self.training:
+            log_gate = F.logsigmoid(scope)
+        else:
+            on = torch.full_like(scope, gate == "on", dtype=torch.bool)
+            if gate == "auto":
+                thresholds = (self.scope_threshold(memory, by_words) for by_words in (True, False))
+                thresholds = (t.to(scope.device).repeat_interleave(B // memory.num_rows) for t in thresholds)
+                on = scope.sigmoid() >= torch.where(query.by_words, *thresholds)
+            log_gate = torch.zeros_like(scope).masked_fill(~on, -torch.inf)
+        # an empty memory is off
+        empty = (memory.counts == 0).repeat_interleave(B // memory.num_rows)
+        return log_gate.masked_fill(empty.to(log_gate.device), -torch.inf)
+
+    @property
+    def _is_checkpointing(self) -> bool:
+        on = self.training and getattr(self.language_model, "gradient_checkpointing", False)
+        return on and (CACHE_NAME == "past_key_values" or torch.is_grad_enabled())  # 5.23 does without gradients, too
+
+    def attach_memory(
+        self, readout: MemoryReadout, cache: Cache | None, use_cache: bool | None
+    ) -> tuple[MemoryCache, bool | None]:
+        """Put a read-out into the cache of a pass; returns it, and whether it keeps the text."""
+        layers, text_config = self.language_model.layers, self.config.text_config
+        checkpointing = self._is_checkpointing
+        if cache is None:
+            use_cache = getattr(text_config, "use_cache", True) if use_cache is None else use_cache
+            if use_cache and not checkpointing:
+                return MemoryCache(DynamicCache(config=text_config), readout), True
+            if checkpointing and any(m._gradient_checkpointing_func.keywords.get("use_reentrant") for m in layers):
+                raise ValueError(
+                    "gradient checkpointing with a memory needs use_reentrant=False: "
+                    "all layers share the memory's graph."
+                )
+            return MemoryCache.read_only(len(layers), readout), False
+        if checkpointing:
+            raise ValueError("gradient checkpointing with a memory needs a pass without a cache.")
+        if not isinstance(cache, MemoryCache):
+            return MemoryCache(cache, readout), use_cache
+        cache.attach(readout)
+        return cache, use_cache
+
+    @contextmanager
+    def replaying_memory(self, cache: Cache | None):
+        """Let checkpointed layers keep a read-only cache, so that their replay reads the memory again."""
+        replay = self._is_checkpointing and isinstance(cache, MemoryCache) and cache.is_read_only
+        layers = self.language_model.layers if replay else []
+        for layer in layers:
+            layer._can_checkpoint_with_cache = True  # of GradientCheckpointingLayer, transformers 5.23 and 5.24
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer._can_checkpoint_with_cache  # the class says no
+
+
+class MemoryMixin:
+    """Make, write, read and change memories: the part of `MicroVLMForConditionalGeneration`."""
+
+    def require_memory(self) -> EpisodicMemory:
+        if self.model.memory is None:
+            raise ValueError("this model has no episodic memory: build it with config.use_memory=True.")
+        return self.model.memory
+
+    def train(self, mode: bool = True):
+        """Like `super()`; the fingerprint is computed again afterwards."""
+        self._fingerprint = (None,)
+        return super().train(mode)
+
+    def memory_fingerprint(self) -> str:
+        """Digest of all that makes addresses and contents.
+
+        A memory can be used with a model of the same fingerprint only. The decoder's layers are not in it:
+        fine-tuning them leaves stored memories readable.
+        """
+        memory = self.require_memory()
+        modules = {"memory": memory, "vision_tower": self.model.vision_tower}
+        tensors = {f"{part}.{n}": t for part, m in modules.items() for n, t in m.state_dict(keep_vars=True).items()}
+        vocabulary = self.get_input_embeddings().state_dict(keep_vars=True)
+        tensors |= {f"embeddings.{name}".removesuffix(".weight"): tensor for name, tensor in vocabulary.items()}
+        fields = tuple((name, getattr(self.config.memory_config, name)) for name in FINGERPRINT_FIELDS)
+        # hash again only when a tensor was written to
+        key = fields, versions(tensors.values())
+        if getattr(self, "_fingerprint", (None,))[0] != key:
+            digest = hashlib.sha256(repr(fields).encode())
+            for name in sorted(tensors):
+                value = tensors[name].detach().to(torch.bfloat16).cpu().contiguous()  # the same in both widths
+                digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
+            self._fingerprint = key, digest.hexdigest()[:32]
+        return self._fingerprint[1]
+
+    def new_memory(self, batch_size: int = 1) -> MemoryState:
+        """Make empty memories, one per row; one row serves any number of queries."""
+        device = "cpu" if self.device.type == "mps" else self.device  # which has no float64
+        return self.require_memory().new_state(batch_size, self.memory_fingerprint(), device=device)
+
+    def load_memory(self, path: str) -> MemoryState:
+        """Open a memory that this model has saved; see `MemoryState.load` for what is checked."""
+        expected = self.new_memory()
+        return MemoryState.load(path, expected, expected.device)
+
+    def _check_memory(self, memory: MemoryState, batch_size: int | None = None) -> None:
+        """Refuse what is no memory of this model, or of another number of rows."""
+        if not isinstance(memory, MemoryState):
+            raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}: load_memory() opens a file.")
+        if memory.fingerprint != (own := self.memory_fingerprint()):
+            raise ValueError(
+                f"the memory was written by another model: its fingerprint is {memory.fingerprint}, this model's {own}."
+            )
+        if batch_size is not None and memory.num_rows not in (1, batch_size):
+            raise ValueError(
+                f"the memory has {memory.num_rows} rows, the batch {batch_size}: they must agree, or be one."
+            )
+
+    def ask_memory(
+        self,
+        memory: MemoryState,
+        gate: str | torch.Tensor,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        image,
+        kl: bool = True,
+    ) -> MemoryReadout:
+        """Read a memory for B rows, by the encoded images of the batch or the words (B, T) of a row without any."""
+        self.require_memory()
+        if input_ids is None:
+            raise ValueError(
+                "reading a memory needs input_ids: inputs_embeds alone do not say which row owns a picture."
+            )
+        self._check_memory(memory, len(input_ids))
+        features = None if image is None else image.last_hidden_state  # (N, 1 + patches, vision width)
+        query = self.model.get_memory_query(input_ids, attention_mask, features)
+        return self.model.read_memory(memory, query, gate, kl)
+
+    @torch.no_grad()
+    def write_memory(
+        self,
+        memory: MemoryState | None = None,
+        *,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        labels: list[str] | None = None,
+    ) -> MemoryState:
+        """Store B facts, an image and a sentence each: `write_memory(**processor(images=..., text=...))`.
+
+        Args:
+            memory: where to; unchanged. One row takes all facts, more rows one each. Default: a new memory of one row.
+            input_ids: (B, T), one image's placeholders, which give the address, and the words, which give the content.
+            attention_mask: (B, T).
+            pixel_values: (B, 3, height, width), or `mm_encoder_outputs` with `image` and, if
+                `memory_config.gray_weight` is not 0, `gray`: `get_image_features` of the images and their grey copies.
+            labels: names to find the facts by; default: none, they go by number.
+
+        Raises:
+            ValueError: rows that are no fact, content that is not finite, a memory of another model or that is full.
+        """
+        B, encoder = len(input_ids), self.require_memory()
+        if self.training:  # the receipts would not know of dropout and noise
+            raise ValueError("write_memory needs the model in evaluation mode: call eval() first.")
+        memory = self.new_memory() if memory is None else memory
+        self._check_memory(memory, B)
+        if labels is not None and len(labels) != B:
+            raise ValueError(f"{len(labels)} labels for {B} facts.")
+        if not B:
+            raise ValueError("The batch is empty: input_ids has no rows.")
+        contents, token_ids = self._encode_words(input_ids, attention_mask)
+        keys = encoder.written_keys(*self._encode_images(input_ids, pixel_values, mm_encoder_outputs))
+        if not torch.isfinite(contents).all() or not torch.isfinite(keys).all():
+            raise ValueError("the memory content is not finite: nothing was written.")
+        # all facts to one row, or one to each
+        R = memory.num_rows
+        names = [""] * B if labels is None else list(labels)
+        names = [names] if R == 1 else [[name] for name in names]
+        keys, contents, token_ids = (t.view(R, B // R, -1) for t in (keys, contents, token_ids))
+        return encoder.write(memory, keys, contents, names, token_ids=token_ids)
+
+    def _encode_images(self, input_ids, pixel_values, mm_encoder_outputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys (B, C) of the facts' images, and of their grey copies if the config asks for them."""
+        per_row = self.model.count_images(input_ids)  # (B,)
+        for row, count in enumerate(per_row.tolist()):
+            if count != 1:
+                raise ValueError(f"row {row} has {count} pictures: a fact to write is one picture and its words.")
+        image, gray = self.model.encode_images(pixel_values, mm_encoder_outputs), None
+        if image is None:
+            raise ValueError("the text has placeholders, but there are no pictures: give pixel_values.")
+        if self.config.memory_config.gray_weight:
+            if pixel_values is not None:
+                gray = self.model.encode_images(pixel_values.mean(1, keepdim=True).expand_as(pixel_values))
+            elif (gray := mm_encoder_outputs.get("gray")) is None:
+                raise ValueError("mm_encoder_outputs lacks `gray`: a key to write needs the pictures in grey as well.")
+        features = (None if encoded is None else encoded.last_hidden_state for encoded in (image, gray))
+        return tuple(None if f is None else self.model.get_memory_query(input_ids, None, f).keys for f in features)
+
+    def _encode_words(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contents (B, S x C) of the rows' words and an end token; and these tokens (B, L), then -1."""
+        words, L = self.model.get_text_mask(input_ids, attention_mask), self.config.memory_config.max_content_tokens
+        eos = self.config.text_config.eos_token_id
+        eos = eos[0] if isinstance(eos, (list, tuple)) else eos
+        room, lengths = L - (eos is not None), words.sum(1)
+        for row, length in enumerate(lengths.tolist()):
+            if not length:
+                raise ValueError(f"row {row} has no words: a fact to write is one picture and its words.")
+            if length > room:
+                raise ValueError(f"row {row} has {length} tokens of words, at most {room} can be stored.")
+        # words to the front in their order, then the end token, then -1
+        order = (~words).long().argsort(dim=1, stable=True)
+        packed = F.pad(input_ids.gather(1, order), (0, L))[:, :L]
+        place = torch.arange(L, device=input_ids.device)
+        token_ids = torch.where(place < lengths.unsqueeze(1), packed, -1)
+        if eos is not None:
+            token_ids[place == lengths.unsqueeze(1)] = eos
+        return self.encode_contents(token_ids), token_ids
+
+    def encode_contents(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        """Contents (N, S x C) of sentences (N, L), -1 after their end."""
+        token_ids = token_ids[:, : max(1, int((token_ids >= 0).sum(1).max()))]
+        embeddings = self.get_input_embeddings()(token_ids.clamp(min=0))  # (N, length, D)
+        return self.model.memory.contents(embeddings, token_ids >= 0)
+
+    def forget(self, memory: MemoryState, item: int | str, row: int | None = None) -> MemoryState:
+        """Return the memory as if an item had never been written.
+
+        Args:
+            item: a number in `memory.describe()`, or a label.
+
+        Raises:
+            ValueError: a memory of another model, or an item that is not in it.
+        """
+        self._check_memory(memory)
+        return memory.forget(item, row)
+
+    @torch.no_grad()
+    def edit_memory(
+        self,
+        memory: MemoryState,
+        item: int | str,
+        input_ids: torch.LongTensor,
+        row: int | None = None,
+        label: str = "",
+        attention_mask: torch.Tensor | None = None,
+    ) -> MemoryState:
+        """Put other words (1, T) and another label under the address of an item.
+
+        Raises:
+            ValueError: as `write_memory` and `forget`.
+        """
+        self._check_memory(memory)
+        if len(input_ids) != 1:
+            raise ValueError(f"an item is edited to one sentence, got {len(input_ids)}.")
+        contents, token_ids = self._encode_words(input_ids, attention_mask)
+        return memory.edit(item, contents[0].to(memory.device), label, row, token_ids[0].to(memory.device))
+
+
+__all__ = ["MemoryMixin", "MemoryReader"]
