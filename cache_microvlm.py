@@ -1,8 +1,8 @@
-"""MemoryCache: the keys and values of the episodic memory beside those of the text. GrowingLayer: room for tokens to come.
+"""MemoryCache: keys and values of the episodic memory next to the text's. GrowingLayer: room for tokens to come.
 
-The layers hold text only, so every length, position, crop and mask size is that of the text. `update()` returns `[text, memory]`, memory
-last and without rotary position; the model's forward appends the memory's gate to the attention mask. With no row on, nothing is
-attached, and the cache is the plain one.
+The layers hold text only, so every length, position, crop and mask size is that of the text. `update()` returns
+`[text, memory]`, memory last and without rotary position; `memory_mask` appends the memory's gate to the text's mask.
+With no row on, nothing is attached, and the cache is the plain one.
 """
 
 import torch
@@ -22,10 +22,10 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache of a call that takes it by either of its names.
+    """Return the cache of a call that takes it by either of its names.
 
     Raises:
-        ValueError: it was given by both.
+        ValueError: it came by both.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("You cannot specify both cache and past_key_values: they are two names of one thing.")
@@ -33,9 +33,9 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
 
 class GrowingLayer(DynamicLayer):
-    """A dynamic layer that keeps its keys and values in tensors longer than they are: a new token is written, not the whole text anew.
+    """A dynamic layer with room for more tokens: a new one is written without copying the text.
 
-    `keys` and `values` (B, heads, length, head_dim) are views; assigning to them replaces what is kept.
+    `keys` and `values` (B, heads, length, head_dim) are views into longer tensors; assigning to them replaces these.
     """
 
     def __init__(self, *args, **kwargs):
@@ -44,7 +44,7 @@ class GrowingLayer(DynamicLayer):
 
     @classmethod
     def of(cls, layer: DynamicLayer) -> "GrowingLayer":
-        """A layer that holds what a dynamic one does."""
+        """Take over what a dynamic layer holds."""
         new = cls()
         if layer.is_initialized:
             new.lazy_initialization(layer.keys, layer.values)
@@ -52,16 +52,16 @@ class GrowingLayer(DynamicLayer):
         return new
 
     @staticmethod
-    def _view(name: str, kept: str) -> property:
+    def _view(name: str, buffer: str) -> property:
         def get(self) -> torch.Tensor | None:
-            tensor = getattr(self, kept)
+            tensor = getattr(self, buffer)
             return tensor if tensor is None or tensor.ndim < 4 else tensor[:, :, : self.length]
 
         def put(self, tensor: torch.Tensor | None) -> None:
-            setattr(self, kept, tensor)
+            setattr(self, buffer, tensor)
             self.length = tensor.shape[2] if tensor is not None and tensor.ndim == 4 else 0
 
-        return property(get, put, doc=f"{name} kept so far, (B, heads, length, head_dim)")
+        return property(get, put, doc=f"{name} so far, (B, heads, length, head_dim)")
 
     keys, values = _view("keys", "kept_keys"), _view("values", "kept_values")
 
@@ -70,7 +70,7 @@ class GrowingLayer(DynamicLayer):
         return self.kept_keys.shape[2] if self.is_initialized and self.kept_keys.ndim == 4 else 0
 
     def reserve(self, count: int) -> None:
-        """Make room for so many more tokens, and half as many again as there will be."""
+        """Make room for `count` more tokens, and for half as many again as there will be."""
         writable = torch.is_inference_mode_enabled() or not self.kept_keys.is_inference()
         if self.length + count <= self.capacity and writable:
             return
@@ -96,14 +96,17 @@ class GrowingLayer(DynamicLayer):
             self.kept_keys, self.kept_values = key_states[:, :, :0], value_states[:, :, :0]
         count = key_states.shape[2]
         self.reserve(count)
-        for kept, new in ((self.kept_keys, key_states), (self.kept_values, value_states)):
-            kept[:, :, self.length : self.length + count] = new
+        for buffer, new in ((self.kept_keys, key_states), (self.kept_values, value_states)):
+            buffer[:, :, self.length : self.length + count] = new
         self.length += count
         return self.keys, self.values
 
 
 class ReadOnlyLayer(CacheLayerMixin):
-    """A layer that keeps nothing: what it is given, it returns. Checkpointed training replays a forward, and may not append twice."""
+    """A layer that returns what it gets and keeps nothing.
+
+    Checkpointed training replays a forward pass, which must not append its text twice.
+    """
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -163,11 +166,11 @@ class MemoryCache(Cache):
 
     @classmethod
     def read_only(cls, num_layers: int, readout: MemoryReadout) -> "MemoryCache":
-        """A cache that adds the memory and keeps no text: for training, and for forward passes without a cache."""
+        """Make a cache that adds the memory and keeps no text: for training, and for passes without a cache."""
         return cls(Cache(layers=[ReadOnlyLayer() for _ in range(num_layers)]), readout)
 
     def attach(self, readout: MemoryReadout) -> None:
-        """Put a read-out of B rows in place of what was attached. All rows off: nothing is attached."""
+        """Put a read-out of B rows in place of what was attached; with all rows off, attach nothing."""
         self.detach()
         log_gate = readout.log_gate
         on = log_gate > -torch.inf
@@ -185,7 +188,7 @@ class MemoryCache(Cache):
 
     @property
     def is_read_only(self) -> bool:
-        """The text is not kept."""
+        """Whether the layers store no text."""
         return any(isinstance(layer, ReadOnlyLayer) for layer in self.layers)
 
     @property
@@ -194,7 +197,7 @@ class MemoryCache(Cache):
         return self.memory[0][0].shape[-2] if self.memory else 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Keys and values (B, heads, text + S, head_dim) for the attention of a layer; stores the text's."""
+        """Store the text's; return keys and values (B, heads, text + S, head_dim) for the attention of a layer."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self.memory:
             return keys, values
@@ -204,7 +207,7 @@ class MemoryCache(Cache):
         return torch.cat([keys, parts[0]], dim=-2), torch.cat([values, parts[1]], dim=-2)
 
     def extend_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        """The text's 4D mask (B, 1, Q, text), boolean or additive, with the memory's S columns appended."""
+        """Append the memory's S columns to the text's mask (B, 1, Q, text), boolean or additive."""
         B, S = len(self.log_gate), self.num_memory_tokens
         if len(mask) not in (1, B):
             raise ValueError(WRONG_ROWS.format(B, len(mask)))
@@ -250,7 +253,7 @@ def memory_mask(
     cache: MemoryCache,
     position_ids: torch.LongTensor | None = None,
 ) -> torch.Tensor:
-    """The 4D mask (B, 1, T, text + S) of inputs (B, T, D): the text's own, always spelled out, and the columns of an attached memory."""
+    """Make the mask (B, 1, T, text + S) of inputs (B, T, D): the text's, and the columns of the memory."""
     mask = create_causal_mask(
         config, inputs_embeds, attention_mask, cache, position_ids=position_ids, allow_is_causal_skip=False
     )
@@ -260,4 +263,18 @@ def memory_mask(
     return cache.extend_mask(mask)
 
 
-__all__ = ["CACHE_NAME", "GrowingLayer", "MemoryCache", "memory_mask", "one_cache"]
+def positions_without_padding(
+    attention_mask: torch.Tensor | None, length: int, cache: Cache | None
+) -> torch.LongTensor | None:
+    """Number the text by a mask (B, past + T), so that padding takes no position; None for any other mask.
+
+    Memory tokens have no position: how far the text stands from its beginning matters, now or in a later pass.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    past = 0 if cache is None else cache.get_seq_length()
+    place = past + torch.arange(length, device=attention_mask.device)  # the mask may be as long as the cache can get
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, place]  # (B, T)
+
+
+__all__ = ["CACHE_NAME", "GrowingLayer", "MemoryCache", "memory_mask", "one_cache", "positions_without_padding"]

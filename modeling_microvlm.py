@@ -1,6 +1,6 @@
 """MicroVLM: a tiny vision-language model.
 
-The way of the data, top to bottom (B rows, N images, T text positions, P = 25 prefix tokens, D text width, V vocabulary):
+The way of the data, top to bottom (B rows, N images, T text positions, P = 25 prefix tokens, D width, V vocabulary):
 
     pixel_values (N, 3, 224, 224)
       -> vision tower    196 patch features                (N, 196, 192)
@@ -30,7 +30,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .alignment_microvlm import AlignmentMixin, MicroVLMAlignment, MicroVLMFusion, contrastive_loss
-from .cache_microvlm import CACHE_NAME, MemoryCache, memory_mask, one_cache
+from .cache_microvlm import CACHE_NAME, MemoryCache, memory_mask, one_cache, positions_without_padding
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, naming_section
 from .decoder_microvlm import PackedDecoder
 from .generation_microvlm import MicroVLMGenerationMixin
@@ -61,7 +61,7 @@ class MicroVLMImageFeatures(BaseModelOutputWithPooling):
     Args:
         last_hidden_state: vision features, class token first, (N, 1 + patches, vision width).
         pooler_output: prefix tokens, a tuple of N tensors (P, D).
-        pooling_attentions: attention of the P queries over the patches, (N, heads, P, patches), with `output_attentions`.
+        pooling_attentions: with `output_attentions`, of the P queries over the patches, (N, heads, P, patches).
     """
 
     pooling_attentions: torch.FloatTensor | None = None
@@ -91,7 +91,7 @@ class MicroVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
         match_logits: "text r belongs to image c" (R, 2): its own, then the most similar other image of the batch.
         scope_probability, scope_logits: that the memory knows the row's query, (B,) each.
         memory_content: what was read, (B, S, C).
-        memory_kl, address_kl: of the memories per entry, of the addresses per slot, from their priors; means over rows ().
+        memory_kl, address_kl: divergence of memories and addresses from their priors, means over rows ().
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -104,20 +104,6 @@ class MicroVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     memory_content: torch.FloatTensor | None = None
     memory_kl: torch.FloatTensor | None = None
     address_kl: torch.FloatTensor | None = None
-
-
-def positions_without_padding(
-    attention_mask: torch.Tensor | None, length: int, cache: Cache | None
-) -> torch.LongTensor | None:
-    """Number the text by a mask (B, past + T), so that padding takes no position; None for any other mask.
-
-    Memory tokens have no position: how far the text stands from its beginning matters, now or in a later pass.
-    """
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    past = 0 if cache is None else cache.get_seq_length()
-    place = past + torch.arange(length, device=attention_mask.device)  # the mask may be as long as the cache can get
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, place]  # (B, T)
 
 
 class MicroVLMAdapter(nn.Module):
@@ -161,7 +147,7 @@ class MicroVLMAdapter(nn.Module):
     def forward(
         self, patches: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the prefix tokens (N, P, D) and, if asked for, the attention (N, heads, P, patches)."""
+        """Return the prefix tokens (N, P, D) and, with `output_attentions`, the attention (N, heads, P, patches)."""
         N, x = patches.shape[0], self.project(patches)
         q, k, v = self.q_proj(self.query_tokens).unsqueeze(0), self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
@@ -273,7 +259,8 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             self.language_model = AutoModel.from_config(text)
         if missing := [name for name in ("embed_tokens", "layers", "norm") if not hasattr(self.language_model, name)]:
             raise ValueError(
-                f"text model {text.model_type!r} has no {missing[0]}: MicroVLM takes decoders that are built like Llama."
+                f"text model {text.model_type!r} has no {missing[0]}: "
+                "MicroVLM takes decoders that are built like Llama."
             )
         # the shared space, the memory
         self.alignment = MicroVLMAlignment(hidden_size, alignment.projection_size)
@@ -323,7 +310,8 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         )
         if pixel_values.ndim != 4 or not len(pixel_values):
             raise ValueError(
-                f"pixel_values must have the shape (pictures, channels, height, width), got {tuple(pixel_values.shape)}."
+                "pixel_values must have the shape (pictures, channels, height, width), "
+                f"got {tuple(pixel_values.shape)}."
             )
         vision = self.vision_tower(
             pixel_values,
@@ -450,7 +438,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         return inputs_embeds.masked_scatter(mask, prefix), prefix
 
     def decode(self, inputs_embeds, attention_mask, position_ids, cache: Cache | None, **kwargs):
-        """Run the language model over (B, T, D); its packed form, where that gives all that is asked for."""
+        """Run the language model over (B, T, D); by its packed form where that gives all outputs."""
         decoder = self.packed_decoder()
         if decoder is not None and (cache is None or not cache.get_seq_length()):
             decoder = self.packed_decoder(checked=True)
@@ -581,9 +569,10 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             return_dict=True,
             **kwargs,
         )
+        # logits, loss and the shared space
         logits, loss, alignment = self._logits(outputs.last_hidden_state, logits_to_keep), None, {}
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         if return_alignment and outputs.image_hidden_states is not None:
             alignment = self.model.align(input_ids, outputs.image_hidden_states, labels, attention_mask, use_fusion)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
@@ -593,7 +582,7 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
 
     def _logits(self, hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
         """Logits (B, T or logits_to_keep, V) of hidden states (B, T, D)."""
-        # contiguous: a sliced (B, T, D) goes through a batched product, five times slower into a large vocabulary on a CPU
+        # contiguous: a slice goes through a batched product, five times slower into a large vocabulary on a CPU
         hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep).contiguous()
         if isinstance(self.lm_head, nn.Linear):
             hidden_states = hidden_states.to(self.lm_head.weight.dtype)  # a packed decoder gives float32
