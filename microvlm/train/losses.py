@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..model import memory, modeling
+from ..model import MemoryReadout, contrastive_loss, in_float32
 
 
 def match_loss(match_logits: torch.Tensor | None) -> torch.Tensor | None:
@@ -50,7 +50,7 @@ class Episodes:
     key_features: torch.FloatTensor
 
 
-def memory_losses(model, episodes: Episodes) -> tuple[memory.MemoryReadout, dict[str, torch.Tensor]]:
+def memory_losses(model, episodes: Episodes) -> tuple[MemoryReadout, dict[str, torch.Tensor]]:
     """Write episodes and read them with a batch's queries, in one graph.
 
     Half of the rows see the memory through ScopeNet's soft gate, the other half as in inference: on where the query
@@ -65,7 +65,7 @@ def memory_losses(model, episodes: Episodes) -> tuple[memory.MemoryReadout, dict
     contents = model.encode_contents(torch.cat([episodes.support_tokens.flatten(0, 1), episodes.target_tokens]))
     supports, targets = contents[: G * N].view(G, N, -1), contents[G * N :]  # (G, N, S x C), (B, S x C)
     state = part.new_state(G, dtype=torch.float32, device=supports.device)
-    keys, *gray_keys = memory.in_float32(part.key_encoder, episodes.support_features).unbind(2)  # (G, N, C) each
+    keys, *gray_keys = in_float32(part.key_encoder, episodes.support_features).unbind(2)  # (G, N, C) each
     keys = part.written_keys(keys, gray_keys[0] if gray_keys else None)
     state = part.write(state, keys, supports, active=episodes.support_active, method="direct")
     # read them, half of the rows with the gate of inference
@@ -100,8 +100,6 @@ def reconstruction_loss(content: torch.Tensor, target: torch.Tensor, known: torc
 def key_loss(model, key_features: torch.Tensor) -> torch.Tensor:
     """InfoNCE of the addresses that two views of P images get; features (2 or 3, P, 2 x vision width)."""
     part = model.model.memory
-    first, second, *gray = memory.in_float32(part.key_encoder, key_features)  # (P, C) each
+    first, second, *gray = in_float32(part.key_encoder, key_features)  # (P, C) each
     first = part.written_keys(first, gray[0] if gray else None)
-    return modeling.contrastive_loss(
-        part.address(first), part.address(second), model.config.alignment_config.temperature
-    )
+    return contrastive_loss(part.address(first), part.address(second), model.config.alignment_config.temperature)
