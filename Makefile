@@ -36,11 +36,11 @@ lint: $(VENV)/.test
 	$(PY) -m ruff format --check .
 
 bench: $(VENV)/.test  ## the measurements that need no more than this folder; benchmarks/ has more, each with its command in the docs
-	$(PY) benchmarks/parameters.py
-	$(PY) benchmarks/overhead.py --repeats 31 --new-tokens 16
-	$(PY) benchmarks/train_memory.py
-	$(PY) benchmarks/train_throughput.py
-	$(PY) benchmarks/memory_recall.py
+	$(PY) -m benchmarks.parameters
+	$(PY) -m benchmarks.overhead --repeats 31 --new-tokens 16
+	$(PY) -m benchmarks.train_memory
+	$(PY) -m benchmarks.train_throughput
+	$(PY) -m benchmarks.memory_recall
 
 clean:  ## all that can be made anew; runs/ stays
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 """What the wrapper costs beside the bare language model: first token and decoding through `generate()`.
 
-    python benchmarks/overhead.py
-    python benchmarks/overhead.py --config configs/microvlm-nano.json --repeats 3 --new-tokens 16
+    python -m benchmarks.overhead
+    python -m benchmarks.overhead --config configs/microvlm-nano.json --repeats 3 --new-tokens 16
 
 Builds the config with random weights in bf16 (default: V at full size), saves it, opens it with `from_pretrained`,
 saves its language model alone, opens that with plain transformers, and times both by turns, A B A B. The checkpoint
@@ -35,10 +35,10 @@ from statistics import median
 import timm
 import torch
 import transformers
-from parameters import ROOT, MicroVLMConfig, MicroVLMForConditionalGeneration, load_config, markdown_table
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from benchmarks.parameters import ROOT, MicroVLMConfig, MicroVLMForConditionalGeneration, load_config, markdown_table
 from microvlm.evaluate.speed import time_generate
 from microvlm.model import MicroVLMImageProcessor
 

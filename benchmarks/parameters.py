@@ -1,6 +1,6 @@
 """Shapes, parameters and bytes of every variant in `configs/`, from models on the meta device: nothing is allocated.
 
-    python benchmarks/parameters.py
+    python -m benchmarks.parameters
 
 Prints two markdown tables; the first is the one in docs/architecture.md. Notable:
 

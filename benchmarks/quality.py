@@ -1,6 +1,6 @@
 """What fewer bits cost a text model: perplexity and caption scores beside bytes, for one checkpoint and for the same after quantisation-aware training.
 
-    python benchmarks/quality.py runs/microvlm-v-135m_stage2 --trained runs/microvlm-v-135m_ternary --data data/pictures/validation_seen.parquet
+    python -m benchmarks.quality runs/microvlm-v-135m_stage2 --trained runs/microvlm-v-135m_ternary --data data/pictures/validation_seen.parquet
 
 Every row is written to the disk and opened again. Perplexity is of the captions' tokens behind their pictures. "same" is the share of captions equal to
 bf16's. Numbers: greedy captions, `score` of microvlm evaluate. NF4 is bitsandbytes, of vision tower and decoder, as in the *_qlora recipes.
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from parameters import markdown_table
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from benchmarks.parameters import markdown_table
 from microvlm.data.rows import load_rows
 from microvlm.files import atomic_file
 from microvlm.model import PackedConfig

@@ -1,7 +1,7 @@
 """What a training step needs on a GPU, by arithmetic: memory, FLOPs, traffic between ranks. Nothing is run on a GPU, nothing is timed.
 
-    python benchmarks/train_memory.py
-    python benchmarks/train_memory.py recipes/microvlm-m_stage1.yaml --gpu A100 --utilisation 0.3 --caption-words 20.2 16.3
+    python -m benchmarks.train_memory
+    python -m benchmarks.train_memory recipes/microvlm-m_stage1.yaml --gpu A100 --utilisation 0.3 --caption-words 20.2 16.3
 
 One row per recipe: which parameters train, the micro-batch, accumulation, episodes and NF4 are read from it. Notable:
 
@@ -28,10 +28,10 @@ from pathlib import Path
 from statistics import NormalDist
 
 import torch
-from parameters import ROOT, MicroVLMConfig, build_on_meta, load_config, markdown_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.parameters import ROOT, MicroVLMConfig, build_on_meta, load_config, markdown_table
 from microvlm.train.recipe import load_recipe
 from microvlm.train.setup import change_config, check_patterns, unquantized_modules
 

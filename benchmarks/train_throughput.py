@@ -1,8 +1,8 @@
 """Stage-1 training speed: samples per second of `MicroVLMTrainer` beside a plain loop over the same modules.
 
-    python benchmarks/train_throughput.py
-    python benchmarks/train_throughput.py --rounds 5 --steps 6 --json runs/train_throughput.json
-    python benchmarks/train_throughput.py --small --rounds 2 --steps 2 --batch-size 4
+    python -m benchmarks.train_throughput
+    python -m benchmarks.train_throughput --rounds 5 --steps 6 --json runs/train_throughput.json
+    python -m benchmarks.train_throughput --small --rounds 2 --steps 2 --batch-size 4
 
 V's full-size shape with random weights (no memory module: stage 1 does not use it), vision tower and language model frozen, adapter and
 alignment train, lm 1.0 + align 1.0, bf16 autocast, eager attention as in the recipes that run on a CPU. Notable:
@@ -46,8 +46,6 @@ from statistics import mean, median
 import torch
 import torch.nn.functional as F
 import transformers
-from overhead import machine, seconds
-from parameters import ROOT, MicroVLMConfig, MicroVLMForConditionalGeneration, markdown_table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -55,6 +53,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from benchmarks.overhead import machine, seconds
+from benchmarks.parameters import ROOT, MicroVLMConfig, MicroVLMForConditionalGeneration, markdown_table
 from microvlm.data.collators import CaptionCollator, FeatureCollator
 from microvlm.data.feature_cache import cache_vision_features
 from microvlm.data.rows import load_rows

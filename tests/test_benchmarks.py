@@ -3,11 +3,11 @@
 import json
 import math
 
-import overhead
-import parameters
 import pytest
 import torch
 from conftest import IMAGE_ID, ROOT, TEXT, tiny_config, tiny_model
+
+from benchmarks import overhead, parameters
 
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
 

@@ -6,7 +6,6 @@ import random
 import shutil
 import threading
 
-import memory_recall
 import pytest
 import torch
 import yaml
@@ -16,6 +15,7 @@ from toy_data import pairs, png, toy_checkpoint, toy_model, toy_processor, use_c
 from transformers import AutoConfig
 
 import train_hf
+from benchmarks import memory_recall
 from microvlm import inference as inference_module
 from microvlm.data.episodes import QUESTIONS, EpisodeCollator, caption_noun, make_names
 from microvlm.data.rows import load_rows

@@ -10,9 +10,8 @@ import random
 
 import numpy as np
 import pytest
-import robustness
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import MicroVLMForConditionalGeneration, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
@@ -24,6 +23,11 @@ from safetensors.torch import load_file, save_file
 from toy_data import toy_processor
 
 from microvlm import quantization_microvlm as quantization
+from tests.fuzz.kinds import KINDS, attempt
+from tests.fuzz.material import small_memory, small_packed
+from tests.fuzz.mutations import ico_around, mutate_bytes, mutate_json, png_bomb
+from tests.fuzz.run import main
+from tests.fuzz.soak import memory_now, reset_peak
 
 small = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -36,14 +40,14 @@ def kinds(tmp_path_factory):
 
     def get(name: str):
         if name not in made:
-            made[name] = robustness.KINDS[name](tmp_path_factory.mktemp(name))
+            made[name] = KINDS[name](tmp_path_factory.mktemp(name))
         return made[name]
 
     return get
 
 
 def check(kind, seed: int) -> None:
-    outcome, what = robustness.attempt(kind, f"test-{seed}")
+    outcome, what = attempt(kind, f"test-{seed}")
     assert outcome != "other", what
 
 
@@ -81,10 +85,10 @@ def test_ten_times_as_many(tmp_path):
         "--json",
         str(tmp_path / "out.json"),
     ]
-    assert robustness.main(options) == 0
+    assert main(options) == 0
     results = {r["kind"]: r for r in json.loads((tmp_path / "out.json").read_text())}
-    assert results.keys() == {*robustness.KINDS, "soak"}
-    for name, kind in robustness.KINDS.items():
+    assert results.keys() == {*KINDS, "soak"}
+    for name, kind in KINDS.items():
         r = results[name]
         assert r["cases"] == round(1000 * kind.share) == r["accepted"] + sum(r["refused"].values())
         assert r["accepted"] and r["refused"]
@@ -104,10 +108,10 @@ def test_the_judge_tells_a_refusal_from_a_fall(kinds):
     def refuse():
         raise ValueError("no.")
 
-    assert robustness.attempt(Falls(refuse), "0") == ("refused", "ValueError")
+    assert attempt(Falls(refuse), "0") == ("refused", "ValueError")
     for action in (lambda: int("x"), lambda: {}["x"], lambda: [][0]):
-        assert robustness.attempt(Falls(action), "0")[0] == "other"
-    assert robustness.attempt(Falls(lambda: None), "0") == ("accepted", "")
+        assert attempt(Falls(action), "0")[0] == "other"
+    assert attempt(Falls(lambda: None), "0") == ("accepted", "")
 
 
 VALUES = (
@@ -143,7 +147,7 @@ QUANTIZATION = {
 @given(SEEDS)
 def test_any_quantization_config_is_taken_or_refused(seed):
     try:
-        config = quantization.PackedConfig(**robustness.mutate_json(QUANTIZATION, random.Random(seed)))
+        config = quantization.PackedConfig(**mutate_json(QUANTIZATION, random.Random(seed)))
     except ValueError as error:
         assert str(error)
     else:
@@ -217,7 +221,7 @@ def test_any_writes_and_forgets_are_a_regression_on_what_is_left(steps, seed):
 @settings(small, max_examples=40)
 @given(rows=st.integers(1, 3), items=st.integers(0, 6), seed=SEEDS)
 def test_a_memory_comes_back_from_its_file(tmp_path_factory, rows, items, seed):
-    state = robustness.small_memory(rows, items, seed)
+    state = small_memory(rows, items, seed)
     path = tmp_path_factory.mktemp("memory") / "facts.safetensors"
     state.save(path)
     back = MemoryState.load(path, MemoryState.new(1, 8, 12, 0.01, 6, 5, "fingerprint"))
@@ -254,14 +258,14 @@ def test_a_batch_of_pictures_is_its_pictures(processor, sizes, seed):
 @pytest.mark.parametrize("kind", ["ICO", "ICNS"])
 def test_the_picture_inside_an_icon_is_measured_before_it_is_decoded(tmp_path, kind):
     path = tmp_path / "bomb.ico"
-    path.write_bytes(robustness.ico_around(robustness.png_bomb(8100, 0, 8), kind))
-    robustness.reset_peak()
-    before = robustness.memory_now()
+    path.write_bytes(ico_around(png_bomb(8100, 0, 8), kind))
+    reset_peak()
+    before = memory_now()
     with pytest.raises(
         ValueError, match="bomb.ico holds a picture of 8100 x 8100 pixels, the limit is 64000000 in all.$"
     ):
         open_image(path)
-    assert robustness.memory_now("VmHWM") - before < 20  # decoded it takes 66 MB
+    assert memory_now("VmHWM") - before < 20  # decoded it takes 66 MB
 
 
 def test_an_icon_within_the_limit_is_opened(tmp_path):
@@ -271,10 +275,10 @@ def test_an_icon_within_the_limit_is_opened(tmp_path):
 
 def test_sixteen_bits_take_no_float_copy_of_the_picture():
     values = np.arange(16_000_000, dtype=np.uint32).reshape(4000, 4000).astype(np.uint16)
-    robustness.reset_peak()
-    before = robustness.memory_now()
+    reset_peak()
+    before = memory_now()
     out = scale_to_8_bit(values)
-    assert robustness.memory_now("VmHWM") - before < 100  # in float64 at once: 128 MB, several times
+    assert memory_now("VmHWM") - before < 100  # in float64 at once: 128 MB, several times
     some = values[::997]
     assert np.array_equal(out[::997], (some.astype(np.float64) / 65535 * 255).round().astype(np.uint8))
 
@@ -410,12 +414,12 @@ def test_a_section_that_builds_nothing_is_named(section, change):
     ids=["missing", "dtype"],
 )
 def test_a_packed_tensor_that_is_missing_or_of_another_type_is_refused(tmp_path, change, message):
-    folder = robustness.small_packed(tmp_path / "small")
+    folder = small_packed(tmp_path / "small")
     tensors, name = load_file(folder / "model.safetensors"), "model.language_model.layers.0.self_attn.q_proj.weight"
     change(tensors, name)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError) as error:
-        robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+        MicroVLMForConditionalGeneration.from_pretrained(folder)
     assert str(error.value) == message.format(name)
 
 
@@ -428,29 +432,29 @@ def test_a_packed_tensor_that_is_missing_or_of_another_type_is_refused(tmp_path,
     ],
 )
 def test_a_weight_that_is_not_packed_is_stored_in_floating_point(tmp_path, name, dtype, stored):
-    folder = robustness.small_packed(tmp_path / "small")
+    folder = small_packed(tmp_path / "small")
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError) as error:
-        robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+        MicroVLMForConditionalGeneration.from_pretrained(folder)
     assert str(error.value) == f"{name} is stored as {stored}, expected a floating point type."
 
 
 def test_floating_point_weights_of_another_type_are_cast(tmp_path):
-    folder = robustness.small_packed(tmp_path / "small")
+    folder = small_packed(tmp_path / "small")
     tensors, name = load_file(folder / "model.safetensors"), "model.language_model.norm.weight"
     tensors[name] = tensors[name].double()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model = robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+    model = MicroVLMForConditionalGeneration.from_pretrained(folder)
     assert model.model.language_model.norm.weight.dtype == torch.float32
 
 
 def test_patterns_keep_their_order_in_config_json(tmp_path):
-    folder = robustness.small_packed(tmp_path / "small")  # up_proj comes before the .*_proj that would match it too
+    folder = small_packed(tmp_path / "small")  # up_proj comes before the .*_proj that would match it too
     saved = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert list(saved["modules"]) != saved["order"] and sorted(saved["modules"]) == sorted(saved["order"])
-    model = robustness.modeling.MicroVLMForConditionalGeneration.from_pretrained(folder)
+    model = MicroVLMForConditionalGeneration.from_pretrained(folder)
     assert model.model.language_model.layers[0].mlp.up_proj.scheme.group_size == 16
     assert model.model.language_model.layers[0].mlp.down_proj.scheme.format == "int4"
     with pytest.raises(ValueError, match="^quantization_config.order must hold every expression"):
@@ -479,6 +483,4 @@ def test_an_impossible_quantization_config_is_refused_by_name(change, message):
 
 def test_mutations_are_the_same_for_the_same_seed():
     data = bytes(range(256)) * 4
-    assert (
-        robustness.mutate_bytes(data, random.Random("a")) == robustness.mutate_bytes(data, random.Random("a")) != data
-    )
+    assert mutate_bytes(data, random.Random("a")) == mutate_bytes(data, random.Random("a")) != data

@@ -4,8 +4,9 @@ import json
 import sys
 
 import pytest
-import quality
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
+
+from benchmarks import quality
 
 
 def test_a_table_of_bytes_and_scores(tmp_path, monkeypatch, capsys):

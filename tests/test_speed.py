@@ -6,11 +6,18 @@ import math
 import sys
 
 import pytest
-import speed
 import torch
+import transformers
 from conftest import ROOT, tiny_model
-from speed import CATALOGUE, LLAMA_CPP, Result, Scratch, in_groups, ratios, step_bytes
 from torch import nn
+
+from benchmarks.overhead import prompt
+from benchmarks.speed.files import Scratch
+from benchmarks.speed.measure import Result, in_groups, measure_group
+from benchmarks.speed.run import chosen, main, parse
+from benchmarks.speed.shapes import SHAPES, v_config
+from benchmarks.speed.subjects import CATALOGUE, LLAMA_CPP, step_bytes
+from benchmarks.speed.tables import limit_table, ratios, speed_table
 
 needs_llama_cpp = pytest.mark.skipif(
     not all(importlib.util.find_spec(m) for m in ("llama_cpp", "gguf")), reason="llama-cpp-python is not installed"
@@ -21,7 +28,7 @@ needs_llama_cpp = pytest.mark.skipif(
 def as_before(monkeypatch):
     """The benchmark sets threads and progress bars for its whole process, which here is that of all tests."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(speed.transformers.utils.logging, "disable_progress_bar", lambda: None)
+    monkeypatch.setattr(transformers.utils.logging, "disable_progress_bar", lambda: None)
     yield
     torch.set_num_threads(threads)
 
@@ -35,18 +42,18 @@ def by_hand(text) -> int:
 
 
 def generate(model):
-    ids = speed.prompt(model)
+    ids = prompt(model)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 32, 32)}
     return lambda n: model.generate(**inputs, do_sample=False, min_new_tokens=n, max_new_tokens=n)
 
 
 def test_the_small_command_measures_each_in_its_own_process(tmp_path, capsys):
-    speed.main(["--small", "--write-v", str(tmp_path / "packed")])
+    main(["--small", "--write-v", str(tmp_path / "packed")])
     assert "V with random weights" in capsys.readouterr().out
     names = ["given", "V NF4", "GIT-base"]
     out, plots = tmp_path / "out" / "speed.json", tmp_path / "plots"
     command = ["--small", "--rounds", "2", "--tokens", "32", "--only", *names, "--json", str(out), "--plot", str(plots)]
-    speed.main([*command, "--scratch", str(tmp_path / "runs"), "--checkpoint", f"given={tmp_path / 'packed'}"])
+    main([*command, "--scratch", str(tmp_path / "runs"), "--checkpoint", f"given={tmp_path / 'packed'}"])
     printed, values = capsys.readouterr().out, json.loads(out.read_text())
     assert list(values["results"]) == names
     assert values["bandwidth_bytes_per_second"]["highest"] == max(values["bandwidth_bytes_per_second"]["rounds"]) > 0
@@ -80,7 +87,7 @@ def test_peers_take_a_picture_and_never_stop_early(name, positions, tmp_path):
 
 @pytest.mark.parametrize("standin", [False, True])
 def test_full_sizes_are_those_of_the_documents(standin):
-    text = speed.v_config(standin=standin).text_config
+    text = v_config(standin=standin).text_config
     assert (text.vocab_size, text.num_hidden_layers, text.intermediate_size) == (151936, 24, 4864)
     assert text.hidden_size == (1024 if standin else 896)
     assert not standin or text.hidden_size % 256 == text.intermediate_size % 256 == 0
@@ -93,9 +100,9 @@ def test_full_sizes_are_those_of_the_documents(standin):
 )
 def test_peers_have_the_published_number_of_parameters(name, millions):
     """BLIP's is given as 247 million with its tied head counted twice."""
-    shape = speed.SHAPES[name]
+    shape = SHAPES[name]
     with torch.device("meta"):
-        model = getattr(speed.transformers, shape.model)(shape.config(False))
+        model = getattr(transformers, shape.model)(shape.config(False))
     model.tie_weights()
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=1)
 
@@ -153,7 +160,7 @@ def test_llama_cpp_runs_and_stores_what_the_name_says(name, tmp_path):
     assert opened["positions"] == 5 + 16 and not opened["sees"]
     assert len(subject.emit(4)) == 4
     subject.close()
-    text = speed.v_config(True, "1024" in name).text_config
+    text = v_config(True, "1024" in name).text_config
     vectors = text.num_hidden_layers * (3 * text.hidden_size + 2 * 2 * text.hidden_size // 4) + text.hidden_size
     matrices = by_hand(text) - vectors
     head = text.vocab_size * text.hidden_size
@@ -169,9 +176,9 @@ def test_llama_cpp_runs_and_stores_what_the_name_says(name, tmp_path):
 
 
 def test_without_llama_cpp_its_rows_are_left_out_and_named(monkeypatch):
-    options = speed.parse(["--only", "V bf16", "llama.cpp V BF16"])
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
-    assert speed.chosen(options) == (["V bf16"], ["llama.cpp V BF16"])
+    options = parse(["--only", "V bf16", "llama.cpp V BF16"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert chosen(options) == (["V bf16"], ["llama.cpp V BF16"])
     assert len(LLAMA_CPP) == 10 and set(LLAMA_CPP) < set(CATALOGUE)
 
 
@@ -196,12 +203,12 @@ class FakeWorker:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(FakeWorker, "log", [])
-    monkeypatch.setattr(speed, "Worker", FakeWorker)
+    monkeypatch.setattr("benchmarks.speed.measure.Worker", FakeWorker)
     return FakeWorker
 
 
 def test_turns_are_interleaved_round_by_round(fake):
-    results, rates = speed.measure_group(["a", "b"], 2, 40, lambda: fake.log.append(("bus", "read")) or 5.0)
+    results, rates = measure_group(["a", "b"], 2, 40, lambda: fake.log.append(("bus", "read")) or 5.0)
     turns = [("bus", "read"), ("a", "turn"), ("b", "turn")]
     ends = [("a", "close"), ("b", "close"), ("a", "stop"), ("b", "stop")]
     assert fake.log == [("a", "open"), ("b", "open"), *turns, *turns, *ends]
@@ -211,7 +218,7 @@ def test_turns_are_interleaved_round_by_round(fake):
 def test_every_worker_stops_when_one_fails(fake, monkeypatch):
     monkeypatch.setattr(fake, "broken", ("a", "turn"))
     with pytest.raises(RuntimeError, match="broken"):
-        speed.measure_group(["a", "b"], 2, 40, lambda: 5.0)
+        measure_group(["a", "b"], 2, 40, lambda: 5.0)
     assert fake.log[-2:] == [("a", "stop"), ("b", "stop")]
 
 
@@ -235,9 +242,9 @@ def test_medians_ratios_and_the_limit_by_hand():
     slow = Result(opened, [turn(5.0, 2.0), turn(10.0, 3.0), turn(20.0, 4.0)])
     assert fast.read == 50 and fast.median("rate") == 20
     assert ratios(fast, slow) == {"rate": 2.0, "first": 2.0, "caption": 1.5}
-    table = speed.limit_table({"fast": fast}, 2000.0)
+    table = limit_table({"fast": fast}, 2000.0)
     assert table.endswith("| fast | uint8 0.0, float32 0.0 | 0.0 | 40.0 | 50.0% |")
-    row = speed.speed_table({"fast": fast}).splitlines()[-1]
+    row = speed_table({"fast": fast}).splitlines()[-1]
     assert "20.0 (10.0 to 30.0)" in row and row.endswith("| 1.00 | 2.0 | not measured | 3.0 |")
 
 
@@ -256,10 +263,10 @@ def test_medians_ratios_and_the_limit_by_hand():
 )
 def test_wrong_arguments_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit):
-        speed.parse(argv)
+        parse(argv)
     assert message in capsys.readouterr().err
 
 
 def test_checkpoints_come_first():
-    options = speed.parse(["--checkpoint", f"nano={ROOT}", "--only", "V bf16", "nano"])
-    assert speed.chosen(options)[0] == ["nano", "V bf16"] and options.checkpoint == {"nano": ROOT}
+    options = parse(["--checkpoint", f"nano={ROOT}", "--only", "V bf16", "nano"])
+    assert chosen(options)[0] == ["nano", "V bf16"] and options.checkpoint == {"nano": ROOT}

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-import train_memory
 from conftest import ROOT, tiny_config, tiny_inputs
-from parameters import MicroVLMForConditionalGeneration
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import train_memory
+from benchmarks.parameters import MicroVLMForConditionalGeneration
 
 RECIPE = ROOT / "recipes" / "microvlm-v_stage1.yaml"
 

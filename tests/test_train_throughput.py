@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-import train_throughput
 from conftest import ROOT
 from toy_data import use_cache
-from train_throughput import PLAIN, TRAINER, VARIANTS, Turn, cc12m_answers, padding_row, padding_waste
+
+from benchmarks import train_throughput
+from benchmarks.train_throughput import PLAIN, TRAINER, VARIANTS, Turn, cc12m_answers, padding_row, padding_waste
 
 
 @pytest.fixture(scope="module")

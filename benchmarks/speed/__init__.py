@@ -1,0 +1,1 @@
+"""Speed, memory and bytes at full size, next to other captioners and llama.cpp."""

@@ -1,0 +1,5 @@
+"""Run the measurement: python -m benchmarks.speed."""
+
+from .run import main
+
+main()

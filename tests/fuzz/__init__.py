@@ -1,0 +1,1 @@
+"""Mutate files and inputs, and look whether anything falls over."""
