@@ -26,7 +26,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from release import FILES, PICTURES, ReleaseError, code_files, load
+from release import FILES, ReleaseError, code_files, load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,7 +94,7 @@ def use(path: Path | None) -> dict:
     """What the shipped checkpoint says, with what is at `path` first on PYTHONPATH. Raises ReleaseError."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "checkpoint")
-        for name in {*FILES, *code_files(ROOT), *PICTURES}:
+        for name in {*FILES, *code_files(ROOT)}:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
         return load(folder, sys.executable, Path(scratch), {"PYTHONPATH": str(path)} if path else {})
