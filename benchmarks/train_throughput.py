@@ -23,8 +23,6 @@ alignment train, lm 1.0 + align 1.0, bf16 autocast, eager attention as in the re
   product. Work done twice (checkpointing, the pass for accumulation) and on padding inside the head is not needed, so not counted;
   padding in the decoder is.
 - Peak memory is the process's highest resident size during a turn (VmHWM, reset before it; Linux only), with the shared model in it.
-- Captions like CC12M's are not at hand: their row of the padding table is drawn, log-normal with a mean of 20.2 words and a deviation of
-  16.3 (arXiv 2102.08981), 3 at least, one token a word, cut to 64 tokens as in recipes/microvlm-v_stage1.yaml.
 - Run it on an idle machine.
 """
 
@@ -37,8 +35,8 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -51,7 +49,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.overhead import machine, seconds
 from benchmarks.parameters import ROOT, MicroVLMConfig, MicroVLMForConditionalGeneration, markdown_table
@@ -64,8 +61,6 @@ from microvlm.train.trainer import MicroVLMTrainer
 DATA = ROOT / "data" / "mini" / "train.parquet"
 WEIGHTS = {"lm": 1.0, "align": 1.0}
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-5, 0.01, 1.0
-PADDING_BATCHES, PADDING_EPOCHS = (10, 20, 64), 5
-CC12M_WORDS, CC12M_LEAST, CC12M_MOST, CC12M_ROWS = (20.2, 16.3), 3, 64, 10_000  # mean and deviation
 SMALL = {
     "vision_config": {"model_args": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}},
     "text_config": {
@@ -198,13 +193,13 @@ class Bench:
         self.collator = CaptionCollator(processor, prompt, image_size=side)
         rows = load_rows(str(DATA)).shuffle(seed=0)
         self.prompt_length = len(prompt)
-        self.all_answers = [len(ids) for ids in self.collator.answers([c.strip() for c in rows["caption"]])]
+        all_answers = [len(ids) for ids in self.collator.answers([c.strip() for c in rows["caption"]])]
         # of a round: a batch that only accumulation warms up with, one to warm up, those that count, one to read ahead
         self.per_round = (steps + 3) * batch_size
         needed = rounds * self.per_round
         if needed > len(rows):
             raise ValueError(f"{rounds} rounds need {needed} rows, {DATA.name} has {len(rows)}: fewer rounds or steps.")
-        self.rows, self.answers = rows.select(range(needed)), self.all_answers[:needed]
+        self.rows, self.answers = rows.select(range(needed)), all_answers[:needed]
         self.cache_seconds, (features, self.cached_rows) = seconds(
             lambda: cache_vision_features(
                 self.model.model.vision_tower, self.collator, self.rows, 1, folder, f"{side} x {side}"
@@ -422,77 +417,6 @@ def product_rate(m: int, n: int, k: int, repeats: int = 7) -> float:
     return 2 * m * n * k / median(took)
 
 
-# ------------------------------------------------------------------------------------------------------ padding
-
-
-def batches_of(order: list[int], batch_size: int) -> Iterator[list[int]]:
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def padding_waste(lengths: list[int], batch_size: int, order: list[int]) -> float:
-    """Share of padded positions when rows, in this order, are cut into batches and padded to the longest of each."""
-    positions = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches_of(order, batch_size))
-    return 1 - sum(lengths[i] for i in order) / positions
-
-
-def cc12m_answers(count: int = CC12M_ROWS) -> list[int]:
-    """Answer lengths, with the end token, drawn as the captions of CC12M are said to be long."""
-    average, deviation = CC12M_WORDS
-    variance = math.log(1 + (deviation / average) ** 2)
-    normal = torch.randn(count, generator=torch.Generator().manual_seed(0))
-    words = (normal * math.sqrt(variance) + math.log(average) - variance / 2).exp().round()
-    return (words.clamp(min=CC12M_LEAST) + 1).clamp(max=CC12M_MOST).int().tolist()
-
-
-def padding_row(model, prompt_length: int, answers: list[int], batch_size: int) -> dict[str, float]:
-    """Means over some epochs: padded shares in random order and grouped by length, and what grouping and, at most, packing would
-    save of the step's matrix products."""
-    lengths = [prompt_length + n for n in answers]
-    parts = step_flops(model, prompt_length, [mean(answers)] * batch_size)
-    others = (sum(parts.values()) - parts["decoder"]) / batch_size * len(lengths)  # in any order
-    decoder = lambda rows: sum(decoder_flops(model, count, length) for length, count in rows.items())  # noqa: E731
-    packed, found, g = decoder(Counter(lengths)), defaultdict(list), torch.Generator().manual_seed(0)
-    for _ in range(PADDING_EPOCHS):
-        orders = {
-            "random": torch.randperm(len(lengths), generator=g).tolist(),
-            "grouped": list(LengthGroupedSampler(batch_size, lengths=lengths, generator=g)),
-        }
-        flops = {}
-        for name, order in orders.items():
-            rows = Counter()  # padded length -> rows
-            for batch in batches_of(order, batch_size):
-                rows[max(lengths[i] for i in batch)] += len(batch)
-            flops[name] = decoder(rows)
-            found[name].append(padding_waste(lengths, batch_size, order))
-        for name, saved in (("grouping", flops["grouped"]), ("packing", packed)):
-            found[f"saved_by_{name}"].append((flops["random"] - saved) / (flops["random"] + others))
-    return {name: mean(values) for name, values in found.items()} | {"mean": mean(lengths), "longest": max(lengths)}
-
-
-def padding_rows(bench: Bench) -> dict[str, dict[str, float]]:
-    sources = {DATA.relative_to(ROOT).as_posix(): bench.all_answers, "drawn like CC12M": cc12m_answers()}
-    return {
-        f"{name}, batch {size}": padding_row(bench.model, bench.prompt_length, answers, size)
-        for name, answers in sources.items()
-        for size in PADDING_BATCHES
-    }
-
-
-def padding_table(rows: dict[str, dict[str, float]]) -> str:
-    header = [
-        "captions",
-        "tokens a row, mean (longest)",
-        "padded, random order",
-        "padded, grouped by length",
-        "products saved by grouping",
-        "by packing, at most",
-    ]
-    keys = ("random", "grouped", "saved_by_grouping", "saved_by_packing")
-    lines = [[name, f"{r['mean']:.1f} ({r['longest']})", *(f"{r[k]:.1%}" for k in keys)] for name, r in rows.items()]
-    return markdown_table(header, lines)
-
-
 # ------------------------------------------------------------------------------------------------------ report
 
 
@@ -591,7 +515,6 @@ def main(argv: list[str] | None = None) -> dict:
         parts = step_flops(model, bench.prompt_length, bench.answers[:B])
         turns, rates = measure(bench, options.rounds)
         results = summary(turns, samples, max(rates.values()))
-        padding = padding_rows(bench)
         cache_rate = len(bench.rows) / bench.cache_seconds
     cached, trainer = (results[v.name]["samples_per_second"] for v in (CACHED, TRAINER))
     gain = median(t.seconds / c.seconds for t, c in zip(turns[TRAINER.name], turns[CACHED.name]))
@@ -606,12 +529,6 @@ def main(argv: list[str] | None = None) -> dict:
         f"Vision feature cache: x {gain:.3f} ({trainer:.3g} to {cached:.3g} samples/s); making it takes once "
         f"{1e3 / cache_rate:.3g} ms a picture and view ({cache_rate:.3g} pictures/s, {len(bench.rows)} pictures)."
     )
-    print(f"\n{padding_table(padding)}\n")
-    print(
-        f"Prompt {bench.prompt_length} positions. Packing saves at most what is padded. 'Products': of a whole step, whose other parts do "
-        f"not depend on the order.\nGrouped by transformers' LengthGroupedSampler; shares are arithmetic over {PADDING_EPOCHS} epochs. "
-        "CC12M's lengths are drawn, not measured."
-    )
     values = {
         "machine": where,
         "options": vars(options),
@@ -621,7 +538,6 @@ def main(argv: list[str] | None = None) -> dict:
         "flops": {"formula": formula, "counted": counted, "parts": parts},
         "losses": {"plain": plain, "trainer": ours},
         "vision_cache": {"gain": gain, "pictures_per_second": cache_rate},
-        "padding": padding,
     }
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)

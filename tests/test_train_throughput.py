@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from toy_data import use_cache
 
 from benchmarks import train_throughput
-from benchmarks.train_throughput import PLAIN, TRAINER, VARIANTS, Turn, cc12m_answers, padding_row, padding_waste
+from benchmarks.train_throughput import PLAIN, TRAINER, VARIANTS, Turn
 
 
 @pytest.fixture(scope="module")
@@ -95,43 +94,6 @@ def test_a_summary_takes_ratios_round_by_round():
     assert result["time_by_plain"] == pytest.approx(1.1)
     assert result["of_peak"] == pytest.approx(0.1 / 2.2)
     assert result["data"] == pytest.approx(0.1) and result["peak_bytes"] == 100
-
-
-def test_padding_waste_by_hand():
-    lengths = [4, 2, 3, 1, 5]
-    assert padding_waste(lengths, 2, [0, 1, 2, 3, 4]) == pytest.approx(1 - 15 / (8 + 6 + 5))
-    assert padding_waste(lengths, 2, [4, 0, 2, 1, 3]) == pytest.approx(1 - 15 / (10 + 6 + 1))
-    assert padding_waste(lengths, 1, [0, 1, 2, 3, 4]) == padding_waste([7, 7, 7], 2, [2, 0, 1]) == 0
-    assert padding_waste(lengths, 5, [0, 1, 2, 3, 4]) == pytest.approx(1 - 15 / 25)
-
-
-def test_the_padding_table_is_in_order(run):
-    out, values = run
-    assert len(values["padding"]) == 6
-    for name, row in values["padding"].items():
-        assert f"| {name} | {row['mean']:.1f} ({row['longest']}) | {row['random']:.1%} | {row['grouped']:.1%} |" in out
-        assert 0 <= row["grouped"] <= row["random"] < 1
-        assert 0 <= row["saved_by_grouping"] <= row["saved_by_packing"] < 1
-
-
-def test_what_grouping_saves_is_the_difference_of_whole_steps():
-    """Rows of two lengths, as many as fill their batches: grouped without padding, which is also what packing reaches."""
-    model = train_throughput.build(True, train_throughput.AutoProcessor.from_pretrained(ROOT, trust_remote_code=True))
-    row = padding_row(model, 7, [3] * 64 + [30] * 64, 4)
-    flops = lambda answers: sum(train_throughput.step_flops(model, 7, answers).values())  # noqa: E731
-    assert row["mean"] == 7 + 16.5 and row["longest"] == 37
-    assert row["grouped"] < 0.2 * row["random"]
-    even = 16 * (flops([3] * 4) + flops([30] * 4))
-    padded = even / (1 - row["saved_by_packing"])
-    assert even < padded < 32 * flops([30] * 4)
-
-
-def test_drawn_lengths_have_the_stated_mean_and_limits(monkeypatch):
-    assert min(cc12m_answers()) == 4 and max(cc12m_answers()) == 64
-    monkeypatch.setattr(train_throughput, "CC12M_LEAST", 0)
-    monkeypatch.setattr(train_throughput, "CC12M_MOST", 10**6)
-    words = torch.tensor(cc12m_answers()).double() - 1
-    assert words.mean() == pytest.approx(20.2, abs=0.5) and words.std() == pytest.approx(16.3, abs=1.5)
 
 
 @pytest.mark.parametrize("option", [["--steps", "3"], ["--steps", "0"], ["--rounds", "0"], ["--batch-size", "1"]])
