@@ -21,14 +21,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from microvlm import model as microvlm_model
+from microvlm.model import MicroVLMConfig, MicroVLMForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
-
-MicroVLMConfig, MicroVLMForConditionalGeneration = (
-    microvlm_model.MicroVLMConfig,
-    microvlm_model.MicroVLMForConditionalGeneration,
-)
 
 EMBEDDINGS = "language model embeddings"
 LAYERS = "language model layers"
