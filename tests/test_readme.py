@@ -1,21 +1,25 @@
-"""What README.md and docs say to type works: the tour is run, other commands name scripts and options that exist, links lead somewhere."""
+"""What README.md and docs say to type works: the tour runs, other commands have the options they name, links lead somewhere."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
+import typer
 from conftest import ROOT
+from huggingface_hub import ModelCard
 
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "examples/README.md"])
-ELSEWHERE = (
-    "make ",
-    "source ",
-    "pip install ",
-    "microvlm app",
-)  # .ci/run; a page that waits for visitors (tests/test_app.py)
+from microvlm.cli import app
+
+PAGES = sorted([*ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md"), ROOT / "README.md"])
+# .ci/run runs the first three; the last is a page that waits for visitors (tests/test_app.py)
+ELSEWHERE = ("make ", "source ", "pip install ", "microvlm app")
+SCRIPT = r"\bpython (?:-m )?((?:benchmarks|tests)\.\w+|\S+\.py)\b"
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -57,36 +61,68 @@ def test_the_tour_runs(copy):
         for line in content.splitlines():
             line = line.split("#")[0].strip()
             if line and not line.startswith(ELSEWHERE):
+                line = re.sub(r"^microvlm ", f"{sys.executable} -m microvlm ", line)  # nothing needs to be installed
                 done = run(["bash", "-c", line], copy)
                 assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
                 assert done.stdout.strip() or done.stderr.strip(), line
 
 
+def script_of(name: str) -> Path:
+    """Find the file that `python NAME.py` or `python -m NAME` runs."""
+    path = ROOT / (name if name.endswith(".py") else name.replace(".", "/"))
+    return path / "run.py" if path.is_dir() else path.with_suffix(".py")
+
+
 @cache
-def options_of(script: str) -> str:
-    """Sources of a script and of what it imports from this repository: options are written out in them."""
-    path = ROOT / script
-    names = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
-    beside = [folder / f"{name.replace('.', '/')}.py" for name in names for folder in (ROOT, path.parent)]
-    return "".join(file.read_text() for file in [path, *beside] if file.is_file())
+def options_of(script: Path) -> str:
+    """Join the sources of a script and of what it imports from this repository: options are written out in them."""
+    names = re.findall(r"^\s*(?:from|import) ([\w.]+)", script.read_text(), re.MULTILINE)
+    imported = [folder / f"{name.replace('.', '/')}.py" for name in names for folder in (ROOT, script.parent)]
+    return "".join(file.read_text() for file in [script, *imported] if file.is_file())
+
+
+def click_command(words: list[str]):
+    """Find the command that words after `microvlm` name, and the words left: `memory add FILE` is `add` of `memory`."""
+    command = typer.main.get_command(app)
+    while words and hasattr(command, "commands"):
+        command, words = command.commands.get(words[0]), words[1:]
+    return command, words
 
 
 def commands(text: str) -> list[str]:
-    """Lines that call a script of this repository, wherever they stand."""
+    """List the lines that call a script or a command of this repository, wherever they stand."""
     text = text.replace("\\\n", " ")
     fenced = [line for language, content in blocks(text) if language in ("bash", "sh") for line in content.splitlines()]
-    inline = re.findall(r"`(python [^`\n]+\.py[^`\n]*)`", text)
-    return [c.split(" #")[0].strip() for c in [*fenced, *inline] if re.search(r"\bpython \S+\.py\b", c)]
+    inline = re.findall(r"`((?:python|microvlm) [^`\n]+)`", text)
+    calls = [line.split(" #")[0].strip() for line in [*fenced, *inline]]
+    return [call for call in calls if re.search(rf"{SCRIPT}|^microvlm [a-z]", call)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_exist(page):
     for command in commands(page.read_text()):
-        for script, rest in re.findall(r"\bpython (\S+\.py)\b([^|;&]*)", command):
-            assert (ROOT / script).is_file(), command
+        for script, rest in re.findall(rf"{SCRIPT}([^|;&]*)", command):
+            assert script_of(script).is_file(), command
             flags = re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest)
-            missing = [f for f in flags if f != "--help" and f'"{f}"' not in options_of(script)]
+            missing = [f for f in flags if f != "--help" and f'"{f}"' not in options_of(script_of(script))]
             assert not missing, f"{command}: {script} has no {missing}"
+        if command.startswith("microvlm "):
+            found, words = click_command(shlex.split(command)[1:])
+            assert found is not None, f"{command}: no such command"
+            known = {option for parameter in found.params for option in [*parameter.opts, *parameter.secondary_opts]}
+            missing = [word for word in words if word.startswith("--") and word not in known | {"--help"}]
+            assert not missing, f"{command}: it has no {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_are_complete(page, monkeypatch):
+    """The fenced commands have all arguments that they need, of the kind that they need."""
+    monkeypatch.chdir(ROOT)
+    text = "".join(content for language, content in blocks(page.read_text()) if language in ("bash", "sh"))
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("microvlm "):
+            found, words = click_command(shlex.split(line, comments=True)[1:])
+            found.make_context(line, words)  # a UsageError says what is wrong
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -94,6 +130,15 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "log.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_exist(page):
+    """Every recipe, tool, benchmark and module that a page names; docs/log.md and the old names may be gone."""
+    text = page.read_text().partition("\n## Old names\n")[0]
+    folders = r"\b(?:recipes|tools|benchmarks|configs|microvlm)/[\w./-]+\.(?:py|yaml|json|sh)\b"
+    paths = [*re.findall(folders, text), *re.findall(r"(?<![/\w])\w+_microvlm\.py\b", text)]
+    assert not [path for path in paths if not (ROOT / path).is_file()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -110,8 +155,37 @@ def test_tests_exist(page):
 def test_what_these_tests_find():
     """They read what is there."""
     assert blocks("a\n```bash\nls\n```\n") == [("bash", "ls\n")]
-    assert commands("x `python a.py --b c` y\n```sh\npython d.py \\\n  --e\n```") == [
+    assert commands("x `python -m tests.a --b c` `microvlm app` y\n```sh\npython d.py \\\n  --e\n```") == [
         "python d.py    --e",
-        "python a.py --b c",
+        "python -m tests.a --b c",
+        "microvlm app",
     ]
     assert sum(len(commands(page.read_text())) for page in PAGES) > 40
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict:
+    return json.loads((ROOT / "docs/scores.json").read_text())
+
+
+def test_tables_are_those_of_the_scores():
+    """docs/evaluation.md and docs/memory.md have every table that tools/score_tables.py prints."""
+    done = run([sys.executable, str(ROOT / "tools/score_tables.py")], ROOT)
+    tables = done.stdout.strip().split("\n\n")
+    assert done.returncode == 0 and len(tables) == 6, done.stderr
+    pages = (ROOT / "docs/evaluation.md").read_text() + (ROOT / "docs/memory.md").read_text()
+    assert not [table for table in tables if table not in pages]
+
+
+def test_the_card_has_the_scores(scores):
+    """Every metric of the card's metadata is that of docs/scores.json, and there are at most twelve."""
+    results = ModelCard.load(ROOT / "README.md").data.eval_results
+    assert 0 < len(results) <= 12
+    for result in results:
+        known = scores["captions"][result.dataset_name]["captioners"]["nano"]
+        if match := re.match(r"memory_(\d+)_(\w+)", result.metric_type):
+            assert result.dataset_name == scores["memory_one_draw"]["data"]
+            known, name = scores["memory_one_draw"]["facts"][match[1]], match[2]
+        else:
+            name = result.metric_type
+        assert result.metric_value == known[name], result.metric_type
