@@ -17,7 +17,14 @@ from transformers import AutoConfig
 import train_hf
 from benchmarks import memory_recall
 from microvlm import inference as inference_module
-from microvlm.data.episodes import QUESTIONS, EpisodeCollator, caption_noun, make_names
+from microvlm.data.episodes import (
+    QUESTIONS,
+    EpisodeCollator,
+    EpisodeImages,
+    EpisodeOptions,
+    caption_noun,
+    make_names,
+)
 from microvlm.data.rows import load_rows
 from microvlm.evaluate.memory import Bench, forget_half, mean, measure, negatives, own_words, says_name
 from microvlm.metrics import auroc, equal_error_rate
@@ -47,8 +54,8 @@ def collator(**kwargs) -> EpisodeCollator:
     prompt = toy_model().default_prompt(1)[0].tolist()
     defaults = {"groups": 2, "sizes": (1, 6), "names": 50, "key_pairs": 4, "gray": torch.randn(8, 48)}
     kwargs = defaults | kwargs
-    gray, processor = kwargs.pop("gray"), toy_processor()
-    return EpisodeCollator(features, pooled, gray, captions, CONCEPTS, processor, prompt, 40, **kwargs)
+    images = EpisodeImages(features, pooled, kwargs.pop("gray"), captions, CONCEPTS)
+    return EpisodeCollator(images, toy_processor(), prompt, 40, EpisodeOptions(**kwargs))
 
 
 def batch_rows(order=range(8)) -> list[dict]:
@@ -84,7 +91,7 @@ def test_episode_answers_what_it_stores(epoch):
     collate.set_epoch(epoch)
     batch = collate(batch_rows())
     eos = collate.processor.tokenizer.eos_token_id
-    captions = [[*collate._tokens(c), eos] for c in collate.captions]
+    captions = [[*collate.story.tokens(c), eos] for c in collate.captions]
     stored = [
         [sentence(t) for t, on in zip(*group) if on] for group in zip(batch["support_tokens"], batch["support_active"])
     ]
@@ -141,12 +148,14 @@ def test_key_pairs_are_views_of_the_same_concept_and_the_grey_copy():
 
 def test_facts_borrow_nouns_and_words_made_of_tokens():
     collate = collator()
-    facts = [collate.processor.decode(collate._fact(0, random.Random(i))[0][:-1]) for i in range(400)]
+    facts = [collate.processor.decode(collate.story.fact(0, random.Random(i))[0][:-1]) for i in range(400)]
     own = sum(caption_noun(collate.captions[0]) in fact for fact in facts)
     assert 120 < own < 220 and len(set(facts)) > 300
     words = {word.strip(".,") for fact in facts for word in fact.split()}
-    assert len(words - {w for c in collate.captions for w in c.split()} - set(collate.vocabulary)) > 120
-    assert all(start.isalpha() for start in collate.starts) and all(end.isalpha() for end in collate.endings)
+    assert len(words - {w for c in collate.captions for w in c.split()} - set(collate.story.vocabulary)) > 120
+    assert all(start.isalpha() for start in collate.story.starts) and all(
+        end.isalpha() for end in collate.story.endings
+    )
 
 
 def test_other_styles_show_another_picture_of_the_concept():
@@ -160,14 +169,14 @@ def test_other_styles_show_another_picture_of_the_concept():
 
 def with_nouns(collate: EpisodeCollator) -> dict[tuple[int, ...], str]:
     """The noun of every fact that `collate` makes from now on."""
-    nouns, make = {}, collate._fact
+    nouns, make = {}, collate.story.fact
 
     def fact(row, draw):
-        ids, noun = make(row, draw)
-        nouns[tuple(ids)] = noun
-        return ids, noun
+        sentence = make(row, draw)
+        nouns[tuple(sentence.tokens)] = sentence.noun
+        return sentence
 
-    collate._fact = fact
+    collate.story.fact = fact
     return nouns
 
 
@@ -179,7 +188,7 @@ def prompt_of(batch, row: int) -> list[int]:
 
 def questions_about(collate: EpisodeCollator, noun: str) -> list[list[int]]:
     user, assistant = collate.prompt_ids[0], collate.prompt_ids[-1]
-    return [[user, *collate._tokens(form.format(noun=noun)), assistant] for form in QUESTIONS]
+    return [[user, *collate.story.tokens(form.format(noun=noun)), assistant] for form in QUESTIONS]
 
 
 def test_questions_have_no_picture_and_name_the_noun_of_their_fact():

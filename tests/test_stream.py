@@ -182,7 +182,7 @@ def test_a_shard_cut_short_is_named(tmp_path):
     bad = tmp_path / "shard-1.tar"
     bad.write_bytes(good.read_bytes()[:3000])
     stream = CaptionStream(load_stream(str(tmp_path / "shard-*.tar")), shuffle_buffer=50)
-    with pytest.raises(RuntimeError, match=r"^shard 1 of 2 cannot be read behind row \d+: ") as error:
+    with pytest.raises(RuntimeError, match=r"^shard 1 of 2 cannot be read after row \d+: ") as error:
         list(islice(stream, 12))
     assert error.value.__cause__ is not None
 

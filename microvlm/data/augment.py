@@ -1,6 +1,7 @@
 """Change images at random for training."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 def random_affine(
     n: int, degrees: float, shift: float, scale: float, aspect: float = 0.15, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Maps (n, 2, 3) from crop to picture, coordinates in [-1, 1]: rotation, shift, zoom and stretch drawn evenly."""
-    uniform = lambda *size: torch.rand(*size, generator=generator) * 2 - 1  # noqa: E731
+    """Draw maps (n, 2, 3) from crop to image: rotation, shift, zoom and stretch, coordinates in [-1, 1]."""
+
+    def uniform(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator) * 2 - 1
+
     angle = uniform(n) * math.radians(degrees)
     zoom, stretch = torch.exp(uniform(n) * math.log1p(scale)), torch.exp(uniform(n) * aspect)
     theta = torch.zeros(n, 2, 3)
@@ -20,17 +24,32 @@ def random_affine(
     return theta
 
 
+def warp(images: torch.Tensor, theta: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Sample crops (B, C, *size) of images (B, C, H, W) under maps (B, 2, 3).
+
+    Outside an image its border goes on.
+    """
+    grid = F.affine_grid(theta, [len(images), 1, *size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
 def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [0, 1]: random saturation, contrast, brightness, ground, an erased patch and noise."""
+    """Change colours, ground and noise of images (B, 3, H, W) in [0, 1], and erase a patch."""
     B, _, H, W = x.shape
-    rand = lambda *size: torch.rand(*size, generator=generator)  # noqa: E731
+
+    def rand(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator)
+
+    # saturation, for some down to grey
     gray = x.mean(1, keepdim=True)
     saturation = 1 + 2 * strength * (2 * rand(B, 1, 1, 1) - 1)
     x = gray + (x - gray) * torch.where(rand(B, 1, 1, 1) < 0.3 * strength, torch.zeros(()), saturation)
+    # contrast and brightness
     x = (x - 0.5) * (1 + strength * (2 * rand(B, 1, 1, 1) - 1)) + 0.5 + 0.35 * strength * (rand(B, 1, 1, 1) - 0.5)
     # pictograms come on white: for one in three the ground is another pale colour
     ground = torch.where(rand(B, 1, 1, 1) < 0.33, 1 - strength * rand(B, 3, 1, 1), torch.ones(()))
     x = torch.where(gray > 0.97, x * ground, x)
+    # a patch of one colour
     for i in torch.nonzero(rand(B) < strength).flatten().tolist():
         h, w = int(H * (0.1 + 0.25 * rand(1))), int(W * (0.1 + 0.25 * rand(1)))
         top, left = int((H - h) * rand(1)), int((W - w) * rand(1))
@@ -39,26 +58,29 @@ def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator |
 
 
 def change_style(x: torch.Tensor, share: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [0, 1]: a share of them outlined, a quarter of it as bare lines on white, and as many blurred."""
-    B = len(x)
+    """Outline a share of the images (B, 3, H, W) in [0, 1], and blur an equal share.
+
+    A quarter of the outlined ones are bare lines on white.
+    """
     gray = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     slope = (gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]).abs() + (gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]).abs()
     lines = 1 - F.max_pool2d((4 * slope).clamp(0, 1), 3, stride=1, padding=1)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    draw = torch.rand(B, 1, 1, 1, generator=generator)
+    draw = torch.rand(len(x), 1, 1, 1, generator=generator)
     x = torch.where(draw < share, lines * torch.where(draw < share / 4, torch.ones(()), x), x)
     return torch.where((draw >= share) & (draw < 2 * share), blurred, x)
 
 
 def image_augmentation(
     degrees: float = 10, shift: float = 0.1, scale: float = 0.2, color: float = 0.25, style: float = 0.0
-):
-    """A function on a batch of pictures (B, 3, H, W) in [0, 1]: small affine maps, changes of style and colour; no flips:
-    captions say left and right. Outside the picture its border goes on."""
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make a function that augments a batch of images (B, 3, H, W) in [0, 1].
+
+    It draws small affine maps and changes of style and colour. It never flips: captions say left and right.
+    """
 
     def augment(x: torch.Tensor) -> torch.Tensor:
-        grid = F.affine_grid(random_affine(len(x), degrees, shift, scale), list(x.shape), align_corners=False)
-        x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        x = warp(x, random_affine(len(x), degrees, shift, scale), x.shape[-2:])
         x = change_style(x, style) if style else x
         return change_colors(x, color) if color else x
 
@@ -66,5 +88,5 @@ def image_augmentation(
 
 
 def gray_copy(x: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, H, W) without their colours, in the same shape."""
+    """Take the colours out of images (B, 3, H, W), in the same shape."""
     return x.mean(1, keepdim=True).expand_as(x).contiguous()

@@ -3,89 +3,80 @@
 import random
 import re
 from collections.abc import Iterator
-from glob import glob
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .rows import caption_length, is_remote, named_columns
+from .rows import caption_length, check_sources, named_columns
 
 READ_BATCH = 32  # rows read at a time
 FILES = (".tar", ".parquet", ".jsonl", ".json", ".csv", ".tsv", ".zip", ".gz")  # no data set's id ends like this
+STREAM_FORMATS = {frozenset({".tar"}): "webdataset", frozenset({".parquet"}): "parquet"}
 
 
 def is_hub_dataset(path: str) -> bool:
-    """Whether a path is a data set's id, `owner/name`: nothing on this machine is called so, and it is not named like a file of rows."""
+    """Tell whether a path is a data set's id, `owner/name`, and no file or folder of this machine."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not (Path(path).suffix in FILES or Path(path).exists())
 
 
 def load_stream(path: str | list[str], format: str | None = None, revision: str | None = None) -> IterableDataset:
-    """Rows with the columns `image` (undecoded) and `caption`, read when they are asked for.
+    """Open rows with the columns `image` (undecoded) and `caption`, read when they are asked for.
 
     Args:
-        path: a data set on the Hub (`pixparse/cc12m-wds`: its train split), or tars or parquet files: paths, globs, `hf://datasets/...`.
+        path: a data set on the Hub (`pixparse/cc12m-wds`: its train split), or tars or parquet files: paths, globs,
+            `hf://datasets/...`.
         format: `webdataset` or `parquet`; by default from the path.
         revision: of a data set on the Hub.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unknown format, or no picture or caption column.
+        ValueError: unknown format, or no image or caption column.
     """
     paths = [str(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
     if len(paths) == 1 and is_hub_dataset(paths[0]):
         rows = load_dataset(paths[0], split="train", streaming=True, revision=revision)
-    else:
-        suffixes = frozenset(Path(p).suffix for p in paths)
-        format = format or {frozenset({".tar"}): "webdataset", frozenset({".parquet"}): "parquet"}.get(suffixes)
-        if format not in ("webdataset", "parquet"):
-            raise ValueError(f"{paths[0]}: a stream is of .tar or .parquet files, or of a data set on the Hub.")
-        for p in paths:
-            if not is_remote(p) and not Path(p).exists() and not glob(p, recursive=True):
-                raise FileNotFoundError(f"training data {p} does not exist.")
-        rows = load_dataset(format, data_files=paths, split="train", streaming=True)
-    return named_columns(rows, paths[0])
+        return named_columns(rows, paths[0])
+    format = format or STREAM_FORMATS.get(frozenset(Path(p).suffix for p in paths))
+    if format not in STREAM_FORMATS.values():
+        raise ValueError(f"{paths[0]}: a stream is of .tar or .parquet files, or of a data set on the Hub.")
+    check_sources(paths)
+    return named_columns(load_dataset(format, data_files=paths, split="train", streaming=True), paths[0])
 
 
 def take_rows(stream: IterableDataset, limit: int) -> Dataset:
-    """The first `limit` rows of a stream, kept in the cache of `datasets`."""
+    """Keep the first `limit` rows of a stream in the cache of `datasets`."""
     return Dataset.from_generator(stream.take(limit).__iter__, features=stream.features)
 
 
+@dataclass(eq=False, repr=False)
 class CaptionStream(torch.utils.data.IterableDataset):
-    """Rows of a stream's shards over and over, in an order that the seed gives and that can be taken up after any row.
+    """Read the rows of shards over and over, in an order of the seed that can be resumed after any row.
 
-    The readers, loader workers of all ranks, share the shards: every epoch draws their order anew, and reader r of R takes each R-th. A
-    reader shuffles blocks of `shuffle_buffer` neighbouring rows, within an epoch. A row says where it stood: `epoch`, and `cursor`
-    (worker, epoch, shard, row, taken), from which its reader goes on: the place where its block began and how much of the block was taken.
+    The readers, loader workers of all ranks, share the shards: every epoch draws their order, and reader r of R takes
+    each R-th. A reader shuffles blocks of `shuffle_buffer` rows within an epoch. A row carries its `epoch` and its
+    `cursor` (worker, epoch, shard, row, taken): where its block began, and how many rows of the block were taken.
 
     Args:
         rows: of `load_stream`.
-        seed: of all orders.
-        shuffle_buffer: rows in a block; a reader holds them in memory.
-        limit: rows of an epoch, shared evenly by the shards (a shard with fewer gives all it has).
-        group_size: rows of a block come in groups of so many with captions of similar length; 1: in any order.
-        rank, world_size: of this process.
+        limit: rows of an epoch, shared evenly by the shards; a shard with fewer gives all it has.
+        group_size: rows of a block come in groups of this size with captions of similar length; 1: in any order.
 
     Raises:
-        ValueError: fewer shards than readers.
         RuntimeError: a shard that cannot be read.
     """
 
-    def __init__(
-        self,
-        rows: IterableDataset,
-        seed: int = 0,
-        shuffle_buffer: int = 1000,
-        limit: int | None = None,
-        group_size: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.rows, self.seed, self.shuffle_buffer, self.limit = rows, seed, shuffle_buffer, limit
-        self.group_size = group_size
-        self.rank, self.world_size = rank, world_size
+    rows: IterableDataset
+    seed: int = 0
+    shuffle_buffer: int = 1000
+    limit: int | None = None
+    group_size: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
         self.first_worker, self.starts = 0, {}
 
     @property
@@ -97,48 +88,46 @@ class CaptionStream(torch.utils.data.IterableDataset):
         workers = max(1, num_workers)
         if self.num_shards < self.world_size * workers:
             raise ValueError(
-                f"{self.num_shards} shards for {self.world_size} ranks x {workers} readers: every reader needs a shard of its own. "
-                "Use fewer dataloader_num_workers or more shards."
+                f"{self.num_shards} shards for {self.world_size} ranks x {workers} readers: every reader needs a "
+                "shard of its own. Use fewer dataloader_num_workers or more shards."
             )
 
     def go_on(self, batches: int, cursors: list[list[int]], num_workers: int) -> None:
-        """Continue behind `batches` batches, whose workers stood at `cursors`."""
+        """Continue after `batches` batches, whose workers stood at `cursors`."""
         self.first_worker = batches % max(1, num_workers)  # a loader asks its workers in turn
         self.starts = {worker: tuple(place) for worker, *place in cursors}
 
     def __iter__(self) -> Iterator[dict]:
-        info = torch.utils.data.get_worker_info()
-        workers, worker = (
-            (1, 0) if info is None else (info.num_workers, (info.id + self.first_worker) % info.num_workers)
-        )
+        workers, worker = 1, 0
+        if (info := torch.utils.data.get_worker_info()) is not None:
+            workers, worker = info.num_workers, (info.id + self.first_worker) % info.num_workers
         reader, readers = self.rank * workers + worker, self.world_size * workers
         for row, epoch, place in self._read(reader, readers, *self.starts.get(worker, (0, 0, 0, 0))):
             yield row | {"epoch": epoch, "cursor": [worker, *place]}
 
     def _shard(self, index: int, skip: int) -> Iterator[dict]:
+        """Read the rows of a shard after the first `skip`."""
         shard = self.rows.shard(num_shards=self.num_shards, index=index)
-        count = 0
         most = None if self.limit is None else len(range(index, self.limit, self.num_shards))
+        count = 0
         try:
             for batch in shard.iter(batch_size=READ_BATCH):  # `iter` leaves the sharing among workers to us
-                names = list(batch)
                 for values in zip(*batch.values(), strict=True):
                     if count == most:
                         return
                     if count >= skip:
-                        yield dict(zip(names, values, strict=True))
+                        yield dict(zip(batch, values, strict=True))
                     count += 1
         except Exception as error:
             raise RuntimeError(
-                f"shard {index} of {self.num_shards} cannot be read behind row {count}: {error}"
+                f"shard {index} of {self.num_shards} cannot be read after row {count}: {error}"
             ) from error
 
     def _read(self, reader, readers, epoch, place, row, taken) -> Iterator[tuple[dict, int, tuple[int, int, int, int]]]:
-        """Rows of a reader, each with its epoch and the place to go on from behind it."""
+        """Read the rows of a reader, each with its epoch and the place to go on from."""
         while True:
-            order = random.Random(f"{self.seed} {epoch}").sample(range(self.num_shards), self.num_shards)[
-                reader::readers
-            ]
+            order = random.Random(f"{self.seed} {epoch}").sample(range(self.num_shards), self.num_shards)
+            order = order[reader::readers]
             start, block, ends = (epoch, place, row), [], []
             for index in range(place, len(order)):
                 skip = row if index == place else 0
@@ -148,12 +137,14 @@ class CaptionStream(torch.utils.data.IterableDataset):
                     if len(block) == self.shuffle_buffer:
                         yield from self._shuffled(block, reader, start, taken, (epoch, *ends[-1]))
                         start, block, ends, taken = (epoch, *ends[-1]), [], [], 0
+            # the last block of an epoch may be short
             epoch, place, row = epoch + 1, 0, 0
             if block:
                 yield from self._shuffled(block, reader, start, taken, (epoch, 0, 0))
             taken = 0
 
     def _shuffled(self, block, reader, start, taken, end):
+        """Give the rows of a block in the order of seed and place, after the first `taken`."""
         draw = random.Random(f"{self.seed} {reader} {start}")
         order = list(range(len(block)))
         if self.group_size > 1:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from ..data.augment import gray_copy, image_augmentation
 from ..data.collators import CaptionCollator, FeatureCollator
-from ..data.episodes import EpisodeCollator, ImageEpisodeCollator
+from ..data.episodes import EpisodeCollator, EpisodeImages, EpisodeOptions, ImageEpisodeCollator
 from ..data.feature_cache import cache_vision_features
 from ..data.rows import UnreadableRowError, decode_row, is_remote, load_rows, text_ids
 from ..data.stream import CaptionStream, load_stream, take_rows
@@ -151,9 +151,10 @@ class TrainingData:
     def episode_collator(self, features, pooled, gray, rows) -> EpisodeCollator:
         if "concept" not in rows.column_names:
             raise ValueError("data.episodes needs a column `concept`: which pictures show the same thing.")
-        columns, longest = (rows["caption"][:], rows["concept"][:]), self.model.config.memory_config.max_content_tokens
-        more = {"seed": self.args.seed, **self.episodes}
-        return EpisodeCollator(features, pooled, gray, *columns, self.processor, self.prompt, longest, **more)
+        images = EpisodeImages(features, pooled, gray, rows["caption"][:], rows["concept"][:])
+        options = EpisodeOptions(**{"seed": self.args.seed, **self.episodes})
+        longest = self.model.config.memory_config.max_content_tokens
+        return EpisodeCollator(images, self.processor, self.prompt, longest, options)
 
     def teach_pictures(self) -> None:
         """Episodes of pictures as they come."""
