@@ -1,7 +1,7 @@
 """Image processor and processor of MicroVLM.
 
-Pictures come in every shape people have: EXIF-rotated, palette, CMYK, 16-bit, animated, transparent, 1 x 1. All end as
-RGB on white, resized to 224 x 224 and normalised as the vision tower wants it. A picture whose header claims more than
+Images come in every shape people have: EXIF-rotated, palette, CMYK, 16-bit, animated, transparent, 1 x 1. All end as
+RGB on white, resized to 224 x 224 and normalised as the vision tower wants it. An image whose header claims more than
 `max_pixels` is refused before its pixels are decoded, wherever it comes from.
 """
 
@@ -9,6 +9,8 @@ import base64
 import os
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
@@ -22,9 +24,8 @@ from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, Unpack
 
 DEFAULT_MAX_PIXELS = 64_000_000  # 8000 x 8000
-LARGEST_VALUE = 1e30  # of a pixel in an array of floats; beyond it float32 overflows on the way
 DOWNLOAD_TIMEOUT = 60  # seconds
-# how the picture is turned back, by its EXIF orientation
+# EXIF orientation -> how to turn the stored pixels
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,126 +35,148 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PNG_HEADER = re.compile(rb"\x89PNG\r\n\x1a\n....IHDR(....)(....)", re.DOTALL)
 AUTO_MAP = {
     "AutoImageProcessor": "processing_microvlm.MicroVLMImageProcessor",
     "AutoProcessor": "processing_microvlm.MicroVLMProcessor",
 }
 
 
+# ---------------------------------------------------------------------------------------------------------- image files
+
+
+@contextmanager
+def naming_image(name: str, problem: str) -> Iterator[None]:
+    """Raise what Pillow raises on broken data, which can be anything, as a ValueError that names the image."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not a picture that Pillow can read.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} is too large for Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{name} {problem}: {str(error) or type(error).__name__}") from error
+
+
 def open_image(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Picture as upright RGB, its size checked before its pixels are decoded. See `fetch_picture` and `to_rgb`."""
-    return to_rgb(fetch_picture(source, max_pixels), max_pixels)
+    """Open an image as upright RGB, its size checked before its pixels are decoded; see `fetch_image` and `to_rgb`."""
+    return to_rgb(fetch_image(source, max_pixels), max_pixels)
 
 
-def fetch_picture(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Read the bytes and the header of a picture; decode nothing, leave nothing open.
+def fetch_image(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Read the bytes and the header of an image; decode nothing, leave nothing open.
+
+    `load_image` of transformers decodes at once, so nothing could be checked before.
 
     Args:
-        source: a path, a `file:`, `http:`, `https:` or `data:` URL, or the bare base64 text of a picture.
-        max_pixels: the limit for the pictures inside an icon file, of which Pillow decodes one as it opens the file.
+        source: a path, a `file:`, `http:`, `https:` or `data:` URL, or the bare base64 text of an image.
+        max_pixels: the limit for images in an icon file, where Pillow decodes one as it opens the file.
 
     Raises:
         FileNotFoundError: no such file.
         OSError: a file or a URL that cannot be read.
-        ValueError: not a picture that Pillow can read, or an icon that holds a picture with too many pixels.
+        ValueError: not an image that Pillow can read, or an icon that holds an image with too many pixels.
     """
     source = os.fspath(source)
     name = source if len(source) <= 200 else f"{source[:60]}... ({len(source)} characters)"
-    missing = None
+    data, is_base64 = read_bytes(source, name)
+    # sizes in an icon
+    for match in PNG_HEADER.finditer(data) if data.startswith((b"\0\0\1\0", b"icns")) else ():
+        width, height = (struct.unpack(">I", side)[0] for side in match.groups())
+        if width * height > max_pixels:
+            raise ValueError(f"{name} holds a picture of {width} x {height} pixels, the limit is {max_pixels} in all.")
+    if not data and not is_base64:
+        raise ValueError(f"{name} is empty: it has 0 bytes.")
+    try:
+        with naming_image(name, "cannot be opened"):
+            image = Image.open(BytesIO(data))
+    except ValueError as error:
+        if is_base64 and isinstance(error.__cause__, UnidentifiedImageError):  # a missing file whose path looks like it
+            raise FileNotFoundError(f"{name} is not a file.") from error
+        raise
+    image.source = name
+    return image
+
+
+def read_bytes(source: str, name: str) -> tuple[bytes, bool]:
+    """Read the bytes of an image from a path, URL or base64 text; also, whether it was base64 text."""
     if source.startswith(("http://", "https://", "file://", "data:")):
         try:
             request = Request(source, headers={"User-Agent": "MicroVLM"})  # some sites refuse Python's own
             with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-                data = response.read()
+                return response.read(), False
         except (OSError, HTTPException, ValueError) as error:
             raise OSError(f"{name} cannot be opened: {error}") from error
-    elif os.path.isfile(source):
-        data = Path(source).read_bytes()
-    else:
-        missing = FileNotFoundError(f"{name} is not a file.")
-        try:
-            data = base64.b64decode("".join(source.split()), validate=True)
-        except ValueError:
-            raise missing from None
-    if data.startswith((b"\0\0\1\0", b"icns")):
-        for match in re.finditer(rb"\x89PNG\r\n\x1a\n....IHDR(....)(....)", data, re.DOTALL):
-            width, height = (struct.unpack(">I", side)[0] for side in match.groups())
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"{name} holds a picture of {width} x {height} pixels, the limit is {max_pixels} in all."
-                )
+    if os.path.isfile(source):
+        return Path(source).read_bytes(), False
     try:
-        picture = Image.open(BytesIO(data))
-    except UnidentifiedImageError as error:
-        what = "is not a picture that Pillow can read" if data else "is empty: it has 0 bytes"
-        raise missing or ValueError(f"{name} {what}.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} is too large for Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # on broken data Pillow raises whatever it falls over, here and while decoding
-        raise ValueError(f"{name} cannot be opened: {str(error) or type(error).__name__}") from error
-    picture.source = name
-    return picture
+        return base64.b64decode("".join(source.split()), validate=True), True
+    except ValueError:
+        raise FileNotFoundError(f"{name} is not a file.") from None
 
 
-def check_size(picture: Image.Image, max_pixels: int) -> None:
-    """Raise ValueError when the header claims no pixels or more than `max_pixels`."""
-    width, height = picture.size
+def name_of(image: Image.Image) -> str:
+    """Name an image by its source."""
+    return getattr(image, "source", None) or getattr(image, "filename", None) or "The picture"
+
+
+def check_size(image: Image.Image, max_pixels: int) -> None:
+    """Raise a ValueError when the header claims no pixels or more than `max_pixels`."""
+    width, height = image.size
     if not 0 < width * height <= max_pixels:
         raise ValueError(
-            f"{name_of(picture)} has {width} x {height} pixels, the limit is {max_pixels} in all: `max_pixels` of the "
+            f"{name_of(image)} has {width} x {height} pixels, the limit is {max_pixels} in all: `max_pixels` of the "
             "image processor."
         )
 
 
-def name_of(picture: Image.Image) -> str:
-    return getattr(picture, "source", None) or getattr(picture, "filename", None) or "The picture"
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; one whose orientation cannot be read stays as it is stored.
 
-
-def turn_upright(picture: Image.Image) -> Image.Image:
-    """`picture` as its EXIF orientation says; as it is stored where that cannot be read, which is what viewers show."""
-    picture.load()
+    `ImageOps.exif_transpose` also writes all other tags, and falls over damaged ones with the image not turned.
+    """
+    image.load()
     try:
-        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except MemoryError:
         raise
-    except Exception:  # on broken EXIF Pillow raises whatever it falls over; the pixels are whole
+    except Exception:  # broken EXIF: Pillow raises whatever it hits; the pixels are fine
         turn = None
-    return picture if turn is None else picture.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(picture: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Any Pillow picture as RGB: upright, transparency on white, more than 8 bits scaled to 8, animations at the frame
-    they stand at (the first one of a file).
+def to_rgb(image: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Convert a Pillow image to RGB: upright, on white, at 8 bits; of an animation, the current frame.
 
     Raises:
-        ValueError: no or too many pixels by its header (checked before decoding), or pixel data that cannot be decoded.
+        ValueError: no or too many pixels by its header (checked before decoding), or data that cannot be decoded.
     """
-    check_size(picture, max_pixels)
-    name = name_of(picture)
-    try:
-        picture = turn_upright(picture)
-        if picture.mode == "F" or picture.mode.startswith("I"):
-            picture = Image.fromarray(scale_to_8_bit(np.asarray(picture)))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")  # a new picture, RGB too
-        picture.info = {}  # with the orientation, which would turn it once more
-        return picture
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
+    check_size(image, max_pixels)
+    with naming_image(name_of(image), "cannot be decoded"):
+        image = turn_upright(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(scale_to_8_bit(np.asarray(image)))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")  # a new image, RGB too
+        image.info = {}  # with the orientation, which would turn it once more
+        return image
+
+
+# --------------------------------------------------------------------------------------------------- arrays and tensors
 
 
 def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Values of any shape as uint8: integers are 16-bit, floats in [0, 1], [0, 255] or 16-bit by their maximum; what
-    is larger still is divided by its maximum.
+    """Scale values of any shape to uint8.
+
+    Integers are 16-bit; floats are in [0, 1], [0, 255] or 16-bit, by their maximum; what is larger still is divided
+    by its maximum.
 
     Raises:
-        ValueError: values that are not finite.
+        ValueError: no values, or values that are not finite.
     """
     if not values.size:
         raise ValueError("it holds no values.")
@@ -161,6 +184,7 @@ def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
     parts = [slice(start, start + 2**20) for start in range(0, flat.size, 2**20)]  # in float64, eight bytes a value
     if not all(np.isfinite(flat[part]).all() for part in parts):
         raise ValueError("it holds values that are not finite numbers.")
+    # the scale is that of the whole array
     largest = np.float64(flat.max())
     tops = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
     top = next((top for top in tops if largest <= top), largest)
@@ -170,57 +194,53 @@ def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
 
 
 def check_array(image: np.ndarray | torch.Tensor) -> None:
-    """Raise ValueError where an array or tensor is no picture: not of numbers, without pixels, or not finite."""
+    """Raise a ValueError for an array or tensor that is no image: not of numbers, or without pixels."""
     is_tensor = isinstance(image, torch.Tensor)
     numbers = not image.is_complex() if is_tensor else image.dtype.kind in "buif"
     if not numbers or image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(
-            f"an array of {image.dtype} with the shape {tuple(image.shape)} is no picture: it takes whole or real numbers, "
-            "(height, width) or three axes, none of them empty."
+            f"an array of {image.dtype} with the shape {tuple(image.shape)} is no picture: it takes whole or real "
+            "numbers, (height, width) or three axes, none of them empty."
         )
-    if not (image.is_floating_point() if is_tensor else image.dtype.kind == "f"):
-        return  # whole numbers are finite, and all in range
-    finite = bool((torch.isfinite(image) if is_tensor else np.isfinite(image)).all())
-    if not finite or abs(float(image.max())) > LARGEST_VALUE or abs(float(image.min())) > LARGEST_VALUE:
-        raise ValueError("an array of pixels holds values that are not finite numbers, or out of all range.")
 
 
 def as_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """Whole numbers of another type as uint8: 16-bit ones scaled, others where they fit, else as float32: torchvision resizes neither int32
-    nor int64.
+    """Convert whole numbers of another type to uint8: booleans and 16-bit ones scaled, others where they fit.
+
+    What does not fit becomes float32: torchvision resizes neither int32 nor int64.
     """
-    if image.dtype in (np.bool_, torch.bool):
-        return image * (np.uint8(255) if isinstance(image, np.ndarray) else torch.tensor(255, dtype=torch.uint8))
+    if isinstance(image, torch.Tensor):
+        if image.is_floating_point() or image.dtype == torch.uint8:
+            return image
+        return torch.from_numpy(as_uint8(image.cpu().numpy())).to(image.device)
+    if image.dtype == np.bool_:
+        return image * np.uint8(255)
     if image.dtype == np.uint16:
         return scale_to_8_bit(image)
-    if image.dtype == torch.uint16:
-        return torch.from_numpy(scale_to_8_bit(image.cpu().numpy()))
-    if image.dtype in (torch.uint32, torch.uint64):  # torch cannot compare them
-        image = image.to(torch.int64)
-    if isinstance(image, torch.Tensor):
-        whole = image.dtype != torch.uint8 and not image.is_floating_point()
-        to = torch.uint8 if whole and 0 <= image.min() and image.max() <= 255 else torch.float32
-        return image.to(to) if whole else image
-    whole = image.dtype != np.uint8 and image.dtype.kind in "bui"
-    return image.astype(np.uint8 if 0 <= image.min() and image.max() <= 255 else np.float32) if whole else image
+    if image.dtype.kind == "f" or image.dtype == np.uint8:
+        return image
+    return image.astype(np.uint8 if 0 <= image.min() and image.max() <= 255 else np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- processors
 
 
 class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
     """
-    max_pixels (`int`): pictures with more pixels by their header are refused.
+    max_pixels (`int`): images with more pixels by their header are refused.
     """
 
     max_pixels: int
 
 
 class MicroVLMImageProcessor(TorchvisionBackend):
-    """Resizes to 224 x 224, scales to [0, 1] and normalises; gives `pixel_values` (N, 3, 224, 224).
+    """Resize to 224 x 224, scale to [0, 1] and normalise, to `pixel_values` (N, 3, 224, 224).
 
-    Takes Pillow pictures, arrays and tensors (values 0 to 255, or a uint16 array; no, 1, 3 or 4 channels, first or
-    last), and all that `fetch_picture` takes: paths, URLs, base64.
+    Takes Pillow images, arrays and tensors (values 0 to 255, or a uint16 array; no, 1, 3 or 4 channels, first or
+    last), and what `fetch_image` takes: paths, URLs, base64.
 
     Args:
-        max_pixels: pictures with more pixels by their header are refused before decoding (ValueError).
+        max_pixels: images with more pixels by their header are refused before decoding (ValueError).
     """
 
     valid_kwargs = MicroVLMImageProcessorKwargs
@@ -240,10 +260,10 @@ class MicroVLMImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls):
-        """Pictures for paths, URLs and base64, nested as given; not decoded, as `process_image` checks their size.
+        """Open paths, URLs and base64, nested as they are; nothing is decoded before `process_image` checks sizes.
 
         Raises:
-            ValueError: pictures in one list with lists of pictures, or with arrays of several.
+            ValueError: images in one list with lists of images, or with arrays of several.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             images = [self.fetch_images(x) for x in image_url_or_urls]
@@ -251,14 +271,14 @@ class MicroVLMImageProcessor(TorchvisionBackend):
                 "lists" if isinstance(x, list) else "batches" if getattr(x, "ndim", 3) == 4 else "pictures"
                 for x in images
             }
-            if len(kinds) > 1:  # transformers would take the rows of a picture for pictures
+            if len(kinds) > 1:  # transformers would take the rows of an image for images
                 raise ValueError(
-                    f"`images` has {' and '.join(sorted(kinds))} side by side: give pictures alone, one list of pictures per "
-                    "text, or arrays of several pictures alone."
+                    f"`images` has {' and '.join(sorted(kinds))} side by side: give pictures alone, one list of "
+                    "pictures per text, or arrays of several pictures alone."
                 )
             return images
         if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return fetch_picture(image_url_or_urls, self.max_pixels)
+            return fetch_image(image_url_or_urls, self.max_pixels)
         images = super().fetch_images(image_url_or_urls)
         return images[None] if getattr(images, "ndim", 3) == 2 else images  # a gray array (height, width)
 
@@ -269,7 +289,7 @@ class MicroVLMImageProcessor(TorchvisionBackend):
         return images
 
     def process_image(self, image, do_convert_rgb=None, max_pixels=None, **kwargs) -> torch.Tensor:
-        """One picture as a tensor (channels, height, width)."""
+        """Convert one image to a tensor (channels, height, width)."""
         if isinstance(image, Image.Image):
             max_pixels = max_pixels or self.max_pixels
             check_size(image, max_pixels)
@@ -281,23 +301,30 @@ class MicroVLMImageProcessor(TorchvisionBackend):
             image = np.require(image, requirements="CW")  # torch takes neither read-only arrays nor bgr[..., ::-1]
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
+    def rescale_and_normalize(self, images: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Rescale and normalise like `super()`; refuse what is not finite in float32."""
+        pixels = super().rescale_and_normalize(images, *args, **kwargs)
+        if not torch.isfinite(pixels).all():
+            raise ValueError("an array of pixels holds values that are not finite numbers, or out of all range.")
+        return pixels
+
     def to_dict(self) -> dict:
         return with_auto_map(super().to_dict(), self)
 
 
 class MicroVLMProcessor(ProcessorMixin):
-    """Tokenizer and image processor in one: every `<image>` in a text becomes `num_image_tokens` placeholders.
+    """Tokenizer and image processor in one; an `<image>` in a text becomes `num_image_tokens` placeholders.
 
     Args:
         image_processor: a `MicroVLMImageProcessor`.
         tokenizer: the text model's tokenizer, with the image token added.
         chat_template: Jinja template for `apply_chat_template`.
         image_token: the placeholder.
-        num_image_tokens: placeholders per picture, the adapter's `num_prefix_tokens`.
+        num_image_tokens: placeholders per image, the adapter's `num_prefix_tokens`.
 
     Raises:
-        ValueError: the tokenizer does not have `image_token` as one token; or, on a call, the number of `image_token`
-            in the texts is not the number of pictures.
+        ValueError: the tokenizer does not have `image_token` as one token; or, on a call, the texts hold another
+            number of `image_token` than there are images.
     """
 
     # what a tokenizer may add and the model does not take
@@ -322,7 +349,7 @@ class MicroVLMProcessor(ProcessorMixin):
             )
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        """Opens pictures and wraps a single text; rows without any picture (`[]`, `[[], []]`) count as no pictures."""
+        """Open images and wrap a single text; rows without any image (`[]`, `[[], []]`) count as no images."""
         if text is not None and not isinstance(text, (str, list, tuple)):
             raise TypeError(f"`text` must be a text or a list of texts, got {type(text).__name__}.")
         images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
@@ -342,11 +369,11 @@ class MicroVLMProcessor(ProcessorMixin):
         if not text:
             raise ValueError("`text` is an empty list: give one text or a list with at least one.")
         if isinstance(images, list) and all(isinstance(row, list) for row in images):
-            wanted, given = [row.count(self.image_token) for row in text], [len(row) for row in images]
-            if wanted != given:
+            placeholders, counts = [row.count(self.image_token) for row in text], [len(row) for row in images]
+            if placeholders != counts:
                 raise ValueError(
-                    f"The texts have {wanted} {self.image_token} placeholders, but the rows of `images` hold {given} "
-                    "pictures: give one row of pictures per text and one placeholder per picture."
+                    f"The texts have {placeholders} {self.image_token} placeholders, but the rows of `images` hold "
+                    f"{counts} pictures: give one row of pictures per text and one placeholder per picture."
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:

@@ -19,7 +19,7 @@ from microvlm.processing_microvlm import (
     DEFAULT_MAX_PIXELS,
     MicroVLMImageProcessor,
     MicroVLMProcessor,
-    fetch_picture,
+    fetch_image,
     open_image,
     scale_to_8_bit,
     to_rgb,
@@ -407,7 +407,7 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
     Image.fromarray(values).save(tmp_path / "a.png")
     Image.fromarray(values).save(tmp_path / "a.tif")
     for name in ("a.png", "a.tif"):
-        assert fetch_picture(tmp_path / name).mode == "I;16"
+        assert fetch_image(tmp_path / name).mode == "I;16"
         assert np.asarray(open_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
     assert upright(Image.fromarray(values.astype(np.int32)))[0, :, 1].tolist() == [0, 1, 128, 255]
     array = np.ascontiguousarray(np.broadcast_to(values[:, :, None], (1, 4, 3)))
@@ -654,7 +654,7 @@ def test_no_file_stays_open(processor, tmp_path):
         for name in ("good.png", "half.png", "text.png", "missing.png"):
             for source in (tmp_path / name, (tmp_path / name).as_uri()):
                 try:
-                    kept += [fetch_picture(source), open_image(source), processor(images=source)]
+                    kept += [fetch_image(source), open_image(source), processor(images=source)]
                 except (OSError, ValueError) as error:
                     kept.append(error)
         assert len(os.listdir("/proc/self/fd")) == before

@@ -52,7 +52,7 @@ def error_on_page(**names: str) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         message = str(error)
         for name, path in names.items():
-            shortened = f"{path[:60]}... ({len(path)} characters)"  # by fetch_picture
+            shortened = f"{path[:60]}... ({len(path)} characters)"  # by fetch_image
             message = message.replace(path, name).replace(shortened, name)
         raise gr.Error(html.escape(message, quote=False), duration=8) from error
 
