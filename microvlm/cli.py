@@ -3,6 +3,7 @@
 A command's module is imported when the command runs, so that help is instant.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ def command(group: Typer, target: str, name: str | None = None) -> Callable:
         @wraps(signature)
         def run(**options) -> None:
             sys.stdout.reconfigure(errors="backslashreplace")  # any file name can be printed
+            if not sys.stderr.isatty():  # progress bars fill a log
+                os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             with exit_codes():
                 code = getattr(import_module(f".{module}", __package__), function)(**options)
             raise Exit(code or DONE)

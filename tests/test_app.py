@@ -52,7 +52,7 @@ def last(steps):
     return steps[-1], steps
 
 
-# ------------------------------------------------------------------------------------------------------------------- handlers
+# --- handlers
 
 
 def test_a_caption_comes_in_pieces_and_is_the_models(page):
@@ -245,7 +245,7 @@ def test_sentences_are_shown_as_text(page):
     assert "<script" not in recall_table(said) and "and 3 more" in recall_table(said)
 
 
-# --------------------------------------------------------------------------------------------------------------------- server
+# --- server
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def test_a_stale_choice_forgets_nothing_else_on_the_page(address, listed):
     assert [label for label, _ in names["choices"]] == [f"0. {OTHER}"] and answer == ["", ""]
 
 
-# -------------------------------------------------------------------------------------------------------------------- browser
+# --- browser
 
 
 @pytest.fixture(scope="module")
@@ -449,9 +449,11 @@ def test_in_a_browser(address, browser, tmp_path):
     expect(said).to_contain_text(FACT)
     expect(tab.locator("#maps")).to_contain_text("%")
     expect(tab.get_by_text("cut.safetensors is refused")).to_be_hidden()
-    wide = "[...document.querySelectorAll('.gradio-container *')].filter(e => e.getBoundingClientRect().right > 361).length"
+    every = "[...document.querySelectorAll('.gradio-container *')]"
+    wide = f"{every}.filter(e => e.getBoundingClientRect().right > 361).length"
     widths = tab.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]")
-    cut = "[...document.querySelectorAll('#maps .caption-label, #said td, #answer_said td')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
+    cells = "[...document.querySelectorAll('#maps .caption-label, #said td, #answer_said td')]"
+    cut = f"{cells}.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
     assert tab.locator("#maps .caption-label").count() == len(FACT.split()) and tab.evaluate(cut) == []
     screenshot(tab, "app_phone.png")
     assert widths == [360, 360], f"{tab.evaluate(wide)} elements are too wide"

@@ -1,4 +1,4 @@
-"""The command line as a whole: both doors, help without torch, exit codes; each command's own tests are with its subject."""
+"""The command line as a whole: its door, help without torch, exit codes, the wheel."""
 
 import subprocess
 import sys
@@ -8,15 +8,35 @@ from conftest import ROOT, microvlm
 
 from microvlm import cli
 
+HELP = """
+import runpy, sys
+sys.argv = ["microvlm", "--help"]
+try:
+    runpy.run_module("microvlm", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+print(sorted({"torch", "transformers", "datasets", "numpy"} & set(sys.modules)))
+"""
+
 
 def test_help_imports_no_torch():
     """Through `python -m microvlm`, which the console script equals."""
-    code = "import runpy, sys\nsys.argv = ['microvlm', '--help']\n"
-    code += "try:\n    runpy.run_module('microvlm', run_name='__main__')\nexcept SystemExit as end:\n    assert not end.code\n"
-    code += "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
     assert {"caption", "memory", "train", "evaluate", "push"} <= set(done.stdout.split())
+
+
+def test_a_wheel_has_the_model_and_the_templates(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE", ROOT / "microvlm"):
+        (source / path.name).symlink_to(path)
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "built")]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    built = {str(path.relative_to(tmp_path / "built")) for path in (tmp_path / "built").rglob("*.*")}
+    expected = {f"microvlm/{path.name}" for path in ROOT.glob("*_microvlm.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "microvlm").rglob("*.*") if path.suffix != ".pyc"}
+    assert built == expected | {"microvlm/train_hf.py"}
 
 
 @pytest.mark.parametrize("command", [["memory"], ["export"], ["visualize"], ["caption"], ["train"], ["evaluate"]])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_ID, ROOT, text_section, tiny_model
+from conftest import IMAGE_ID, ROOT, microvlm, text_section, tiny_model
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from microvlm.processing_microvlm import MicroVLMImageProcessor, MicroVLMProcessor
 from microvlm.quantization_microvlm import TernaryLinear, fake_ternary
@@ -74,7 +74,7 @@ def export_section(text: str, **kwargs) -> dict:
 
 
 def checkpoint(folder: Path, text: str, qat: dict | None = None, **kwargs) -> Path:
-    """A tiny checkpoint of a family, with a tokenizer of that family; norms and biases are not those of a fresh model."""
+    """A tiny checkpoint and tokenizer of a family; norms and biases are not those of a fresh model."""
     model = tiny_model(
         text, text_config=export_section(text, **kwargs), qat_config=qat or {}, default_prompt_ids=[2, IMAGE_ID, 3]
     )
@@ -237,12 +237,22 @@ def test_known_ways_of_cutting_text(kind):
     assert tokenizer_kind(byte_level_tokenizer(kind)) == kind
 
 
+def test_command_line(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    source = checkpoint(tmp_path / "source", "qwen2")
+    out = tmp_path / "out.gguf"
+    assert microvlm("export", "gguf", source, out, "--type", "q9") == 2
+    assert "'q9' is not one of" in capsys.readouterr().err
+    assert microvlm("export", "gguf", source, out, "--type", "f32") == 0 and out.read_bytes()[:4] == b"GGUF"
+    assert microvlm("export", "onnx", source, out) == 1
+    assert capsys.readouterr().err == f"microvlm: OUT {out} ends in .gguf, expected a folder.\n"
+
+
 def test_refusals(tmp_path):
     pytest.importorskip("gguf")
     out = tmp_path / "out.gguf"
     for message, call in (
-        ("--type 'q9' is unknown, expected one of f32, f16, bf16, q8_0, tq2_0, tq1_0.", ("x", out, "q9")),
-        (f"OUT {tmp_path / 'out'} does not end in .gguf", ("x", tmp_path / "out", "f16")),
+        (f"OUT {tmp_path / 'out'} is no file name that ends in .gguf", ("x", tmp_path / "out", "f16")),
         ("CHECKPOINT 'x' is neither a folder on this machine nor a Hub id", ("x", out, "f16")),
     ):
         with pytest.raises(ValueError) as error:
@@ -250,7 +260,7 @@ def test_refusals(tmp_path):
         assert message in str(error.value)
 
     toy = toy_checkpoint(tmp_path / "toy")
-    with pytest.raises(ValueError, match="the tokenizer is BPE behind Metaspace, expected byte-level BPE"):
+    with pytest.raises(ValueError, match="the tokenizer is BPE after Metaspace, expected byte-level BPE"):
         export_gguf(str(toy), out)
     config = toy / "config.json"
     written = config.read_text()
@@ -262,7 +272,7 @@ def test_refusals(tmp_path):
         export_gguf(str(toy), out)
 
     source = checkpoint(tmp_path / "plain", "qwen2")
-    with pytest.raises(ValueError, match="--type tq2_0 holds ternary layers, and this checkpoint has none"):
+    with pytest.raises(ValueError, match="--type tq2_0 needs ternary layers, the checkpoint has none"):
         export_gguf(str(source), out, "tq2_0")
     out.write_bytes(b"mine")
     with pytest.raises(ValueError, match="exists: choose another name, or replace it with --force"):
@@ -524,7 +534,7 @@ def test_llama_cpp_computes_the_same(tmp_path, text, qat, kwargs):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f32", "tq2_0"])
 def test_nano_in_llama_cpp(tmp_path, dtype):
-    """llama.cpp as released applies SiLU in BitNet's feed-forward; LLAMA_CPP_RELU2=1 tells that this one is changed (docs/export.md)."""
+    """Released llama.cpp applies SiLU in BitNet's feed-forward; LLAMA_CPP_RELU2=1: this one is changed (docs/export.md)."""
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
     with pytest.raises(

@@ -30,7 +30,8 @@ CSS = """
 #maps .grid-container { grid: auto-flow min-content / repeat(auto-fill, minmax(8rem, 1fr)) !important; }
 #maps .grid-container .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
 #maps .grid-container img { height: auto; aspect-ratio: 1; }
-#maps .caption-label { position: static; width: 100%; max-width: none; white-space: normal; text-align: left; font-size: .85rem; }
+#maps .caption-label { position: static; width: 100%; max-width: none; white-space: normal; text-align: left; }
+#maps .caption-label { font-size: .85rem; }
 .said table { width: 100%; border-collapse: collapse; border: 0 !important; }
 .said td, .said th { padding: .2rem .4rem; text-align: left; border: 0 !important; }
 .said tr { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }

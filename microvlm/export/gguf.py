@@ -1,8 +1,6 @@
 """Export the language model of a checkpoint as GGUF for llama.cpp."""
 
 import json
-import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..files import atomic_path
 from ..model import TernaryLinear, ternary_quantize
-from .checkpoint import check_new, load_checkpoint, quiet
+from .checkpoint import load_checkpoint, quiet
 
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "tq2_0", "tq1_0")
 GGUF_ARCHITECTURES = ("qwen2", "llama", "bitnet")
-# Ways of cutting text before the merges, by llama.cpp's name: regular expression (None: that of GPT-2, which ByteLevel has
-# built in), whether digits are cut off one by one first, and whether a whole word in the vocabulary skips the merges.
+# Ways of cutting text before the merges, by llama.cpp's name: regular expression (None: GPT-2's, built into ByteLevel),
+# whether digits are cut off one by one first, and whether a whole word in the vocabulary skips the merges.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS = {
@@ -27,8 +25,8 @@ PRE_TOKENIZERS = {
     "qwen2": (CONTRACTIONS + r"\p{N}" + PUNCTUATION, False, False),
     "llama-bpe": (CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION, False, True),
 }
-# Microsoft's name for BitNet 2B-4T's graph, with squared ReLU. llama.cpp has none of that name and refuses the file, where its "bitnet" would
-# open it, apply SiLU and write other words
+# Microsoft's name for BitNet 2B-4T's graph, with squared ReLU. llama.cpp has none of that name and refuses the file;
+# its "bitnet" would open it, apply SiLU and write other words.
 RELU2_ARCHITECTURE = "bitnet-b1.58"
 
 
@@ -38,7 +36,8 @@ class GGUFTensor:
 
     Args:
         data: float32, as llama.cpp is to see it.
-        kind: "weight" (a matrix of the decoder), "ternary" (one of -1, 0, 1 times one scale), "embedding" or "plain" (always float32).
+        kind: "weight" (a matrix of the decoder), "ternary" (-1, 0 or 1, times one scale), "embedding" or "plain" (a
+            vector, always float32).
     """
 
     name: str
@@ -47,33 +46,32 @@ class GGUFTensor:
 
 
 def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name for the way in which a byte-level BPE tokenizer cuts text.
+    """Name a byte-level BPE tokenizer's way of cutting text as llama.cpp does.
 
     Raises:
-        ValueError: llama.cpp has none that is known here, so that its ids would differ.
+        ValueError: llama.cpp has none that is known here, so its ids would differ.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, cutter = spec["model"], spec["pre_tokenizer"] or {}
     parts = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
     if model["type"] != "BPE" or parts[-1].get("type") != "ByteLevel" or model.get("byte_fallback"):
-        raise ValueError(
-            f"the tokenizer is {model['type']} behind {parts[-1].get('type')}, expected byte-level BPE (GPT-2, Qwen2, Llama 3)."
-        )
+        kinds = f"{model['type']} after {parts[-1].get('type')}"
+        raise ValueError(f"the tokenizer is {kinds}, expected byte-level BPE (GPT-2, Qwen2, Llama 3).")
     if (spec["normalizer"] or {}).get("type") not in (None, "NFC") or parts[-1]["add_prefix_space"]:
         raise ValueError("the tokenizer changes text before it cuts it, which llama.cpp would not do.")
+    # at most one step that cuts off digits and one that splits by a regular expression, then bytes
     digits = [p for p in parts[:-1] if p == {"type": "Digits", "individual_digits": True}]
     splits = [p for p in parts[:-1] if p["type"] == "Split"]
     regex = splits[0]["pattern"].get("Regex") if splits else None
-    simple = len(digits) + len(splits) == len(parts) - 1 and len(digits) <= 1 and len(splits) <= 1
-    simple = simple and parts[-1]["use_regex"] == (regex is None)
-    simple = simple and all(s["behavior"] == "Isolated" and not s["invert"] for s in splits)
-    found = (regex, bool(digits), bool(model.get("ignore_merges")))
-    for name, known in PRE_TOKENIZERS.items():
-        if simple and found == known:
-            return name
-    raise ValueError(
-        f"the tokenizer cuts text by {json.dumps(cutter)}, ignore_merges {found[2]}; known are those of {sorted(PRE_TOKENIZERS)}."
-    )
+    is_simple = len(digits) + len(splits) == len(parts) - 1 and len(digits) <= 1 and len(splits) <= 1
+    is_simple = is_simple and parts[-1]["use_regex"] == (regex is None)
+    is_simple = is_simple and all(s["behavior"] == "Isolated" and not s["invert"] for s in splits)
+    way = (regex, bool(digits), bool(model.get("ignore_merges")))
+    names = [name for name, known in PRE_TOKENIZERS.items() if is_simple and way == known]
+    if not names:
+        known = sorted(PRE_TOKENIZERS)
+        raise ValueError(f"the tokenizer cuts text by {json.dumps(cutter)}, ignore_merges {way[2]}; known are {known}.")
+    return names[0]
 
 
 def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppressed: list[int]) -> None:
@@ -85,6 +83,7 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
     """
     from gguf import TokenType
 
+    # every row of the embedding is a token
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["id"]: token for token in spec["added_tokens"]}
     names = {i: text for text, i in spec["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
@@ -104,15 +103,11 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
-    for name, add in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("pad", writer.add_pad_token_id),
-        ("unk", writer.add_unk_token_id),
-    ):
+    for name in ("bos", "eos", "pad", "unk"):
         value = getattr(tokenizer, f"{name}_token_id")
         if value is not None:
-            add(value)
+            getattr(writer, f"add_{name}_token_id")(value)
+    # what the tokenizer adds around a text
     ids = tokenizer("a").input_ids
     writer.add_add_bos_token(len(ids) > 1 and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
@@ -124,17 +119,14 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
 
 
 def check_architecture(model, text_config) -> None:
-    """Raise ValueError where llama.cpp's graph of this architecture would compute something else, save for BitNet's activation."""
-    kind = text_config.model_type
+    """Raise ValueError where llama.cpp's graph would compute something else, except for BitNet's activation."""
+    kind, act = text_config.model_type, text_config.hidden_act
     if kind not in GGUF_ARCHITECTURES:
-        raise ValueError(
-            f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {list(GGUF_ARCHITECTURES)}."
-        )
+        known = list(GGUF_ARCHITECTURES)
+        raise ValueError(f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {known}.")
     known = ("silu", "relu2") if kind == "bitnet" else ("silu",)
-    if text_config.hidden_act not in known:
-        raise ValueError(
-            f"text_config.hidden_act is {text_config.hidden_act!r}, expected {' or '.join(known)} of {kind}."
-        )
+    if act not in known:
+        raise ValueError(f"text_config.hidden_act is {act!r}, expected {' or '.join(known)} of {kind}.")
     if any(t != "full_attention" for t in getattr(text_config, "layer_types", None) or []):
         raise ValueError(f"the text model has sliding windows, which llama.cpp's {kind} does not.")
     rope = text_config.rope_parameters["rope_type"]
@@ -153,36 +145,33 @@ def check_architecture(model, text_config) -> None:
 
 
 def ternary_parts(layer: nn.Linear, groups: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Values in {-1, 0, 1} (out, in) and scale () or (out, 1) of a `TernaryLinear`; None for another layer.
+    """Split a `TernaryLinear` into values in {-1, 0, 1} (out, in) and scale () or (out, 1); None for another layer.
 
     Raises:
-        ValueError: the layer says that its weights are ternary as stored, and they are not; other scales than `groups`.
+        ValueError: other scales than `groups`, or weights that are not ternary though the config says so.
     """
     if not isinstance(layer, TernaryLinear):
         return None
     if layer.group_size not in groups:
-        raise ValueError(
-            f"this GGUF has scales of a {' or '.join(groups)}, qat_config.group_size is {layer.group_size!r}."
-        )
+        known = " or ".join(groups)
+        raise ValueError(f"this GGUF has scales of a {known}, qat_config.group_size is {layer.group_size!r}.")
     if layer.ternary_weights:
         return ternary_quantize(layer.weight, layer.group_size)
     scale = layer.weight.abs().max()
     values = (layer.weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
     if not torch.allclose(values * scale, layer.weight, rtol=1e-2, atol=0):  # bfloat16 keeps three digits
-        raise ValueError(
-            "qat_config.ternary_weights is 'none', but the weights of a ternary layer take more than three values."
-        )
+        raise ValueError("qat_config.ternary_weights is 'none', but a ternary layer has more than three values.")
     return values, scale
 
 
 def permute_heads(x: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection from transformers' order (halves) to that of llama.cpp's llama (pairs), per head."""
+    """Reorder rows of a query or key projection, per head, from halves (transformers) to pairs (llama.cpp's llama)."""
     return x.reshape(heads, 2, len(x) // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
 @torch.no_grad()
 def gguf_tensors(model) -> list[GGUFTensor]:
-    """The language model's tensors under llama.cpp's names."""
+    """List the language model's tensors under llama.cpp's names."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     text, decoder = model.config.text_config, model.model.language_model
@@ -196,14 +185,14 @@ def gguf_tensors(model) -> list[GGUFTensor]:
         data, scale, role = parameter.float(), None, "plain" if parameter.ndim == 1 else "weight"
         if name == "embed_tokens.weight":
             role = "embedding"
+        # ternary layers: llama.cpp's bitnet multiplies by the scale itself
         groups = ("tensor",) if kind == "bitnet" else ("tensor", "row")
         parts = ternary_parts(modules[module], groups) if suffix == "weight" else None
         if parts is not None:
             values, scale = parts
             role = "ternary"
-            data = (
-                values if kind == "bitnet" else values * scale
-            )  # qwen2 and llama read no scales of their own everywhere
+            data = values if kind == "bitnet" else values * scale  # qwen2 and llama do not read scales everywhere
+        # llama.cpp's name and order of rows
         _, _, rest = module.split(".", 2) if module.startswith("layers.") else ("", "", module)
         if rest in sub_norms:
             target = f"blk.{module.split('.')[1]}.{sub_norms[rest]}"
@@ -227,9 +216,9 @@ def gguf_tensors(model) -> list[GGUFTensor]:
 
 
 def choose_type(tensor: GGUFTensor, wanted: str) -> tuple[str, str | None]:
-    """Type in which a tensor is stored, and why it is not the one that was asked for.
+    """Choose the type of a tensor; returns it, and why it is not `wanted`.
 
-    Vectors are float32; the ternary types hold ternary layers, and what is not ternary is float16 beside them.
+    Vectors are float32; the ternary types hold ternary layers, other matrices are float16 then.
     """
     if tensor.kind == "plain":
         return "f32", None
@@ -239,6 +228,58 @@ def choose_type(tensor: GGUFTensor, wanted: str) -> tuple[str, str | None]:
     if tensor.data.shape[-1] % block:
         return "f16", f"rows of {tensor.data.shape[-1]}, not divisible by {block}"
     return wanted, None
+
+
+def write_config(writer, model, name: str, dtype: str) -> None:
+    """Add name, sizes and rotary parameters of the language model to a `gguf.GGUFWriter`."""
+    import gguf
+
+    text = model.config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(f"{name or 'MicroVLM'} language model")
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(text.vocab_size)
+    writer.add_context_length(text.max_position_embeddings)
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_block_count(text.num_hidden_layers)
+    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_head_count(text.num_attention_heads)
+    writer.add_head_count_kv(text.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(text.rope_parameters["rope_theta"])
+    if text.model_type != "bitnet":
+        return
+    writer.add_string(f"{writer.arch}.hidden_activation", text.hidden_act)
+    if text.hidden_act == "relu2":
+        note = (
+            f"relu2 in the feed-forward, architecture {writer.arch}: "
+            "llama.cpp's bitnet graph applies silu and gives other tokens"
+        )
+        writer.add_description(note)
+        print(f"note: {note} (docs/export.md)")
+
+
+def add_tensors(writer, tensors: list[GGUFTensor], dtype: str) -> Counter[str]:
+    """Add the tensors to a `gguf.GGUFWriter` and print the exceptions; returns how many have each type."""
+    import gguf
+
+    types: Counter[str] = Counter()
+    fallbacks: dict[str, list[str]] = {}
+    for tensor in tensors:
+        used, reason = choose_type(tensor, dtype)
+        qtype = gguf.GGMLQuantizationType[used.upper()]
+        writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, qtype), raw_dtype=qtype)
+        types[used] += 1
+        if reason:
+            fallbacks.setdefault(reason, []).append(tensor.name)
+    for reason, names in fallbacks.items():
+        print(f"note: {len(names)} tensors are f16 instead of {dtype} ({reason}), such as {names[0]}")
+    return types
 
 
 def export_gguf(
@@ -253,101 +294,52 @@ def export_gguf(
 
     Args:
         source: folder or Hub id.
-        out: file to write.
-        dtype: of the matrices, one of `GGUF_TYPES`.
+        dtype: of the matrices: f32, f16, bf16, q8_0, tq2_0 or tq1_0.
         force: replace `out`.
-        architecture: the file's `general.architecture`; default: the model type, for a BitNet with squared ReLU `RELU2_ARCHITECTURE`.
+        architecture: the file's `general.architecture`; default: the model type, for a BitNet with squared ReLU
+            `RELU2_ARCHITECTURE`.
 
     Raises:
-        ValueError: something given is not what is expected; nothing is written then.
+        ValueError: the checkpoint or `out` is not as expected, or the file does not verify; nothing is written then.
     """
+    # refuse before the work
     out = Path(out)
-    if dtype not in GGUF_TYPES:
-        raise ValueError(f"--type {dtype!r} is unknown, expected one of {', '.join(GGUF_TYPES)}.")
-    if out.suffix != ".gguf":
-        raise ValueError(f"OUT {out} does not end in .gguf; a folder of ONNX graphs is written by export onnx.")
-    if out.is_dir():
-        raise ValueError(f"OUT {out} is a folder, expected a file.")
-    check_new(out, force)
+    if out.suffix != ".gguf" or out.is_dir():
+        raise ValueError(f"OUT {out} is no file name that ends in .gguf; export onnx writes a folder.")
+    if out.exists() and not force:
+        raise ValueError(f"OUT {out} exists: choose another name, or replace it with --force.")
     import gguf  # after the checks, which need no package
 
+    # what to write, as llama.cpp sees it
     model, tokenizer = load_checkpoint(source, revision)
     text = model.config.text_config
     check_architecture(model, text)
     tokenizer_kind(tokenizer)
     tensors = gguf_tensors(model)
     if dtype.startswith("tq") and not any(tensor.kind == "ternary" for tensor in tensors):
-        raise ValueError(
-            f"--type {dtype} holds ternary layers, and this checkpoint has none (qat_config.ternary_modules)."
-        )
+        raise ValueError(f"--type {dtype} needs ternary layers, the checkpoint has none (qat_config.ternary_modules).")
+    is_relu2 = text.model_type == "bitnet" and text.hidden_act == "relu2"
 
-    kind = text.model_type
-    squared = kind == "bitnet" and text.hidden_act == "relu2"
-    architecture = architecture or (RELU2_ARCHITECTURE if squared else kind)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # write under another name, read back, rename
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
-    os.close(handle)
-    temporary = Path(temporary)
-    try:
-        writer = gguf.GGUFWriter(temporary, architecture)
-        name = source.rstrip("/").split("/")[-1].strip(".")
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(f"{name or 'MicroVLM'} language model")
-        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_vocab_size(text.vocab_size)
-        writer.add_context_length(text.max_position_embeddings)
-        writer.add_embedding_length(text.hidden_size)
-        writer.add_block_count(text.num_hidden_layers)
-        writer.add_feed_forward_length(text.intermediate_size)
-        writer.add_head_count(text.num_attention_heads)
-        writer.add_head_count_kv(text.num_key_value_heads)
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-        writer.add_layer_norm_rms_eps(text.rms_norm_eps)
-        writer.add_rope_dimension_count(head_dim)
-        writer.add_rope_freq_base(text.rope_parameters["rope_theta"])
-        if kind == "bitnet":
-            writer.add_string(f"{architecture}.hidden_activation", text.hidden_act)
-            if squared:
-                note = f"relu2 in the feed-forward, architecture {architecture}: llama.cpp's bitnet graph applies silu and gives other tokens"
-                writer.add_description(note)
-                print(f"note: {note} (docs/export.md)")
+    with atomic_path(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, architecture or (RELU2_ARCHITECTURE if is_relu2 else text.model_type))
+        write_config(writer, model, source.rstrip("/").split("/")[-1].strip("."), dtype)
         write_tokenizer(writer, tokenizer, text.vocab_size, model.generation_config.suppress_tokens or [])
-
-        stored: Counter[str] = Counter()
-        fallbacks: dict[str, list[str]] = {}
-        for tensor in tensors:
-            used, reason = choose_type(tensor, dtype)
-            qtype = gguf.GGMLQuantizationType[used.upper()]
-            data = gguf.quants.quantize(tensor.data, qtype)
-            writer.add_tensor(tensor.name, data, raw_dtype=qtype)
-            stored[used] += 1
-            if reason:
-                fallbacks.setdefault(reason, []).append(tensor.name)
-        for reason, names in fallbacks.items():
-            print(f"note: {len(names)} tensors are f16 instead of {dtype} ({reason}), such as {names[0]}")
+        types = add_tensors(writer, tensors, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         error = verify_gguf(temporary, tensors)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(
-        f"{kind}: {', '.join(f'{n} tensors {name}' for name, n in stored.items())}; rounding at most {error:.1e} of a tensor's norm"
-    )
+    counts = ", ".join(f"{n} tensors {name}" for name, n in types.items())
+    print(f"{text.model_type}: {counts}; rounding at most {error:.1e} of a tensor's norm")
     print(f"wrote {out}, {out.stat().st_size:,} bytes")
     return out
 
 
 def verify_gguf(path: Path, tensors: list[GGUFTensor]) -> float:
-    """Read a file back; the largest distance of a tensor from what was to be written, over its norm.
+    """Read a file back; returns the largest distance of a tensor from its source, over its norm.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is further off than 8 bits would put it.
@@ -360,11 +352,11 @@ def verify_gguf(path: Path, tensors: list[GGUFTensor]) -> float:
     for tensor in tensors:
         if tensor.name not in stored:
             raise ValueError(f"verification: {tensor.name} was not written.")
-        found = stored[tensor.name]
-        shape = tuple(int(n) for n in found.shape[::-1])
+        written = stored[tensor.name]
+        shape = tuple(int(n) for n in written.shape[::-1])
         if shape != tensor.data.shape:
             raise ValueError(f"verification: {tensor.name} is {shape} in the file, expected {tensor.data.shape}.")
-        data = dequantize(found.data, found.tensor_type).reshape(shape)
+        data = dequantize(written.data, written.tensor_type).reshape(shape)
         error = float(np.linalg.norm(data - tensor.data) / max(np.linalg.norm(tensor.data), 1e-30))
         if not error <= 0.02:
             raise ValueError(f"verification: {tensor.name} in the file is {error:.1e} of its norm off.")

@@ -1,7 +1,6 @@
 """Export vision, embeddings and decoder of a checkpoint as ONNX graphs."""
 
-import shutil
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +9,16 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache
 
-from ..files import check_out, put_folder
+from ..files import atomic_folder, check_out
 from ..model import CACHE_NAME, MicroVLMProcessor, TernaryLinear
 from .checkpoint import load_checkpoint, quiet
 
-# Logits of the ONNX graphs against the model's, largest difference over the largest logit. Where activations are rounded to 8 bits,
-# sums in another order move a few of them to the neighbouring step.
+# Logits of the ONNX graphs against the model's, largest difference over the largest logit. Where activations are
+# rounded to 8 bits, sums in another order move a few of them to the neighbouring step.
 ONNX_TOLERANCE, ONNX_ROUNDED_TOLERANCE = 1e-4, 5e-2
 ONNX_OPSET = 20
 EXPORTED = {".onnx", ".data", ".json", ".jinja", ".py"}  # suffixes of the files in a folder with ONNX graphs
-MAX_EMBEDDED_BYTES = 1_500_000_000  # a protobuf ends at 2 GB: weights of larger graphs go into a file beside it
+MAX_EMBEDDED_BYTES = 1_500_000_000  # a protobuf ends at 2 GB: weights of larger graphs go into a second file
 
 
 class VisionEncoder(nn.Module):
@@ -48,9 +47,9 @@ class EmbedTokens(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One pass of the language model over T new positions behind `past` cached ones.
+    """One pass of the language model over T new positions after `past` cached ones.
 
-    The causal mask is spelled out from `attention_mask`, so that one graph serves prompts and single tokens, padded or not.
+    The causal mask is built from `attention_mask`: one graph serves prompts and single tokens, padded or not.
     """
 
     def __init__(self, model):
@@ -64,7 +63,7 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor,
         past_key_values: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Logits (B, T, V) and, per layer, keys and values (B, kv_heads, past + T, head_dim).
+        """Compute logits (B, T, V) and, per layer, keys and values (B, kv_heads, past + T, head_dim).
 
         Args:
             inputs_embeds: (B, T, D).
@@ -75,11 +74,9 @@ class Decoder(nn.Module):
         T, length = inputs_embeds.shape[1], attention_mask.shape[1]
         columns = torch.arange(length, device=inputs_embeds.device)
         rows = torch.arange(T, device=inputs_embeds.device) + past_key_values[0][0].shape[2]
-        seen = (columns.view(1, 1, 1, -1) <= rows.view(1, 1, -1, 1)) & attention_mask.bool().view(-1, 1, 1, length)
-        # finite, so that a row of padding, which sees nothing, does not turn into NaN
-        mask = torch.where(seen, 0.0, torch.finfo(inputs_embeds.dtype).min).to(
-            inputs_embeds.dtype
-        )  # (B, 1, T, past + T)
+        visible = (columns.view(1, 1, 1, -1) <= rows.view(1, 1, -1, 1)) & attention_mask.bool().view(-1, 1, 1, length)
+        # finite, so that a row of padding, which sees nothing, does not turn into NaN; (B, 1, T, past + T)
+        mask = torch.where(visible, 0.0, torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
@@ -93,7 +90,7 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def freeze_ternary(model) -> int:
-    """Replace latent weights of ternary layers by what they are rounded to, in place; returns how many layers there are."""
+    """Round the latent weights of ternary layers in place; returns the number of layers."""
     layers = [m for m in model.modules() if isinstance(m, TernaryLinear)]
     for layer in layers:
         layer.weight.copy_(layer.rounded_weight())
@@ -101,36 +98,95 @@ def freeze_ternary(model) -> int:
     return len(layers)
 
 
-def export_graph(
-    module: nn.Module, inputs: dict, dynamic_shapes: dict, input_names: list[str], output_names: list[str], path: Path
-) -> None:
-    """Write one module as an ONNX graph; its names are given flat, in order."""
-    program = torch.onnx.export(
-        module.eval(),
-        kwargs=inputs,
-        dynamic_shapes=dynamic_shapes,
-        input_names=input_names,
-        output_names=output_names,
-        opset_version=ONNX_OPSET,
-        dynamo=True,
-        verbose=False,
+@dataclass
+class Graph:
+    """One graph of the export: a module, example inputs, their dynamic sizes, and the names in the file."""
+
+    name: str
+    module: nn.Module
+    inputs: dict
+    dynamic: dict
+    input_names: list[str]
+    output_names: list[str]
+
+    def save(self, folder: Path) -> None:
+        program = torch.onnx.export(
+            self.module.eval(),
+            kwargs=self.inputs,
+            dynamic_shapes=self.dynamic,
+            input_names=self.input_names,
+            output_names=self.output_names,
+            opset_version=ONNX_OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        size = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        program.save(folder / f"{self.name}.onnx", external_data=size > MAX_EMBEDDED_BYTES)
+
+
+def cached(prefix: str, layers: int) -> list[str]:
+    """Name the keys and values of all layers."""
+    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+
+
+def head_size(text) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def graphs(model, image_size: tuple[int, ...]) -> list[Graph]:
+    """Describe the three graphs; `image_size` is (3, height, width)."""
+    text = model.config.text_config
+    B, T, past = 2, 3, 4  # example sizes, all different
+    batch, new = torch.export.Dim("batch", min=1), torch.export.Dim("sequence_length", min=1)
+    ids, pixels = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, *image_size)
+    vision = Graph(
+        "vision_encoder",
+        VisionEncoder(model),
+        {"pixel_values": pixels},
+        {"pixel_values": {0: batch}},
+        ["pixel_values"],
+        ["image_features"],
     )
-    size = sum(p.numel() * p.element_size() for p in module.parameters())
-    program.save(path, external_data=size > MAX_EMBEDDED_BYTES)
+    embedding = Graph(
+        "embed_tokens",
+        EmbedTokens(model),
+        {"input_ids": ids},
+        {"input_ids": {0: batch, 1: new}},
+        ["input_ids"],
+        ["inputs_embeds"],
+    )
+    layers, auto = text.num_hidden_layers, torch.export.Dim.DYNAMIC
+    inputs = {
+        "inputs_embeds": torch.zeros(B, T, text.hidden_size),
+        "attention_mask": torch.ones(B, past + T, dtype=torch.long),
+        "position_ids": torch.arange(past, past + T).expand(B, T),
+    }
+    dynamic = {name: {0: auto, 1: auto} for name in inputs}
+    key = torch.zeros(B, text.num_key_value_heads, past, head_size(text))
+    decoder = Graph(
+        "decoder_model_merged",
+        Decoder(model),
+        inputs | {"past_key_values": [(key.clone(), key.clone()) for _ in range(layers)]},
+        dynamic | {"past_key_values": [({0: auto, 2: auto}, {0: auto, 2: auto}) for _ in range(layers)]},
+        [*inputs, *cached("past_key_values", layers)],
+        ["logits", *cached("present", layers)],
+    )
+    return [vision, embedding, decoder]
 
 
 def export_onnx(source: str, out: str | Path, revision: str | None = None, force: bool = False) -> Path:
-    """Write vision tower with adapter, token embedding and decoder as ONNX, with config and tokenizer beside them.
+    """Write vision tower with adapter, token embedding and decoder as ONNX, with config and tokenizer.
 
     Args:
         source: folder or Hub id.
-        out: folder to write: `onnx/vision_encoder.onnx`, `onnx/embed_tokens.onnx`, `onnx/decoder_model_merged.onnx`, `config.json`,
-            `generation_config.json`, `tokenizer.json` and the rest of the processor.
+        out: folder to write: `onnx/vision_encoder.onnx`, `onnx/embed_tokens.onnx`, `onnx/decoder_model_merged.onnx`,
+            `config.json`, `generation_config.json`, `tokenizer.json` and the rest of the processor.
         force: replace `out`.
 
     Raises:
-        ValueError: something given is not what is expected, or the graphs do not compute what the model does; nothing is written then.
+        ValueError: bad input, or graphs that do not compute what the model does; nothing is written then.
     """
+    # refuse before the work
     out = Path(out)
     if out.suffix == ".gguf":
         raise ValueError(f"OUT {out} ends in .gguf, expected a folder.")
@@ -140,72 +196,55 @@ def export_onnx(source: str, out: str | Path, revision: str | None = None, force
             raise ValueError(f"OUT {out} holds {path.relative_to(out)}, which no export wrote: choose another folder.")
     model, _ = load_checkpoint(source, revision)
     freeze_ternary(model)
-    text = model.config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    L, B, T, past = text.num_hidden_layers, 2, 3, 4  # example sizes, all different
-    processor = MicroVLMProcessor.from_pretrained(source, revision=revision, trust_remote_code=True)
-    picture = processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
+    processor = MicroVLMProcessor.from_pretrained(source, revision=revision)
+    image = processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        (temporary / "onnx").mkdir()
-        batch, new = torch.export.Dim("batch", min=1), torch.export.Dim("sequence_length", min=1)
-        export_graph(
-            VisionEncoder(model),
-            {"pixel_values": torch.zeros(B, *picture.shape[1:])},
-            {"pixel_values": {0: batch}},
-            ["pixel_values"],
-            ["image_features"],
-            temporary / "onnx" / "vision_encoder.onnx",
-        )
-        export_graph(
-            EmbedTokens(model),
-            {"input_ids": torch.zeros(B, T, dtype=torch.long)},
-            {"input_ids": {0: batch, 1: new}},
-            ["input_ids"],
-            ["inputs_embeds"],
-            temporary / "onnx" / "embed_tokens.onnx",
-        )
-        past_shape, auto = (B, text.num_key_value_heads, past, head_dim), torch.export.Dim.DYNAMIC
-        cached = lambda prefix: [f"{prefix}.{i}.{part}" for i in range(L) for part in ("key", "value")]  # noqa: E731
-        export_graph(
-            Decoder(model),
-            {
-                "inputs_embeds": torch.zeros(B, T, text.hidden_size),
-                "attention_mask": torch.ones(B, past + T, dtype=torch.long),
-                "position_ids": torch.arange(past, past + T).expand(B, T),
-                "past_key_values": [(torch.zeros(past_shape), torch.zeros(past_shape)) for _ in range(L)],
-            },
-            {
-                "inputs_embeds": {0: auto, 1: auto},
-                "attention_mask": {0: auto, 1: auto},
-                "position_ids": {0: auto, 1: auto},
-                "past_key_values": [({0: auto, 2: auto}, {0: auto, 2: auto}) for _ in range(L)],
-            },
-            ["inputs_embeds", "attention_mask", "position_ids", *cached("past_key_values")],
-            ["logits", *cached("present")],
-            temporary / "onnx" / "decoder_model_merged.onnx",
-        )
-        differences = verify_onnx(model, temporary)
-        processor.save_pretrained(temporary)
-        model.config.save_pretrained(temporary)
-        model.generation_config.save_pretrained(temporary)
-        print("\n".join(f"ok: {line}" for line in differences))
-        put_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    # write, compare with the model, rename
+    with atomic_folder(out) as folder:
+        (folder / "onnx").mkdir()
+        for graph in graphs(model, image.shape[1:]):
+            graph.save(folder / "onnx")
+        lines = verify_onnx(model, folder)
+        for part in (processor, model.config, model.generation_config):
+            part.save_pretrained(folder)
+        print("\n".join(f"ok: {line}" for line in lines))
     for path in sorted((out / "onnx").iterdir()):
         print(f"wrote {path}, {path.stat().st_size:,} bytes")
     return out
 
 
+def compare(what: str, result: np.ndarray, expected: torch.Tensor, tolerance: float) -> str:
+    """Describe how far a result is off.
+
+    Raises:
+        ValueError: further than the tolerance.
+    """
+    scale = expected.abs().max().item()
+    error = float(np.abs(result - expected.numpy()).max()) / scale
+    if not error <= tolerance:
+        raise ValueError(
+            f"verification: {what} of onnxruntime differ by {error:.1e} of the largest, allowed is {tolerance}."
+        )
+    return f"{what} {result.shape} as the model's, to {error:.1e} of the largest ({scale:.3g})"
+
+
+def draw_prompts(model, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw two prompts with an image and words around it, the first padded on the left; ids and mask (2, T)."""
+    words = torch.randint(model.config.text_config.vocab_size, (2, 4), generator=generator)
+    image_token = model.config.image_token_id
+    words[words == image_token] = (image_token + 1) % model.config.text_config.vocab_size
+    ids = torch.cat([words[:, :2], model.default_prompt(2), words[:, 2:]], 1)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    return ids, mask
+
+
 @torch.inference_mode()
 def verify_onnx(model, folder: Path) -> list[str]:
-    """Run the graphs with onnxruntime: prompts of two lengths, left-padded, with a picture each, and three tokens after them.
+    """Compare the graphs in onnxruntime with the model, on two prompts and three tokens after them.
 
     Returns:
-        What was compared, one line each.
+        what was compared, one line each.
 
     Raises:
         ValueError: a difference beyond the tolerance.
@@ -216,79 +255,49 @@ def verify_onnx(model, folder: Path) -> list[str]:
         path.stem: onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         for path in sorted((folder / "onnx").glob("*.onnx"))
     }
-    config, text = model.config, model.config.text_config
-    generator = torch.Generator().manual_seed(0)
-    size = sessions["vision_encoder"].get_inputs()[0].shape[1:]
-    pixel_values = torch.randn(2, *size, generator=generator)
     rounded = any(isinstance(m, TernaryLinear) and m.activation_bits is not None for m in model.modules())
     tolerance = ONNX_ROUNDED_TOLERANCE if rounded else ONNX_TOLERANCE
-    lines = []
-
-    def compare(what: str, given: np.ndarray, expected: torch.Tensor, tolerance: float) -> None:
-        scale = expected.abs().max().item()
-        error = float(np.abs(given - expected.numpy()).max()) / scale
-        if not error <= tolerance:
-            raise ValueError(
-                f"verification: {what} of onnxruntime differ by {error:.1e} of the largest, allowed is {tolerance}."
-            )
-        lines.append(f"{what} {given.shape} as the model's, to {error:.1e} of the largest ({scale:.3g})")
-
+    generator = torch.Generator().manual_seed(0)
+    # images to prefix tokens
+    size = sessions["vision_encoder"].get_inputs()[0].shape[1:]
+    pixel_values = torch.randn(2, *size, generator=generator)
     features = sessions["vision_encoder"].run(None, {"pixel_values": pixel_values.numpy()})[0]
     prefix = torch.stack(model.get_image_features(pixel_values).pooler_output)
-    compare("prefix tokens", features, prefix, ONNX_TOLERANCE)
-
-    prompt = model.default_prompt(2)
-    words = torch.randint(text.vocab_size, (2, 4), generator=generator)
-    words[words == config.image_token_id] = (config.image_token_id + 1) % text.vocab_size
-    ids = torch.cat([words[:, :2], prompt, words[:, 2:]], 1)
-    attention_mask = torch.ones_like(ids)
-    attention_mask[0, :2] = 0
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    out = model(
-        input_ids=ids,
-        pixel_values=pixel_values,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=True,
-    )
-    embeds = sessions["embed_tokens"].run(None, {"input_ids": ids.numpy()})[0]
-    embeds[(ids == config.image_token_id).numpy()] = features.reshape(-1, features.shape[-1])
-    decoder = sessions["decoder_model_merged"]
-    names = [i.name for i in decoder.get_inputs()][3:]
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = dict.fromkeys(names, np.zeros((2, text.num_key_value_heads, 0, head_dim), np.float32))
-    for step in range(4):
-        logits, *present = decoder.run(
-            None,
-            {
-                "inputs_embeds": embeds,
-                "attention_mask": attention_mask.numpy(),
-                "position_ids": position_ids.numpy(),
-                **cache,
-            },
-        )
-        real = attention_mask[:, -logits.shape[1] :].bool()
-        compare(
-            "logits of the prompt" if step == 0 else f"logits of token {step}",
-            logits[real.numpy()],
-            out.logits[real],
-            tolerance,
-        )
-        cache = dict(zip(names, present))
-        if step == 3:
-            break
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-        attention_mask = torch.cat([attention_mask, torch.ones_like(token)], 1)
-        position_ids = position_ids[:, -1:] + 1
-        out = model(
-            input_ids=token,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=True,
-            **{CACHE_NAME: getattr(out, CACHE_NAME)},
-        )
-        embeds = sessions["embed_tokens"].run(None, {"input_ids": token.numpy()})[0]
+    lines = [compare("prefix tokens", features, prefix, ONNX_TOLERANCE)]
+    # prompts, then three greedy tokens, each graph with its own cache
+    ids, mask = draw_prompts(model, generator)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    runtime = Runtime(sessions, model.config, features)
+    inputs, step = {"pixel_values": pixel_values, "use_cache": True}, "the prompt"
+    for token in range(1, 5):
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, **inputs)
+        logits, real = runtime.step(ids, mask, positions), mask[:, -ids.shape[1] :].bool()
+        lines.append(compare(f"logits of {step}", logits[real.numpy()], out.logits[real], tolerance))
+        step, inputs = f"token {token}", {"use_cache": True, CACHE_NAME: getattr(out, CACHE_NAME)}
+        ids = out.logits[:, -1].argmax(-1, keepdim=True)
+        mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
     return lines
+
+
+class Runtime:
+    """The graphs as a generator of logits: embedding, images at their placeholders, decoder with its cache."""
+
+    def __init__(self, sessions: dict, config, features: np.ndarray):
+        self.embed, self.decoder = sessions["embed_tokens"], sessions["decoder_model_merged"]
+        self.image_token_id, self.features = config.image_token_id, features.reshape(-1, features.shape[-1])
+        text = config.text_config
+        empty = np.zeros((len(features), text.num_key_value_heads, 0, head_size(text)), np.float32)
+        self.cache = dict.fromkeys(cached("past_key_values", text.num_hidden_layers), empty)
+
+    def step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> np.ndarray:
+        """Compute logits (B, T, V) of the next tokens (B, T)."""
+        embeds = self.embed.run(None, {"input_ids": ids.numpy()})[0]
+        if ids.shape[1] > 1:  # the prompt
+            embeds[(ids == self.image_token_id).numpy()] = self.features
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+        logits, *present = self.decoder.run(None, inputs | self.cache)
+        self.cache = dict(zip(self.cache, present))
+        return logits
 
 
 def main(**options) -> None:
