@@ -17,9 +17,9 @@ from transformers.generation.logits_process import (
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_microvlm import CACHE_NAME, MemoryCache, one_cache
-from .kernels_microvlm import kernel_threads
 from .memory_mixin_microvlm import check_memory_arguments
 from .memory_state_microvlm import MemoryState
+from .threads_microvlm import kernel_threads
 
 
 class IndexedProcessor:

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy_data import toy_processor
 
-from microvlm import quantization_microvlm as quantization
+from microvlm import packing_microvlm as packing, quantization_microvlm as quantization
 from tests.fuzz.kinds import KINDS, attempt
 from tests.fuzz.material import small_memory, small_packed
 from tests.fuzz.mutations import ico_around, mutate_bytes, mutate_json, png_bomb
@@ -180,9 +180,9 @@ def test_an_array_gives_pixels_or_a_refusal(processor, data):
 @given(st.integers(1, 40), st.integers(1, 40), SEEDS)
 def test_trits_come_back(rows, columns, seed):
     values = torch.randint(-1, 2, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    packed = quantization.pack_trits(values)
+    packed = packing.pack_trits(values)
     assert packed.shape == (rows, -(-columns // 5))
-    assert torch.equal(quantization.unpack_trits(packed, columns), values)
+    assert torch.equal(packing.unpack_trits(packed, columns), values)
 
 
 def regression(addresses: torch.Tensor, contents: torch.Tensor, noise: float):

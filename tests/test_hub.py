@@ -58,7 +58,11 @@ TRAINING_STATE = (
     "model.safetensors.tmp",
     "__pycache__/modeling_microvlm.pyc",
 )
-NAMES = ("cache", "configuration", "decoder", "kernels", "memory", "modeling", "processing", "quantization", "triton")
+NAMES = (
+    *("addressing", "alignment", "cache", "codegen", "configuration", "decoder", "generation", "kernels", "llvm"),
+    *("memory", "memory_mixin", "memory_posterior", "memory_state", "modeling", "packing", "processing"),
+    *("quantization", "threads"),
+)
 CODE = {f"{name}_microvlm.py" for name in NAMES}
 REPO = CODE | {
     "README.md",

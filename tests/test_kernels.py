@@ -1,4 +1,4 @@
-"""Low-bit CPU kernels: every target this CPU can run gives the bits of the torch path, which an integer computation checks."""
+"""Low-bit CPU kernels: every target that runs here gives the bits of torch, which integers check."""
 
 import ctypes
 import os
@@ -12,20 +12,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT  # noqa: F401  gives the model files the package `microvlm`
-from microvlm.quantization_microvlm import FORMATS, PackedWeight, Scheme, fake_quantize_activation, panels_of
+from microvlm.packing_microvlm import FORMATS, MAX_COLUMNS, Scheme, pack_panels, panel_bytes, unpack_panels
+from microvlm.quantization_microvlm import PackedWeight, fake_quantize_activation, matrix_of
 
-from microvlm import kernels_microvlm as kernels
+from microvlm import (
+    codegen_microvlm as codegen,
+    kernels_microvlm as kernels,
+    llvm_microvlm as llvm,
+    threads_microvlm as threads,
+)
 
 RANGES = {2: (-1, 1), 4: (-8, 7), 8: (-128, 127)}
-RUNNABLE = [name for name in kernels.TARGETS if kernels.runs_here(name)]
+RUNNABLE = [name for name in llvm.TARGETS if llvm.runs_here(name)]
 needs_native = pytest.mark.skipif(not RUNNABLE, reason="llvmlite is not installed")
 
 
 @pytest.fixture(params=RUNNABLE)
 def native(request, monkeypatch):
     """Calls go to one target, and small ones are shared with the workers too."""
-    monkeypatch.setattr(kernels, "target", lambda: request.param)
+    monkeypatch.setattr(llvm, "target", lambda: request.param)
+    monkeypatch.setattr(codegen, "target", lambda: request.param)
     monkeypatch.setattr(kernels, "GRAIN", 2**12)
     return request.param
 
@@ -37,10 +43,15 @@ def random_codes(rows, columns, bits, seed=0):
     )
 
 
+def matrix_from(codes, bits, scale):
+    return kernels.Matrix(pack_panels(codes, bits), scale, *codes.shape, bits)
+
+
 def random_layer(rows, columns, bits, seed=0):
+    """Codes, their matrix and a bias."""
     g = torch.Generator().manual_seed(seed)
     codes = random_codes(rows, columns, bits, seed)
-    return codes, kernels.pack_panels(codes, bits), torch.rand(rows, generator=g) + 0.1, torch.randn(rows, generator=g)
+    return codes, matrix_from(codes, bits, torch.rand(rows, generator=g) + 0.1), torch.randn(rows, generator=g)
 
 
 def run_python(code, **env):
@@ -48,7 +59,7 @@ def run_python(code, **env):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
 
-# ------------------------------------------------------------------------------------------------------------ packed weights
+# ------------------------------------------------------------------------------------------------------- packed weights
 
 
 @pytest.mark.parametrize("bits", RANGES)
@@ -56,22 +67,22 @@ def test_panels_round_trip(bits):
     for columns in range(1, 71):
         for rows in range(1, 10):
             codes = random_codes(rows, columns, bits, seed=columns)
-            panels = kernels.pack_panels(codes, bits)
-            assert panels.shape == (kernels.panel_bytes(rows, columns, bits),)
-            assert torch.equal(kernels.unpack_panels(panels, rows, columns, bits), codes), (rows, columns)
+            panels = pack_panels(codes, bits)
+            assert panels.shape == (panel_bytes(rows, columns, bits),)
+            assert torch.equal(unpack_panels(panels, rows, columns, bits), codes), (rows, columns)
 
 
 def test_panel_layout():
     codes = torch.zeros(5, 65, dtype=torch.int8)
     codes[0, 0], codes[3, 1], codes[1, 64], codes[4, 6] = 1, -1, 1, 1
-    panels = kernels.pack_panels(codes, 2)  # 8 vectors of 16 rows x 4 bytes
+    panels = pack_panels(codes, 2)  # 8 vectors of 16 rows x 4 bytes
     expected = torch.full((512,), 0b01010101, dtype=torch.uint8)
     expected[0], expected[4 * 3 + 1], expected[4 * 64 + 4] = 0b01010110, 0b01010100, 0b01010110
     expected[4 * 4 + 2] = 0b01011001  # column 6: the second field of the third byte
     assert torch.equal(panels, expected)
-    four = kernels.pack_panels(codes, 4)  # 16 vectors, 8 columns each
+    four = pack_panels(codes, 4)  # 16 vectors, 8 columns each
     assert four[0] == 0x89 and four[4 * 3 + 1] == 0x87 and four[8 * 64 + 4] == 0x89 and four[4 * 4 + 2] == 0x98
-    eight = kernels.pack_panels(codes, 8)
+    eight = pack_panels(codes, 8)
     assert eight[4 * 3 + 1] == 127 and eight[64 + 4 * 4 + 2] == 129 and eight[16 * 64 + 4] == 129
 
 
@@ -80,7 +91,7 @@ def test_panel_layout():
 @pytest.mark.parametrize("rows,columns", [(1, 1), (3, 64), (16, 70), (17, 203), (4100, 1300)])
 def test_panels_from_bytes(rows, columns, format, native_or_torch, monkeypatch):
     if not native_or_torch:
-        monkeypatch.setattr(kernels, "_native", lambda x: False)
+        monkeypatch.setattr(kernels, "is_native", lambda x: False)
     elif not RUNNABLE:
         pytest.skip("llvmlite is not installed")
     form, g = FORMATS[format], torch.Generator().manual_seed(columns)
@@ -88,47 +99,45 @@ def test_panels_from_bytes(rows, columns, format, native_or_torch, monkeypatch):
     codes = torch.randint(form.low, form.high + 1, (rows, columns), dtype=torch.int8, generator=g)
     codes = codes.sign() | 1 if format == "binary" else codes
     weight.weight = form.pack(codes)
-    assert torch.equal(panels_of([weight]), kernels.pack_panels(codes, form.bits))
-    assert torch.equal(
-        kernels.unpack_panels(panels_of([weight, weight]), 2 * rows, columns, form.bits), codes.repeat(2, 1)
-    )
+    assert torch.equal(matrix_of([weight]).panels, pack_panels(codes, form.bits))
+    twice = matrix_of([weight, weight])
+    assert torch.equal(unpack_panels(twice.panels, 2 * rows, columns, form.bits), codes.repeat(2, 1))
 
 
 def test_packing_errors():
-    with pytest.raises(ValueError, match=r"codes span -2\.\.0; expected -1\.\.1 for 2 bits"):
-        kernels.pack_panels(torch.tensor([[-2, 0]], dtype=torch.int8), 2)
-    with pytest.raises(ValueError, match=r"codes span 0\.\.8; expected -8\.\.7 for 4 bits"):
-        kernels.pack_panels(torch.tensor([[8, 0]], dtype=torch.int8), 4)
+    with pytest.raises(ValueError, match=r"values span -2\.\.0; expected -1\.\.1 for 2 bits"):
+        pack_panels(torch.tensor([[-2, 0]], dtype=torch.int8), 2)
+    with pytest.raises(ValueError, match=r"values span 0\.\.8; expected -8\.\.7 for 4 bits"):
+        pack_panels(torch.tensor([[8, 0]], dtype=torch.int8), 4)
     with pytest.raises(ValueError, match="bits is 3; expected 2, 4 or 8"):
-        kernels.pack_panels(torch.zeros(1, 1, dtype=torch.int8), 3)
+        pack_panels(torch.zeros(1, 1, dtype=torch.int8), 3)
     with pytest.raises(ValueError, match=r"torch.float32 \(1, 1\); expected int8"):
-        kernels.pack_panels(torch.zeros(1, 1), 2)
+        pack_panels(torch.zeros(1, 1), 2)
     with pytest.raises(ValueError, match="columns is 131072; expected 1 to 131071"):
-        kernels.panel_bytes(1, 2**17, 2)
+        panel_bytes(1, 2**17, 2)
     with pytest.raises(ValueError, match=r"\(64,\); expected contiguous uint8 \(512,\) for 4 x 65 weights of 2 bits"):
-        kernels.unpack_panels(torch.zeros(64, dtype=torch.uint8), 4, 65, 2)
-    with pytest.raises(ValueError, match="hold the byte 243; expected at most 242"):
-        kernels.panels_from_trits(torch.tensor([[243]], dtype=torch.uint8), 5)
-    with pytest.raises(ValueError, match=r"\(1, 1\); expected uint8 \(rows, 2\) for 6 columns"):
-        kernels.panels_from_trits(torch.tensor([[0]], dtype=torch.uint8), 6)
+        unpack_panels(torch.zeros(64, dtype=torch.uint8), 4, 65, 2)
+    with pytest.raises(ValueError, match="a byte of five trits is at most 242, got 243"):
+        kernels.panels_from_bytes(torch.tensor([[243]], dtype=torch.uint8), 5, FORMATS["ternary"])
+    with pytest.raises(ValueError, match=r"6 weights a row take uint8 \(rows, 2\), got torch.uint8 \(1, 1\)"):
+        kernels.panels_from_bytes(torch.tensor([[0]], dtype=torch.uint8), 6, FORMATS["ternary"])
 
 
-# ------------------------------------------------------------------------------------------------------------------ products
+# ------------------------------------------------------------------------------------------------------------- products
 
 
 @pytest.mark.parametrize("bits", RANGES)
 def test_reference_equals_integers(bits):
     rows, columns = 21, 2500  # for 8 bits more columns than one exact float32 product
-    codes, panels, scale, bias = random_layer(rows, columns, bits)
+    codes, matrix, bias = random_layer(rows, columns, bits)
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
     x_q, s, sums = kernels.quantize_rows_reference(x)
     q = np.clip(np.round(x.numpy() * s.numpy()[:, None]), -128, 127).astype(np.int64)
     assert np.array_equal(x_q[:, :columns].numpy(), q) and not x_q[:, columns:].any()
     assert np.array_equal(sums.numpy(), q.sum(1))
-    expected = (q @ codes.numpy().astype(np.int64).T) * scale.double().numpy() / s.double().numpy()[
-        :, None
-    ] + bias.double().numpy()
-    y = kernels.low_bit_linear_reference(x, panels, scale, bias, rows, columns, bits)
+    sums = q @ codes.numpy().astype(np.int64).T
+    expected = sums * matrix.scale.double().numpy() / s.double().numpy()[:, None] + bias.double().numpy()
+    y = kernels.low_bit_linear_reference(x, matrix, bias)
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -149,7 +158,7 @@ def test_native_equals_torch(native, bits, dtype):
         (0, 4, 64),
     ]
     for M, rows, columns in shapes:
-        _, panels, scale, bias = random_layer(rows, columns, bits, seed=M)
+        _, matrix, bias = random_layer(rows, columns, bits, seed=M)
         g = torch.Generator().manual_seed(M)
         x = (torch.randn(M, columns, generator=g) * 3).to(dtype)
         residual = torch.randn(M, rows, generator=g).to(dtype)
@@ -157,26 +166,22 @@ def test_native_equals_torch(native, bits, dtype):
         for got, expected in zip(quantized, kernels.quantize_rows_reference(x)):
             assert got.dtype == expected.dtype and torch.equal(got, expected), (M, columns)
         for b in (bias, None):
-            y = kernels.low_bit_linear(x, panels, scale, b, rows, columns, bits)
+            y = kernels.low_bit_linear(x, matrix, b)
             assert y.dtype == dtype
-            assert torch.equal(y, kernels.low_bit_linear_reference(x, panels, scale, b, rows, columns, bits)), (
-                M,
-                rows,
-                columns,
-            )
-        arguments = (*quantized, panels, scale, bias, rows, columns, bits, dtype, residual)
+            assert torch.equal(y, kernels.low_bit_linear_reference(x, matrix, b)), (M, rows, columns)
+        arguments = quantized, matrix, dtype, bias, residual
         y = kernels.low_bit_linear_quantized(*arguments)
         assert torch.equal(y, kernels.low_bit_linear_quantized_reference(*arguments))
 
 
 @pytest.mark.parametrize("bits", RANGES)
-@pytest.mark.parametrize("columns", [64, 4864, kernels.MAX_COLUMNS])
+@pytest.mark.parametrize("columns", [64, 4864, MAX_COLUMNS])
 def test_extremes(native, bits, columns):
     low, high = RANGES[bits]
     codes = torch.tensor([low, high, 0, 1, -1], dtype=torch.int8).view(5, 1).expand(5, columns)
-    panels = kernels.pack_panels(codes.contiguous(), bits)
+    matrix = matrix_from(codes.contiguous(), bits, torch.ones(5))
     x = torch.tensor([1.0, -1.0, 0.0]).view(3, 1).expand(3, columns) * 3e30
-    arguments = (*kernels.quantize_rows(x), panels, torch.ones(5), None, 5, columns, bits, torch.float32)
+    arguments = kernels.quantize_rows(x), matrix, torch.float32
     y = kernels.low_bit_linear_quantized(*arguments)
     assert torch.equal(y, kernels.low_bit_linear_quantized_reference(*arguments))
     assert torch.equal(
@@ -187,31 +192,29 @@ def test_extremes(native, bits, columns):
     assert torch.allclose(y.double(), expected, rtol=1e-6, atol=0)
     x_q = torch.full((1, columns), -128, dtype=torch.int8)  # no float gives it, and the sums still hold
     x_q, sums = F.pad(x_q, (0, -columns % 64)), torch.tensor([-128 * columns], dtype=torch.int32)
-    y = kernels.low_bit_linear_quantized(
-        x_q, torch.ones(1), sums, panels, torch.ones(5), None, 5, columns, bits, torch.float32
-    )
+    y = kernels.low_bit_linear_quantized(kernels.Quantized(x_q, torch.ones(1), sums), matrix, torch.float32)
     assert torch.equal(y[0], (codes[:, 0].int() * -128 * columns).float())
 
 
 def test_bfloat16_rounds_ties_to_even(native):
-    panels = kernels.pack_panels(torch.ones(4, 3, dtype=torch.int8), 2)
+    matrix = matrix_from(torch.ones(4, 3, dtype=torch.int8), 2, torch.ones(4))
     x_q = torch.tensor(
         [[127, 127, 3 + 2 * i] for i in range(8)], dtype=torch.int8
     )  # sums 257, 259, ...: between two bfloat16
     sums = x_q.sum(1, dtype=torch.int32)
     x_q = F.pad(x_q, (0, 61))
-    y = kernels.low_bit_linear_quantized(x_q, torch.ones(8), sums, panels, torch.ones(4), None, 4, 3, 2, torch.bfloat16)
+    y = kernels.low_bit_linear_quantized(kernels.Quantized(x_q, torch.ones(8), sums), matrix, torch.bfloat16)
     assert torch.equal(y[:, 0].float(), torch.tensor([256.0, 260, 260, 264, 264, 268, 268, 272]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_finite_stays_not_finite(native, dtype, bad):
-    _, panels, scale, bias = random_layer(6, 70, 2)
+    _, matrix, bias = random_layer(6, 70, 2)
     x = torch.randn(6, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[1, 3] = x[4, 69] = bad
-    y = kernels.low_bit_linear(x, panels, scale, bias, 6, 70, 2)
-    reference = kernels.low_bit_linear_reference(x, panels, scale, bias, 6, 70, 2)
+    y = kernels.low_bit_linear(x, matrix, bias)
+    reference = kernels.low_bit_linear_reference(x, matrix, bias)
     assert y.isnan().all(dim=1).tolist() == [False, True, False, False, True, False]
     assert torch.equal(y.isnan(), reference.isnan()) and torch.equal(y[~y.isnan()], reference[~y.isnan()])
     assert torch.equal(kernels.quantize_rows(x)[0], kernels.quantize_rows_reference(x)[0])
@@ -239,43 +242,40 @@ def test_fused_helpers(native, dtype, M, columns):
 
 
 def test_leading_dimensions_and_strides(native):
-    codes, panels, scale, _ = random_layer(7, 66, 4)
+    codes, matrix, _ = random_layer(7, 66, 4)
     x = torch.randn(2, 66, 3, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
-    y = kernels.low_bit_linear(x, panels, scale, None, 7, 66, 4)
+    y = kernels.low_bit_linear(x, matrix)
     assert y.shape == (2, 3, 7)
-    w = codes.float() * scale[:, None]
+    w = codes.float() * matrix.scale[:, None]
     assert torch.allclose(y, F.linear(fake_quantize_activation(x, 8), w), rtol=1e-4, atol=1e-3)
 
 
 def test_argument_errors():
-    _, panels, scale, _ = random_layer(6, 70, 2)
+    codes, matrix, _ = random_layer(6, 70, 2)
     x = torch.randn(2, 70)
-    x_q, s, sums = kernels.quantize_rows(x)
+    quantized = kernels.quantize_rows(x)
+    scale = r"scale is torch.float32 \(5,\) on cpu; expected contiguous torch.float32 \(6,\) on cpu"
+    with pytest.raises(ValueError, match=scale):
+        matrix_from(codes, 2, matrix.scale[:5])
     with pytest.raises(
-        ValueError, match=r"scale is torch.float32 \(5,\) on cpu; expected contiguous torch.float32 \(6,\) on cpu"
+        ValueError, match=r"panels are torch.uint8 \(1024,\); expected contiguous uint8 \(512,\) for 6 x 70"
     ):
-        kernels.low_bit_linear(x, panels, scale[:5], None, 6, 70, 2)
+        kernels.Matrix(pack_panels(codes, 4), matrix.scale, 6, 70, 2)
     with pytest.raises(ValueError, match=r"bias is torch.float64 \(6,\)"):
-        kernels.low_bit_linear(x, panels, scale, scale.double(), 6, 70, 2)
-    part = kernels.MixedRows(panels, scale, 2, torch.arange(6), 6)
-    for width in (64, 69, 71):  # all but the first are filled up to 128 columns, as 70 are
+        kernels.low_bit_linear(x, matrix, matrix.scale.double())
+    part = kernels.MixedRows(matrix, torch.arange(6), 6)
+    for width in (64, 69, 71):  # all but the first are padded to 128 columns, as 70 are
         wrong = torch.zeros(2, width)
-        for call in (
-            lambda: kernels.low_bit_linear(wrong, panels, scale, None, 6, 70, 2),  # noqa: B023
-            lambda: kernels.low_bit_linear_mixed(wrong, [part], 70),  # noqa: B023
-        ):
+        for call, argument in ((kernels.low_bit_linear, matrix), (kernels.low_bit_linear_mixed, [part])):
             with pytest.raises(ValueError, match=rf"x is torch.float32 \(2, {width}\); expected 70 columns"):
-                call()
+                call(wrong, argument)
     with pytest.raises(ValueError, match=r"x is torch.float16 \(2, 70\); expected float32 or bfloat16"):
         kernels.quantize_rows(x.half())
     with pytest.raises(ValueError, match="dtype is torch.float16; expected"):
-        kernels.low_bit_linear_quantized(x_q, s, sums, panels, scale, None, 6, 70, 2, torch.float16)
-    with pytest.raises(
-        ValueError, match=r"residual is torch.float32 \(2, 6\) on cpu; expected contiguous torch.bfloat16"
-    ):
-        kernels.low_bit_linear_quantized(
-            x_q, s, sums, panels, scale, None, 6, 70, 2, torch.bfloat16, residual=torch.zeros(2, 6)
-        )
+        kernels.low_bit_linear_quantized(quantized, matrix, torch.float16)
+    residual = r"residual is torch.float32 \(2, 6\) on cpu; expected contiguous torch.bfloat16"
+    with pytest.raises(ValueError, match=residual):
+        kernels.low_bit_linear_quantized(quantized, matrix, torch.bfloat16, residual=torch.zeros(2, 6))
     with pytest.raises(ValueError, match="gate_up has 3 columns; expected an even number"):
         kernels.silu_mul_quantize(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"weight is torch.float32 \(69,\)"):
@@ -283,19 +283,19 @@ def test_argument_errors():
 
 
 def test_choice_of_target(monkeypatch):
-    choose = kernels.target.__wrapped__
+    choose = llvm.target.__wrapped__
     monkeypatch.setenv("MICROVLM_KERNELS", "torch")
     assert choose() == "torch"
     monkeypatch.setenv("MICROVLM_KERNELS", "sse9")
     with pytest.raises(ValueError, match="MICROVLM_KERNELS is 'sse9'; expected one of auto, torch, avx512-vnni"):
         choose()
-    monkeypatch.setattr(kernels, "runs_here", lambda name: name == "generic")
+    monkeypatch.setattr(llvm, "runs_here", lambda name: name == "generic")
     monkeypatch.setenv("MICROVLM_KERNELS", "avx2")
     with pytest.raises(RuntimeError, match="'avx2', which this CPU"):
         choose()
     monkeypatch.setenv("MICROVLM_KERNELS", "auto")
     assert choose() == "generic"
-    monkeypatch.setattr(kernels, "runs_here", lambda name: False)
+    monkeypatch.setattr(llvm, "runs_here", lambda name: False)
     assert choose() == "torch"
 
 
@@ -303,13 +303,13 @@ def test_choice_of_target(monkeypatch):
 @pytest.mark.parametrize("bits", RANGES)
 def test_lowers_to_the_dot_product_of_arm(bits):
     for name, instruction in [("neon-dotprod", r"sdot"), ("generic", r"s?m(ul|la|lal|ull)2?")]:
-        text = kernels.assembly(name, str(kernels.linear_ir(name, bits, True)), "aarch64-linux-gnu")
+        text = llvm.assembly(name, codegen.emit(name, "linear", bits, True), "aarch64-linux-gnu")
         assert re.search(rf"\t{instruction}\tv", text)
     assert "fmadd" not in text and "fmla" not in text
     assert "\tfcvtn" not in text  # bfloat16 rounds in integers
 
 
-# ------------------------------------------------------------------------------------------------------------------- threads
+# -------------------------------------------------------------------------------------------------------------- threads
 
 
 @pytest.fixture
@@ -322,10 +322,7 @@ def two_threads(monkeypatch):
 
 @needs_native
 def test_many_callers(two_threads, native):
-    layers = [
-        (*random_layer(300 + 8 * i, 130, bits, seed=i)[1:], 300 + 8 * i, 130, bits)
-        for i, bits in enumerate([2, 4, 8, 2])
-    ]
+    layers = [random_layer(300 + 8 * i, 130, bits, seed=i)[1:] for i, bits in enumerate([2, 4, 8, 2])]
     inputs = [torch.randn(1 + i, 130) for i in range(4)]
     expected = [kernels.low_bit_linear_reference(x, *layer) for x, layer in zip(inputs, layers)]
     wrong = []
@@ -335,11 +332,11 @@ def test_many_callers(two_threads, native):
             if not torch.equal(kernels.low_bit_linear(inputs[i], *layers[i]), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
     assert not wrong
 
 
@@ -355,24 +352,25 @@ def test_workers_share_and_wake(two_threads):
     for idle in (0.0, 0.3):  # the workers still spin, the workers sleep
         time.sleep(idle)
         seen.clear()
-        kernels._run(ctypes.cast(kernel, ctypes.c_void_p).value, b"", 29, 3)
+        threads.run(ctypes.cast(kernel, ctypes.c_void_p).value, b"", 29, 3)
         assert sorted(part[:2] for part in seen) == [(i, min(i + 3, 29)) for i in range(0, 29, 3)]
         assert len({part[2] for part in seen}) == 2
 
 
 POOL_USER = """
 import os, sys, time, torch, conftest
-from microvlm import kernels_microvlm as k
+from microvlm import kernels_microvlm as k, threads_microvlm as threads
+from microvlm.packing_microvlm import pack_panels
 torch.set_num_threads(2)
 k.GRAIN = 2**12
 codes = torch.randint(-1, 2, (512, 128), dtype=torch.int8)
-layer = k.pack_panels(codes, 2), torch.ones(512), None, 512, 128, 2
+matrix = k.Matrix(pack_panels(codes, 2), torch.ones(512), 512, 128, 2)
 x = torch.randn(1, 128)
-expected = k.low_bit_linear_reference(x, *layer)
+expected = k.low_bit_linear_reference(x, matrix)
 def check():
-    assert all(torch.equal(k.low_bit_linear(x, *layer), expected) for _ in range(20))
+    assert all(torch.equal(k.low_bit_linear(x, matrix), expected) for _ in range(20))
 check()
-assert k._pool is not None and all(thread.is_alive() for thread in k._pool.threads)
+assert threads.pool is not None and all(thread.is_alive() for thread in threads.pool.threads)
 """
 
 
@@ -381,7 +379,7 @@ def test_works_after_fork_and_exits():
     code = """
 child = os.fork()
 check()
-assert k._pool is not None and all(thread.is_alive() for thread in k._pool.threads)
+assert threads.pool is not None and all(thread.is_alive() for thread in threads.pool.threads)
 if child:
     assert os.waitpid(child, 0)[1] == 0
 print("done", time.time())
@@ -395,7 +393,7 @@ print("done", time.time())
 @needs_native
 def test_one_thread_makes_no_workers():
     code = POOL_USER.rsplit("check()\nassert", 1)[0].replace("set_num_threads(2)", "set_num_threads(1)")
-    result = run_python(code + "check()\nassert k._pool is None")
+    result = run_python(code + "check()\nassert threads.pool is None")
     assert result.returncode == 0, result.stderr
 
 
@@ -407,33 +405,33 @@ before = time.process_time()
 time.sleep(0.5)
 assert time.process_time() - before < 0.05
 check()
-k._stop_pool()
+threads.stop_pool()
 check()
 """
     result = run_python(POOL_USER + code)
     assert result.returncode == 0, result.stderr
 
 
-# --------------------------------------------------------------------------------------------------------------- programs
+# ------------------------------------------------------------------------------------------------------------- programs
 
 
 @needs_native
 def test_a_program_is_its_steps(native):
-    codes, panels, scale, bias = random_layer(128, 64, 2)
-    _, down, down_scale, _ = random_layer(64, 64, 4, seed=1)
+    _, matrix, bias = random_layer(128, 64, 2)
+    _, down, _ = random_layer(64, 64, 4, seed=1)
     weight, x = torch.rand(64) + 0.5, torch.zeros(1, 64)
     program = kernels.Program()
-    gate_up = program.linear(program.quantize(x, weight, 1e-6), panels, scale, bias, 128, 2)
-    y = program.linear(program.gate(gate_up), down, down_scale, None, 64, 4, residual=x)
+    gate_up = program.linear(program.quantize(x, weight, 1e-6), matrix, bias)
+    y = program.linear(program.gate(gate_up), down, residual=x)
     plain, squared = program.quantize(x), program.gate(gate_up, weight, 1e-5)
     for seed in range(3):
         x.copy_(torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)))
         program()
         first = kernels.rms_norm_quantize(x, weight, 1e-6)
-        expected = kernels.low_bit_linear_quantized(*first, panels, scale, bias, 128, 64, 2, torch.float32)
+        expected = kernels.low_bit_linear_quantized(first, matrix, torch.float32, bias)
         assert torch.equal(gate_up, expected)
         quantized = kernels.silu_mul_quantize(expected)
-        expected = kernels.low_bit_linear_quantized(*quantized, down, down_scale, None, 64, 64, 4, torch.float32, x)
+        expected = kernels.low_bit_linear_quantized(quantized, down, torch.float32, residual=x)
         assert torch.equal(y, expected)
         assert all(map(torch.equal, plain, kernels.quantize_rows(x)))
         assert all(map(torch.equal, squared, kernels.relu2_norm_quantize(gate_up, weight, 1e-5)))
@@ -524,19 +522,19 @@ def test_rows_of_several_widths(native, dtype, tokens):
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     parts, whole = [], torch.zeros(rows, columns)
     for places, bits in zip(order.split([50, 150, 3]), (4, 2, 8)):
-        codes, panels, scale, _ = random_layer(len(places), columns, bits, seed=bits)
-        parts.append(kernels.MixedRows(panels, scale, bits, places, rows))
-        whole[places] = codes.float() * scale[:, None]
+        codes, matrix, _ = random_layer(len(places), columns, bits, seed=bits)
+        parts.append(kernels.MixedRows(matrix, places, rows))
+        whole[places] = codes.float() * matrix.scale[:, None]
     x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
-    y = kernels.low_bit_linear_mixed(x, parts, columns)
-    assert torch.equal(y, kernels.low_bit_linear_mixed_reference(x, parts, columns))
+    y = kernels.low_bit_linear_mixed(x, parts)
+    assert torch.equal(y, kernels.low_bit_linear_mixed_reference(x, parts))
     expected = F.linear(fake_quantize_activation(x.float(), 8), whole)
     torch.testing.assert_close(y.float(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-1)
     with pytest.raises(ValueError, match="places go from 0 to 203; expected 0 to 202"):
-        kernels.MixedRows(parts[2].panels, parts[2].scale, 8, torch.tensor([0, 5, 203]), rows)
+        kernels.MixedRows(parts[2].matrix, torch.tensor([0, 5, 203]), rows)
     with pytest.raises(ValueError, match="parts are of matrices with 203 and 204 rows"):
-        bad = kernels.MixedRows(parts[2].panels, parts[2].scale, 8, parts[2].places, rows + 1)
-        kernels.low_bit_linear_mixed(x, [parts[0], bad], columns)
+        bad = kernels.MixedRows(parts[2].matrix, parts[2].places, rows + 1)
+        kernels.low_bit_linear_mixed(x, [parts[0], bad])
 
 
 @needs_native
@@ -544,12 +542,12 @@ def test_kernel_threads_are_torchs_meanwhile():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with pytest.raises(KeyError), kernels.kernel_threads():
-            assert torch.get_num_threads() == 1 and kernels._helpers(False)[1] == 2
-            with kernels.kernel_threads():  # nested
-                assert kernels._helpers(False)[1] == 2
-            assert kernels._helpers(False)[1] == 2
+        with pytest.raises(KeyError), threads.kernel_threads():
+            assert torch.get_num_threads() == 1 and threads.helper_count() == 2
+            with threads.kernel_threads():  # nested
+                assert threads.helper_count() == 2
+            assert threads.helper_count() == 2
             raise KeyError
-        assert torch.get_num_threads() == 3 and kernels._helpers(False)[1] == 2
+        assert torch.get_num_threads() == 3 and threads.helper_count() == 2
     finally:
         torch.set_num_threads(before)

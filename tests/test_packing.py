@@ -1,4 +1,4 @@
-"""Packed weights: bytes by hand, round trips, a checkpoint that opens and saves as it is, and a packed decoder that says what the plain one says."""
+"""Packed weights: bytes by hand, round trips, checkpoints that open and save as they are, and the packed decoder."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText
 
-from microvlm import quantization_microvlm as quantization
+from microvlm import packing_microvlm as packing, quantization_microvlm as quantization
 from microvlm.pack import load_pack_recipe, pack
 from microvlm.train.setup import load_model
 
@@ -36,16 +36,16 @@ EVERYTHING = {
 
 def test_trits_by_hand():
     values = torch.tensor([[-1, 0, 1, 1, -1, 0], [1, 1, 1, 1, 1, 1]])
-    packed = quantization.pack_trits(values)
+    packed = packing.pack_trits(values)
     first = 0 + 1 * 3 + 2 * 9 + 2 * 27 + 0 * 81
     filled = 3 + 9 + 27 + 81  # four zeros behind the sixth column
     assert packed.tolist() == [[first, 1 + filled], [242, 2 + filled]]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("format", list(quantization.FORMATS))
+@pytest.mark.parametrize("format", list(packing.FORMATS))
 def test_round_trip_of_every_length(format, rows):
-    form = quantization.FORMATS[format]
+    form = packing.FORMATS[format]
     for columns in range(1, 42):
         g = torch.Generator().manual_seed(columns)
         values = torch.randint(form.low, form.high + 1, (rows, columns), generator=g, dtype=torch.int8)
@@ -58,25 +58,25 @@ def test_round_trip_of_every_length(format, rows):
 @pytest.mark.parametrize("value", [2, -2, 0.5])
 def test_other_values_are_no_trits(value):
     with pytest.raises(ValueError, match="^values must be -1, 0 or 1.$"):
-        quantization.pack_trits(torch.tensor([[0, value]]))
+        packing.pack_trits(torch.tensor([[0, value]]))
 
 
 def test_bytes_that_are_no_trits():
     with pytest.raises(ValueError, match="^a byte of five trits is at most 242, got 243.$"):
-        quantization.unpack_trits(torch.tensor([[0, 243]], dtype=torch.uint8), 10)
-    with pytest.raises(ValueError, match=re.escape("11 trits a row take uint8 (rows, 3), got torch.uint8 (1, 2).")):
-        quantization.unpack_trits(torch.zeros(1, 2, dtype=torch.uint8), 11)
+        packing.unpack_trits(torch.tensor([[0, 243]], dtype=torch.uint8), 10)
+    with pytest.raises(ValueError, match=re.escape("11 weights a row take uint8 (rows, 3), got torch.uint8 (1, 2).")):
+        packing.unpack_trits(torch.zeros(1, 2, dtype=torch.uint8), 11)
 
 
 # --- rounding
 
 
 @pytest.mark.parametrize("group_size", ["tensor", "row", 16])
-@pytest.mark.parametrize("format", list(quantization.FORMATS))
+@pytest.mark.parametrize("format", list(packing.FORMATS))
 def test_numbers_are_the_nearest_ones(format, group_size):
-    scheme, form = quantization.Scheme(format, group_size), quantization.FORMATS[format]
+    scheme, form = packing.Scheme(format, group_size), packing.FORMATS[format]
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7).view(-1, 1)
-    values, scale = quantization.quantize_weight(weight, scheme)
+    values, scale = packing.quantize_weight(weight, scheme)
     assert values.shape == (6, 40) and scale.shape == {"tensor": (1, 1), "row": (6, 1), 16: (6, 3)}[group_size]
     size = 40 if isinstance(group_size, str) else group_size
     if format == "binary":
@@ -97,7 +97,7 @@ def test_numbers_are_the_nearest_ones(format, group_size):
 @pytest.mark.parametrize("group_size", ["tensor", "row", 8])
 def test_what_was_trained_is_packed_as_it_was(group_size):
     weight = torch.randn(8, 20)
-    scheme = quantization.Scheme("ternary", group_size)
+    scheme = packing.Scheme("ternary", group_size)
     module = quantization.PackedWeight(8, 20, scheme)
     module.store(weight, as_trained=True)
     assert torch.equal(module.dequantize(), quantization.fake_ternary(weight, group_size))
@@ -118,7 +118,8 @@ def test_what_was_trained_is_packed_as_it_was(group_size):
         ({"scale_type": "int8"}, "scale_type must be float16 or float32, got 'int8'."),
         (
             {"colour": 1},
-            "x: unknown key colour. Known: activation_bits, format, frequent_format, frequent_rows, group_size, scale_type.",
+            "x: unknown key colour. "
+            "Known: activation_bits, format, frequent_format, frequent_rows, group_size, scale_type.",
         ),
     ],
 )
@@ -139,7 +140,7 @@ def test_schemes_are_checked(values, message):
 def test_a_packed_linear_layer(format, group_size, bias):
     torch.manual_seed(0)
     for activation_bits in (8, None):
-        scheme = quantization.Scheme(format, group_size, activation_bits)
+        scheme = packing.Scheme(format, group_size, activation_bits)
         layer = quantization.PackedLinear(40, 24, bias, scheme)
         layer.store(torch.randn(24, 40))
         if bias:
@@ -153,7 +154,7 @@ def test_a_packed_linear_layer(format, group_size, bias):
 
 
 def test_a_new_dtype_leaves_scales_and_bytes(tmp_path):
-    layer = quantization.PackedLinear(40, 24, True, quantization.Scheme("int4", "row"))
+    layer = quantization.PackedLinear(40, 24, True, packing.Scheme("int4", "row"))
     layer.store(torch.randn(24, 40))
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     layer(torch.randn(1, 40))
@@ -165,7 +166,7 @@ def test_a_new_dtype_leaves_scales_and_bytes(tmp_path):
 
 def test_frequent_rows_have_their_own_format():
     torch.manual_seed(0)
-    scheme = quantization.Scheme("ternary", "row", frequent_rows=7)
+    scheme = packing.Scheme("ternary", "row", frequent_rows=7)
     embedding = quantization.PackedEmbedding(50, 16, scheme)
     weight, counts = torch.randn(50, 16), torch.randperm(50)
     embedding.store(weight, counts)

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_inputs, tiny_model
+from microvlm.packing_microvlm import EPS, ternary_quantize
 from microvlm.quantization_microvlm import (
-    EPS,
     TernaryLinear,
     fake_quantize_activation,
     fake_ternary,
     replace_with_ternary,
-    ternary_quantize,
 )
 from torch import nn
 
@@ -114,7 +113,7 @@ class TestReplace:
         with pytest.raises(ValueError) as error:
             tiny_model(qat_config={"ternary_modules": [LAYERS, "language_model.heads.*"]})
         assert str(error.value) == (
-            "qat_config.ternary_modules: 'language_model.heads.*' matches no linear layer of the model."
+            "qat_config is not valid: qat_config.ternary_modules: 'language_model.heads.*' matches no linear layer of the model."
         )
 
     def test_model_computes_with_rounded_weights(self, text_type):

@@ -37,7 +37,7 @@ STANDARD = {
 }
 LIBRARIES = {"PIL", "numpy", "packaging", "safetensors", "timm", "tokenizers", "torch", "transformers"}
 PARTS = {"huggingface_hub.dataclasses", "huggingface_hub.errors"}  # of a library whose rest is not allowed
-OPTIONAL = {"llvmlite", "triton"}  # in a function, or where their absence is caught
+OPTIONAL = {"llvmlite"}  # in a function, or where their absence is caught
 NETWORK = {"processing_microvlm.py": {"http", "urllib"}}  # a picture may be a URL, fetched when it is asked for
 EVERYWHERE = {"eval", "exec", "__import__", "os.system", "os.popen", "os.execv", "os.fork", "ctypes.CDLL", "torch.load"}
 # What no statement may call when a file is imported: names, whole modules, methods of whatever object.
@@ -179,7 +179,7 @@ def test_published_files_are_harmless(name):
 
 def test_all_files_are_looked_at():
     mixed_in = {"alignment_microvlm.py", "generation_microvlm.py", "memory_mixin_microvlm.py"}
-    others = {"modeling_microvlm.py", "processing_microvlm.py", "kernels_microvlm.py", "triton_microvlm.py"}
+    others = {"modeling_microvlm.py", "processing_microvlm.py", "kernels_microvlm.py", "llvm_microvlm.py"}
     assert mixed_in | others <= set(PUBLISHED)
 
 
@@ -195,7 +195,7 @@ def test_all_files_are_looked_at():
         ("from . import memory_microvlm", "imports ., which is not published"),
         ("from ..memory_microvlm import address", "imports ..memory_microvlm, which is not published"),
         ("import llvmlite", "needs llvmlite, which is optional"),
-        ("try:\n    import triton\nexcept ValueError:\n    pass", "needs triton, which is optional"),
+        ("try:\n    import llvmlite\nexcept ValueError:\n    pass", "needs llvmlite, which is optional"),
         ("open('facts.txt')", "calls open when it is imported"),
         ("with open('facts.txt', 'w') as f:\n    pass", "calls open when it is imported"),
         ("import io\nX = io.open('a')", "calls io.open when it is imported"),
@@ -235,7 +235,7 @@ def test_a_violation_is_seen(source, expected):
 
 def test_what_a_call_does_later_is_allowed():
     source = "def f(path):\n    with open(path) as file:\n        return file.read()\n"
-    source += "try:\n    import triton\nexcept ImportError:\n    triton = None\ndef g():\n    import llvmlite\n"
+    source += "try:\n    import llvmlite\nexcept ImportError:\n    llvmlite = None\ndef g():\n    import llvmlite\n"
     assert violations("memory_microvlm.py", source) == []
 
 

@@ -66,8 +66,8 @@ def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str,
     tensors = [t for m in read_modules(model, ran) if "Embedding" not in type(m).__name__ for t in own_tensors(m)]
     decoder = model.model.packed_decoder() if hasattr(getattr(model, "model", None), "packed_decoder") else None
     if decoder is not None:  # its layers are no modules, and the head's matrix is the embedding's
-        head = [part for part in model.get_input_embeddings().modules() if hasattr(part, "panels")]
-        tensors = decoder.tensors() + [t for part in head for t in (part.panels, part.row_scales)]
+        head = [part.matrix() for part in model.get_input_embeddings().modules() if hasattr(part, "matrix")]
+        tensors = decoder.tensors() + [t for matrix in head for t in (matrix.panels, matrix.scale)]
     result, seen = Counter(), set()
     for tensor in tensors:
         if tensor.data_ptr() not in seen:

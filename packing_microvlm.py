@@ -1,0 +1,358 @@
+"""Storage of low-bit weights: rounding to whole numbers, bytes on disk, panels in memory.
+
+    weight (R, C)  ->  numbers (R, C) int8, scales float  ->  bytes (R, C / per_byte)  ->  panels
+
+Notable:
+- A byte on disk holds 8 signs, 5 trits, 2 nibbles or 1 number; rows start at a whole byte.
+- Panels hold 16 rows next to each other, one 32-bit lane of a vector register for each (`pack_panels`). A dot product
+  of four bytes then adds up inside a row, so nothing is summed across lanes and memory is read in order.
+- Numbers in panels are unsigned, u = w + zero, because the x86 dot product takes unsigned times signed:
+  sum w q = sum u q - zero sum q.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+EPS = 1e-5  # floor of every scale, as in BitNet's reference code
+ROWS, COLUMNS = 16, 64  # rows of a panel, and what its columns are padded to a multiple of
+GROUP = 4  # bytes that a dot product adds up
+MAX_COLUMNS = 2**17 - 1  # 128 * 128 * columns must stay below 2**31
+ZERO = {2: 1, 4: 8, 8: 128}  # bits -> the code that means 0
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Round a whole number up to a multiple."""
+    return -(-n // multiple) * multiple
+
+
+# ------------------------------------------------------------------------------------------------------ bytes on disk
+
+
+def pack_trits(values: torch.Tensor) -> torch.Tensor:
+    """Pack five values of {-1, 0, 1} into a byte: 1.6 bits a weight.
+
+    A byte is the sum of (value + 1) * 3**i over its five columns, i = 0 first; the last byte of a row is padded with 0.
+
+    Args:
+        values: (R, C), any dtype.
+
+    Returns:
+        uint8 (R, ceil(C / 5)).
+
+    Raises:
+        ValueError: another value than -1, 0 or 1.
+    """
+    if bool((values.abs() > 1).any()) or bool((values != values.round()).any()):
+        raise ValueError("values must be -1, 0 or 1.")
+    digits = F.pad(values.to(torch.uint8) + 1, (0, -values.shape[1] % 5), value=1)
+    out = torch.zeros(len(digits), digits.shape[1] // 5, dtype=torch.uint8, device=values.device)
+    for i in range(5):
+        out += digits[:, i::5] * 3**i
+    return out
+
+
+def unpack_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Invert `pack_trits`: int8 (R, columns). Raises ValueError for another shape or a byte above 242."""
+    FORMATS["ternary"].check(packed, columns)
+    return trits_of_bytes(packed.device)[packed.int()].flatten(1)[:, :columns]
+
+
+@functools.cache
+def trits_of_bytes(device: torch.device) -> torch.Tensor:
+    """Return the five values of every byte, int8 (243, 5)."""
+    return (torch.arange(243).unsqueeze(1) // 3 ** torch.arange(5) % 3 - 1).to(device, torch.int8)
+
+
+def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
+    """Pack two values of -8 to 7 into a byte, the first low: uint8 (R, ceil(C / 2))."""
+    codes = F.pad((values + 8).to(torch.uint8), (0, values.shape[1] % 2), value=8)
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def unpack_nibbles(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Invert `pack_nibbles`: int8 (R, columns)."""
+    return torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :columns].to(torch.int8) - 8
+
+
+def pack_signs(values: torch.Tensor) -> torch.Tensor:
+    """Pack eight values of -1 or 1 into a byte, the first lowest: uint8 (R, ceil(C / 8))."""
+    bits = F.pad((values > 0).to(torch.uint8), (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Invert `pack_signs`: int8 (R, columns)."""
+    bits = packed.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(1)[:, :columns].to(torch.int8) * 2 - 1
+
+
+def pack_bytes(values: torch.Tensor) -> torch.Tensor:
+    """View int8 (R, C) as bytes (R, C)."""
+    return values.view(torch.uint8)
+
+
+def unpack_bytes(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """View bytes (R, C) as int8 (R, C)."""
+    return packed.view(torch.int8)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How whole numbers are stored.
+
+    Attributes:
+        low, high: the range.
+        bits: of a number in panels.
+        per_byte: numbers in a byte on disk.
+        pack, unpack: between int8 (R, C) and uint8 (R, ceil(C / per_byte)).
+        largest: byte that numbers make.
+    """
+
+    low: int
+    high: int
+    bits: int
+    per_byte: int
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    unpack: Callable[[torch.Tensor, int], torch.Tensor]
+    largest: int = 255
+
+    def check(self, packed: torch.Tensor, columns: int) -> None:
+        """Raise a ValueError if bytes are not rows of `columns` numbers in this format."""
+        width = -(-columns // self.per_byte)
+        if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
+            shape = f"{packed.dtype} {tuple(packed.shape)}"
+            raise ValueError(f"{columns} weights a row take uint8 (rows, {width}), got {shape}.")
+        if self.largest < 255 and packed.numel() and packed.max() > self.largest:
+            raise ValueError(f"a byte of five trits is at most {self.largest}, got {int(packed.max())}.")
+
+    def codes_of_bytes(self, device: torch.device) -> torch.Tensor:
+        """Return the numbers of every byte plus `ZERO[bits]`, uint8 (256, per_byte)."""
+        every = torch.arange(256, device=device).clamp(max=self.largest).to(torch.uint8)
+        return self.unpack(every.unsqueeze(1), self.per_byte).view(torch.uint8) + ZERO[self.bits]  # wraps: -1 is 255
+
+
+FORMATS = {
+    "binary": Format(-1, 1, 2, 8, pack_signs, unpack_signs),
+    "ternary": Format(-1, 1, 2, 5, pack_trits, unpack_trits, largest=242),
+    "int4": Format(-8, 7, 4, 2, pack_nibbles, unpack_nibbles),
+    "int8": Format(-128, 127, 8, 1, pack_bytes, unpack_bytes),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- rounding
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weight of a module is stored, an entry of `quantization_config.modules`.
+
+    Args:
+        format: binary (1 bit, the sign), ternary (1.6 bits), int4 or int8.
+        group_size: which weights share a scale: "tensor", "row", or a number of columns of a row.
+        activation_bits: 8 rounds the input per token, so that products are of whole numbers; None unpacks the weight.
+        scale_type: float16 or float32.
+        frequent_rows: of an embedding: the number of rows stored in `frequent_format`.
+        frequent_format: of those rows.
+
+    Raises:
+        ValueError: another value.
+    """
+
+    format: str = "ternary"
+    group_size: int | str = "tensor"
+    activation_bits: int | None = 8
+    scale_type: str = "float32"
+    frequent_rows: int = 0
+    frequent_format: str = "int8"
+
+    def __post_init__(self):
+        size, frequent, formats = self.group_size, self.frequent_rows, [*FORMATS]
+        grouped = size in ("tensor", "row") or isinstance(size, int) and size > 0
+        for name, fits, expected in (
+            ("format", self.format in formats, f"one of {', '.join(formats)}"),
+            ("frequent_format", self.frequent_format in formats, f"one of {', '.join(formats)}"),
+            ("group_size", grouped, "'tensor', 'row' or a number of columns"),
+            ("activation_bits", self.activation_bits in (8, None), "8 or null"),
+            ("scale_type", self.scale_type in ("float16", "float32"), "float16 or float32"),
+            ("frequent_rows", type(frequent) is int and frequent >= 0, "a whole number"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return getattr(torch, self.scale_type)
+
+    def groups(self, rows: int, columns: int) -> tuple[int, int]:
+        """Return the shape of the scales."""
+        if self.group_size == "tensor":
+            return 1, 1
+        return rows, 1 if self.group_size == "row" else -(-columns // self.group_size)
+
+
+def group_weights(weight: torch.Tensor, group_size: int | str) -> torch.Tensor:
+    """Split a matrix into groups that share a scale: (1 or R, groups, size), padded with 0."""
+    if group_size == "tensor":
+        return weight.reshape(1, 1, -1)
+    size = weight.shape[1] if group_size == "row" else group_size
+    return F.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def spread(scale: torch.Tensor, group_size: int | str, columns: int) -> torch.Tensor:
+    """Expand scales to what multiplies a matrix: one per column where groups have their own."""
+    return scale.repeat_interleave(group_size, 1)[:, :columns] if isinstance(group_size, int) else scale
+
+
+def ternary_quantize(weight: torch.Tensor, group_size: int | str = "tensor") -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a matrix to three values by its mean magnitude (BitNet b1.58, arXiv 2402.17764).
+
+    Args:
+        weight: (R, C), any floating dtype.
+        group_size: what shares a scale: "tensor", "row", or a number of columns (the last group may be shorter).
+
+    Returns:
+        Values in {-1, 0, 1}, float32 (R, C), and the scales, float32: () for the tensor, else (R, 1) or
+        (R, ceil(C / group_size)). Values times scales approximate the weight.
+    """
+    weight = weight.float()
+    if group_size == "tensor":
+        scale = weight.abs().mean().clamp(min=EPS)
+    else:
+        members = group_weights(torch.ones_like(weight[:1]), group_size).sum(-1)
+        scale = (group_weights(weight.abs(), group_size).sum(-1) / members).clamp(min=EPS)
+    return (weight / spread(scale, group_size, weight.shape[1])).round().clamp(-1, 1), scale
+
+
+def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a matrix to whole numbers with scales that fit their groups.
+
+    Binary and ternary scales start at the mean magnitude and are refined by least squares, which leaves a ternary
+    matrix what it is. Those of integers are the best of 16 fractions of the largest magnitude.
+
+    Args:
+        weight: (R, C), any floating dtype.
+        scheme: format and groups.
+
+    Returns:
+        int8 (R, C) and the scales, shape `scheme.groups(R, C)`. Numbers times scales approximate the weight.
+    """
+    form, size = FORMATS[scheme.format], scheme.group_size
+    groups = group_weights(weight.float(), size)
+    inside = group_weights(torch.ones_like(weight, dtype=torch.float32), size)
+
+    def rounded(scale: torch.Tensor) -> torch.Tensor:
+        if scheme.format == "binary":
+            return torch.where(groups < 0, -inside, inside)
+        return (groups / scale).round().clamp(form.low, form.high)
+
+    if form.bits == 2:
+        # alternate between rounding and the scale of least squares
+        scale = groups.abs().mean(-1, keepdim=True).clamp(min=EPS)
+        for _ in range(8):
+            values = rounded(scale)
+            norm = values.square().sum(-1, keepdim=True).clamp(min=1)
+            scale = ((groups * values).sum(-1, keepdim=True) / norm).clamp(min=EPS)
+    else:
+        # try fractions of the scale that reaches the largest number
+        largest = groups.abs().amax(-1, keepdim=True).clamp(min=EPS) / form.high
+        scale, least = largest, torch.full_like(largest, torch.inf)
+        for fraction in torch.linspace(1, 0.55 if form.bits == 4 else 0.9, 16).tolist():
+            error = (rounded(largest * fraction) * largest * fraction - groups).square().sum(-1, keepdim=True)
+            scale, least = torch.where(error < least, largest * fraction, scale), torch.minimum(error, least)
+    # round with the scale as it is stored, and drop the padding
+    scale = scale.to(scheme.scale_dtype)
+    values = rounded(scale.float()).to(torch.int8)
+    if size != "tensor":
+        values = values.flatten(1)[:, : weight.shape[1]]
+    return values.reshape(weight.shape), scale.squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- panels
+
+
+def check_columns(columns: int) -> None:
+    """Raise a ValueError if a sum of products may not fit 32 bits."""
+    if not 0 < columns <= MAX_COLUMNS:
+        raise ValueError(f"columns is {columns}; expected 1 to {MAX_COLUMNS}, so that a sum fits 32 bits.")
+
+
+def panel_bytes(rows: int, columns: int, bits: int) -> int:
+    """Return the length of the panels of a (rows, columns) matrix."""
+    if bits not in ZERO:
+        raise ValueError(f"bits is {bits}; expected 2, 4 or 8.")
+    check_columns(columns)
+    return round_up(rows, ROWS) * round_up(columns, COLUMNS) * bits // 8
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Lay out unsigned codes (R, C) uint8 as panels."""
+    R, C = codes.shape
+    codes = F.pad(codes, (0, round_up(C, COLUMNS) - C, 0, round_up(R, ROWS) - R), value=ZERO[bits])
+    codes = codes.view(round_up(R, ROWS) // ROWS, ROWS, -1, 8 // bits, GROUP)  # (panel, row, vector, field, byte)
+    packed = codes[:, :, :, 0].clone()
+    for k in range(1, 8 // bits):
+        packed |= codes[:, :, :, k] << (k * bits)
+    return packed.transpose(1, 2).reshape(-1)
+
+
+def pack_panels(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Lay out signed weights for the kernels.
+
+    A panel holds 16 rows as vectors of 64 bytes, four bytes of every row. A byte has 8 / bits fields, the first in the
+    lowest bits. The first fields of the four bytes are four neighbouring columns, the next fields the next four.
+    Columns are padded with zero weights to a multiple of 64, rows to a multiple of 16.
+
+    Args:
+        values: (R, C) int8; -1..1 for 2 bits, -8..7 for 4, -128..127 for 8.
+        bits: 2, 4 or 8.
+
+    Returns:
+        (`panel_bytes`(R, C, bits),) uint8. Raises ValueError for another width, dtype, shape or range.
+    """
+    if values.ndim != 2 or values.dtype != torch.int8:
+        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}; expected int8 (rows, columns).")
+    panel_bytes(*values.shape, bits)
+    low, high = -ZERO[bits], 1 if bits == 2 else ZERO[bits] - 1
+    if values.numel() and (values.min() < low or values.max() > high):
+        span = f"{int(values.min())}..{int(values.max())}"
+        raise ValueError(f"values span {span}; expected {low}..{high} for {bits} bits.")
+    return pack_codes(values.view(torch.uint8) + ZERO[bits], bits)  # wraps: -1 is 255
+
+
+def check_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> None:
+    """Raise a ValueError if panels do not fit a matrix of this shape and width."""
+    length = panel_bytes(rows, columns, bits)
+    if panels.dtype != torch.uint8 or panels.shape != (length,) or not panels.is_contiguous():
+        raise ValueError(
+            f"panels are {panels.dtype} {tuple(panels.shape)}; expected contiguous uint8 ({length},) for "
+            f"{rows} x {columns} weights of {bits} bits."
+        )
+
+
+def unpack_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> torch.Tensor:
+    """Invert `pack_panels`: (rows, columns) int8. Raises ValueError if the length does not fit."""
+    check_panels(panels, rows, columns, bits)
+    count, padded = round_up(rows, ROWS) // ROWS, round_up(columns, COLUMNS)
+    # split bytes into fields, (panel, vector, field, row, byte)
+    packed = panels.view(count, padded * bits // (8 * GROUP), 1, ROWS, GROUP)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=panels.device).view(-1, 1, 1)
+    codes = (packed >> shifts) & (2**bits - 1)
+    # rows first, without the padding
+    codes = codes.permute(0, 3, 1, 2, 4).reshape(count * ROWS, padded)
+    return (codes[:rows, :columns] - ZERO[bits]).view(torch.int8)
+
+
+def panels_from_bytes_reference(packed: torch.Tensor, columns: int, form: Format) -> torch.Tensor:
+    """Lay out packed rows, uint8 (R, ceil(columns / per_byte)), as the panels of their weights."""
+    length, codes = panel_bytes(ROWS, columns, form.bits), form.codes_of_bytes(packed.device)
+    panels = packed.new_empty(round_up(len(packed), ROWS) // ROWS, length)
+    step = round_up(2**20 // columns, ROWS)  # rows at a time: a large matrix is never unpacked as a whole
+    for start in range(0, len(packed), step):
+        part = packed[start : start + step]
+        numbers = codes[part.flatten().int()].view(len(part), -1)[:, :columns]
+        panels[start // ROWS : (start + step) // ROWS] = pack_codes(numbers, form.bits).view(-1, length)
+    return panels.view(-1)
