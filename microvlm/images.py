@@ -13,26 +13,26 @@ URL_SCHEMES = ("http://", "https://", "file://")
 
 
 def find_images(sources: Iterable[str], recursive: bool = False) -> tuple[list[str], list[str]]:
-    """Pictures that paths, folders, globs and URLs stand for.
+    """Find the images that paths, folders, globs and URLs stand for, each once.
 
-    Sources keep their order; inside a folder or a glob the order is natural (`p2` before `p10`). Files named twice come
-    once. Folders give the files with a picture's suffix that are not hidden; files named outright are all taken.
+    Sources keep their order; inside a folder or a glob the order is natural (`p2` before `p10`). Folders give the files
+    with an image's suffix that are not hidden; files named outright are all taken.
 
     Args:
         sources: paths of files and folders, glob patterns (`**` crosses folders), URLs.
         recursive: also look into the folders of folders.
 
     Returns:
-        the paths, and the sources at which nothing was found.
+        the paths, and the sources without an image.
     """
-    found, empty = {}, []
+    images, empty = {}, []
     for source in sources:
-        pictures = list(_expand(str(source), recursive))
-        if not pictures:
+        paths = list(_expand(str(source), recursive))
+        if not paths:
             empty.append(str(source))
-        for path in pictures:
-            found.setdefault(path if path.startswith(URL_SCHEMES) else os.path.realpath(path), path)
-    return list(found.values()), empty
+        for path in paths:
+            images.setdefault(path if path.startswith(URL_SCHEMES) else os.path.realpath(path), path)
+    return list(images.values()), empty
 
 
 def _expand(source: str, recursive: bool) -> Iterator[str]:
@@ -50,12 +50,12 @@ def _expand(source: str, recursive: bool) -> Iterator[str]:
 
 
 def natural_key(name: str) -> list:
-    """Sort key under which numbers count as numbers."""
+    """Make a sort key under which numbers count as numbers."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name)]
 
 
-def thumbnail(picture: Image.Image, size: int) -> Image.Image:
-    small = picture.copy()
+def thumbnail(image: Image.Image, size: int) -> Image.Image:
+    small = image.copy()
     small.thumbnail((size, size))
     return small
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import threading
 
@@ -512,3 +513,17 @@ def test_two_who_teach_at_once_both_teach(shop, tmp_path, monkeypatch):
 )
 def test_teach_with_wrong_arguments(words):
     assert microvlm("memory", *words) == 2
+
+
+def test_the_demo_teaches_and_forgets(capsys):
+    """On the shipped model; two facts, a question, and one fact less."""
+    assert microvlm("demo") == 0
+    before, after, forgotten = (
+        [line.partition(": ") for line in part.splitlines()]
+        for part in re.split(r"\n\n(?:Taught|Forgot)[^\0]*?Asked:\n", capsys.readouterr().out)
+    )
+    swan, robot, drum, question = ((path, text) for path, _, text in after)
+    assert swan[1].startswith("This is Bimo the swan.  (memory ") and swan[0].endswith("swan.png")
+    assert robot[1].startswith("This is Mirel the robot.  (memory ") and drum[1].startswith(before[3][2])
+    assert question[0] == "Who is the robot?" and question[1].startswith("This is Mirel the robot.")
+    assert "Bimo" not in forgotten[0][2] and [line[2] for line in forgotten[1:2]] == [robot[1]]

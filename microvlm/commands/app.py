@@ -45,6 +45,12 @@ CSS = """
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
+def require(condition, message: str) -> None:
+    """Show the visitor a message where something is missing."""
+    if not condition:
+        raise gr.Error(message)
+
+
 @contextmanager
 def error_on_page(**names: str) -> Iterator[None]:
     """Show the visitor what bad input raises in here; each of `names` stands for a path in the message."""
@@ -62,8 +68,7 @@ def error_on_page(**names: str) -> Iterator[None]:
 def path_of(image: dict) -> Iterator[str]:
     """Give the path in gradio's description of a file; errors in here name the file without its folder."""
     path = image["path"]
-    if not path or not os.path.isfile(path):
-        raise gr.Error("The picture is no longer here: show it again.")
+    require(path and os.path.isfile(path), "The picture is no longer here: show it again.")
     with error_on_page(**{os.path.basename(path): path}):
         yield path
 
@@ -131,8 +136,7 @@ class Page:
 
     def ask(self, question: str, memory) -> Iterator[tuple[str, str]]:
         """Yield the answer to a question as it grows, and the recall table."""
-        if not question.strip():
-            raise gr.Error("Type a question first.")
+        require(question.strip(), "Type a question first.")
         with error_on_page(), torch.no_grad():
             query = question_query(self.model, self.processor, question.strip())
             memory, result = self._recall(query, memory)
@@ -141,20 +145,17 @@ class Page:
 
     def teach(self, image: dict | None, sentence: str, memory):
         """Store a sentence under the image; returns the memory and the emptied text box."""
-        if image is None:
-            raise gr.Error("Choose a picture first.")
-        if not sentence.strip():
-            raise gr.Error("Type a sentence first.")
+        require(image is not None, "Choose a picture first.")
+        require(sentence.strip(), "Type a sentence first.")
         with path_of(image) as path:
             memory = self.model.new_memory() if memory is None else memory
             return teach(self.model, self.processor, path, sentence.strip(), memory), ""
 
     def forget(self, uid: str | None, memory):
         """Forget the item of this uid; returns the memory."""
-        if uid is None:
-            raise gr.Error("Choose what to forget.")
-        if uid not in uids(memory):  # a second click, before the list is new
-            raise gr.Error("This is not in the memory any more: nothing was forgotten.")
+        require(uid is not None, "Choose what to forget.")
+        # not so after a second click, before the list is new
+        require(uid in uids(memory), "This is not in the memory any more: nothing was forgotten.")
         with error_on_page():
             return self.model.forget(memory, uids(memory).index(uid))
 
@@ -167,8 +168,7 @@ class Page:
 
     def save(self, memory) -> Iterator[gr.DownloadButton]:
         """Offer a file of the memory to download."""
-        if memory is None:
-            raise gr.Error("There is nothing to save: teach it something first.")
+        require(memory is not None, "There is nothing to save: teach it something first.")
         with error_on_page(), tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "facts.safetensors")
             memory.save(path)
@@ -178,8 +178,7 @@ class Page:
 
     def load(self, path: str | None):
         """Open the memory of a file, in place of the one there is."""
-        if path is None:
-            raise gr.Error("Choose a file first.")
+        require(path is not None, "Choose a file first.")
         with error_on_page(**{os.path.basename(path): path}):
             memory = self.model.load_memory(path)
             stored_sentences(memory, self.processor)  # raises for several rows

@@ -118,30 +118,34 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def check_architecture(model, text_config) -> None:
+def check_architecture(model, text) -> None:
     """Raise ValueError where llama.cpp's graph would compute something else, except for BitNet's activation."""
-    kind, act = text_config.model_type, text_config.hidden_act
+    kind = text.model_type
     if kind not in GGUF_ARCHITECTURES:
         known = list(GGUF_ARCHITECTURES)
         raise ValueError(f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {known}.")
-    known = ("silu", "relu2") if kind == "bitnet" else ("silu",)
-    if act not in known:
-        raise ValueError(f"text_config.hidden_act is {act!r}, expected {' or '.join(known)} of {kind}.")
-    if any(t != "full_attention" for t in getattr(text_config, "layer_types", None) or []):
-        raise ValueError(f"the text model has sliding windows, which llama.cpp's {kind} does not.")
-    rope = text_config.rope_parameters["rope_type"]
-    if rope not in (("default", "linear", "llama3") if kind == "llama" else ("default",)):
-        raise ValueError(f"text_config.rope_parameters has rope_type {rope!r}, which is not exported for {kind}.")
+    act, rope = text.hidden_act, text.rope_parameters["rope_type"]
+    acts = ("silu", "relu2") if kind == "bitnet" else ("silu",)
+    ropes = ("default", "linear", "llama3") if kind == "llama" else ("default",)
+    sliding = any(layer != "full_attention" for layer in getattr(text, "layer_types", None) or [])
     layers = model.model.language_model.layers
-    if kind == "bitnet":
-        if not model.config.tie_word_embeddings:
-            raise ValueError("llama.cpp's bitnet has tied embeddings only, this checkpoint has a head of its own.")
-        if layers[0].self_attn.q_proj.out_features != text_config.hidden_size:
-            raise ValueError("llama.cpp's bitnet needs num_attention_heads x head_dim = hidden_size.")
-    biased = {n.split(".", 1)[1] for n, _ in layers.named_parameters() if n.endswith("_proj.bias")}
-    allowed = {"qwen2": {f"self_attn.{n}_proj.bias" for n in "qkv"}, "bitnet": set()}.get(kind, biased)
-    if biased - allowed:
-        raise ValueError(f"llama.cpp's {kind} has no {min(biased - allowed)}.")
+    narrow = layers[0].self_attn.q_proj.out_features != text.hidden_size
+    # biases that llama.cpp does not add
+    biases = {n.split(".", 1)[1] for n, _ in layers.named_parameters() if n.endswith("_proj.bias")}
+    biases -= {"qwen2": {f"self_attn.{n}_proj.bias" for n in "qkv"}, "bitnet": set()}.get(kind, biases)
+    problems = {
+        f"text_config.hidden_act is {act!r}, expected {' or '.join(acts)} of {kind}.": act not in acts,
+        f"the text model has sliding windows, which llama.cpp's {kind} does not.": sliding,
+        f"text_config.rope_parameters has rope_type {rope!r}, which is not exported for {kind}.": rope not in ropes,
+        "llama.cpp's bitnet has tied embeddings only, this checkpoint has a head of its own.": (
+            kind == "bitnet" and not model.config.tie_word_embeddings
+        ),
+        "llama.cpp's bitnet needs num_attention_heads x head_dim = hidden_size.": kind == "bitnet" and narrow,
+        f"llama.cpp's {kind} has no {min(biases, default='')}.": bool(biases),
+    }
+    for message, is_problem in problems.items():
+        if is_problem:
+            raise ValueError(message)
 
 
 def ternary_parts(layer: nn.Linear, groups: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
