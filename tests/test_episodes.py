@@ -27,7 +27,8 @@ from microvlm.data.episodes import (
     make_names,
 )
 from microvlm.data.rows import load_rows
-from microvlm.evaluate.memory import Bench, forget_half, mean, measure, negatives, own_words, says_name
+from microvlm.evaluate.bench import Bench, Lesson, says_name
+from microvlm.evaluate.memory import forget_half, mean, measure, negatives, own_words
 from microvlm.metrics import auroc, equal_error_rate
 from microvlm.model import load
 from microvlm.train import calibrate
@@ -418,10 +419,12 @@ def test_the_benchmark_runs_and_counts(tmp_path):
     assert not {name for kind in bench.names.values() for name in kind} & {"Red", "Blue", "This", "The"}
     mute = bench.answers
     bench.answers = lambda view, indices, *args, **kwargs: ["This is Kesora." for _ in indices]  # whatever is asked
-    half = forget_half(bench, bench.teach([[0, 3]], [["a", "b"]]), [[0, 3]], [["Kesora", "Bimo"]], 4)
+    lesson = Lesson([[0, 3]], [["Kesora", "Bimo"]], [["a", "b"]], bench.teach([[0, 3]], [["a", "b"]]), [(0, 0)])
+    half = forget_half(bench, lesson, 4)
     assert half == {"forget": {"forgotten": 1.0, "kept": 0.0, "kept_before": 0.0}}
     bench.plain = dict.fromkeys(range(8), "This is Kesora.")
-    said = negatives(bench, bench.teach([[0]], [["a"]]), [[0]], [["Kesora"]], None, [0], 4)["unrelated"]
+    lesson = Lesson([[0]], [["Kesora"]], [["a"]], bench.teach([[0]], [["a"]]), [(0, 0)])
+    said = negatives(bench, lesson, 4, {})["unrelated"]
     assert (said["false_recall"], said["unchanged"]) == (1.0, 1.0) and said["pictures"] > 0
     bench.answers = mute
     report = memory_recall.report([mean([result, result])], {"write": 1.0})

@@ -74,7 +74,9 @@ def test_contexts_of_several_lengths_share_a_batch(captioner, pictures):
 
 
 def test_pictures_stand_where_the_context_says(captioner, pictures):
-    ids = lambda context, n: captioner.inputs([context], [pictures[:n]])["input_ids"][0].tolist()  # noqa: E731
+    def ids(context, n):
+        return captioner.inputs([context], [pictures[:n]])["input_ids"][0].tolist()
+
     assert ids("<image>\na red square", 1) == ids("a red square", 1)
     image = [captioner.model.config.image_token_id] * captioner.model.config.num_prefix_tokens
     one, two = (captioner.processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a red", "a blue"))
@@ -185,7 +187,6 @@ def test_the_harness_gives_the_scores_of_evaluate_hf(tmp_path):
         data,
         "--limit",
         "20",
-        "--no-meteor",
     ]
     command += ["--metrics", "captions", "--json", str(scores)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)

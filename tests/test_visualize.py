@@ -260,13 +260,13 @@ def test_bad_input(model, processor, pictures):
     for bad in (pictures[0], pictures[:0], "picture.png"):
         with pytest.raises(ValueError, match="pixel_values must have the shape"):
             pooling_attention(model, bad)
-    with pytest.raises(ValueError, match="1 captions for 2 pictures"):
+    with pytest.raises(ValueError, match="1 captions for 2 images"):
         word_attention(model, processor, pictures, CAPTIONS[:1])
     with pytest.raises(ValueError, match="outside the vocabulary"):
         word_attention(model, processor, pictures, [CAPTIONS[0], [VOCAB]])
     with pytest.raises(ValueError, match="2 rows"):
         memory_figure(model, processor, model.new_memory(2))
-    with pytest.raises(ValueError, match="one picture"):
+    with pytest.raises(ValueError, match="one query image"):
         memory_figure(model, processor, model.new_memory(), pictures)
 
 

@@ -1,61 +1,77 @@
 """Score greedy captions against references."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from ..data.rows import decode_row
-from ..metrics import meteor, ngram_scores, score
+from ..metrics import ngram_scores, score
 
 NEW_TOKENS = 32
 CAPTIONERS = {"model": "model", "shuffled": "model, others' references", "nearest_neighbour": "nearest neighbour"}
 
 
+@dataclass
+class CaptionedRow:
+    """One row with its greedy caption.
+
+    Args:
+        image: decoded, (3, height, width) uint8.
+        ids: generated tokens, special ones included.
+        caption: the tokens' text.
+        reference: the row's own caption.
+    """
+
+    image: torch.Tensor
+    ids: list[int]
+    caption: str
+    reference: str
+
+
 @torch.inference_mode()
-def caption_rows(model, processor, rows, batch_size: int = 16, max_new_tokens: int = 32) -> tuple[list[str], list[str]]:
-    """Greedy captions and reference captions of rows of `load_rows`."""
-    candidates, references = [], []
+def captioned_rows(
+    model, processor, rows, batch_size: int = 16, max_new_tokens: int = NEW_TOKENS
+) -> Iterator[CaptionedRow]:
+    """Caption rows of `load_rows` in batches; one batch of images is in memory."""
     for start in range(0, len(rows), batch_size):
-        pairs = [
-            decode_row(row, processor.image_processor)
-            for row in rows.select(range(start, min(start + batch_size, len(rows))))
-        ]
-        pixel_values = processor.image_processor([p for p, _ in pairs], return_tensors="pt")["pixel_values"]
-        prompt = model.default_prompt(len(pairs))
-        out = model.generate(
+        batch = rows.select(range(start, min(start + batch_size, len(rows))))
+        images, references = zip(*(decode_row(row, processor.image_processor) for row in batch))
+        pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        prompt = model.default_prompt(len(images))
+        ids = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             pixel_values=pixel_values.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-        )
-        candidates += processor.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
-        references += [caption for _, caption in pairs]
-    return [c.strip() for c in candidates], references
+        )[:, prompt.shape[1] :]
+        captions = processor.batch_decode(ids, skip_special_tokens=True)
+        for image, tokens, caption, reference in zip(images, ids.tolist(), captions, references):
+            yield CaptionedRow(image, tokens, caption.strip(), reference)
 
 
-def caption_scores(
-    sets: dict[str, tuple[list[str], list[str]]], with_meteor: bool = True
-) -> tuple[dict, dict[str, str]]:
-    """All caption scores of several lists of captions, and what was not measured with its reason.
+def caption_rows(
+    model, processor, rows, batch_size: int = 16, max_new_tokens: int = NEW_TOKENS
+) -> tuple[list[str], list[str]]:
+    """Write greedy captions of rows of `load_rows`; returns captions and references."""
+    pairs = [(row.caption, row.reference) for row in captioned_rows(model, processor, rows, batch_size, max_new_tokens)]
+    return [caption for caption, _ in pairs], [reference for _, reference in pairs]
+
+
+def caption_scores(sets: dict[str, tuple[list[str], list[str]]]) -> tuple[dict, dict[str, str]]:
+    """Score several lists of captions.
 
     Args:
         sets: name -> captions and references, both raw.
-        with_meteor: METEOR takes seconds to start.
+
+    Returns:
+        Name -> scores; and what was not measured with its reason.
     """
-    missing, out = {}, {}
-    for name, (candidates, references) in sets.items():
-        out[name] = score(candidates, references) | ngram_scores(candidates, references)
-        if len(references) == 1:
-            out[name]["cider"] = None
-    if len(next(iter(sets.values()))[1]) == 1:
-        missing["cider"] = "one picture: every word is in every reference, so all weights are 0"
-    try:
-        if not with_meteor:
-            raise RuntimeError("--no-meteor")
-        for name, (candidates, references) in sets.items():
-            out[name]["meteor"] = meteor(candidates, references)
-    except RuntimeError as error:
-        missing["meteor"] = str(error)
-        for scores in out.values():
-            scores["meteor"] = None
-    return out, missing
+    scores = {name: score(*captions) | ngram_scores(*captions) for name, captions in sets.items()}
+    if any(len(references) > 1 for _, references in sets.values()):
+        return scores, {}
+    for values in scores.values():
+        values["cider"] = None
+    return scores, {"cider": "one picture: every word is in every reference, so all weights are 0"}

@@ -10,15 +10,18 @@ from ..data.rows import decode_row
 
 
 class StrictCollator(CaptionCollator):
-    """A collator that skips nothing: a row that cannot be read ends the evaluation."""
+    """Collate captions; a row that cannot be read ends the evaluation instead of being skipped."""
 
     def read(self, row: dict) -> tuple[torch.Tensor, str]:
         return decode_row(row, self.processor.image_processor)
 
 
 def reference_batches(model, processor, rows, batch_size: int):
-    """Batches of rows of `load_rows` on the model's device, each with the tokens of its longest caption, end token included; the captions
-    end the lines."""
+    """Collate rows of `load_rows` in batches on the model's device, captions at the line ends.
+
+    Returns:
+        Pairs of a batch and the tokens of its longest caption, with its end token.
+    """
     collator = StrictCollator(processor, model.default_prompt(1)[0].tolist())
     for start in range(0, len(rows), batch_size):
         batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
@@ -28,14 +31,15 @@ def reference_batches(model, processor, rows, batch_size: int):
 
 @torch.inference_mode()
 def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = True) -> dict[str, torch.Tensor]:
-    """Losses of the reference captions of rows of `load_rows`, each token given the picture and those before it.
+    """Compute the losses of N reference captions, each token given the image and the tokens before it.
 
     Args:
-        align: also embed pictures and captions by the alignment heads.
+        rows: N rows of `load_rows`.
+        align: also embed images and captions by the alignment heads.
 
     Returns:
-        `loss` (N,) float64, nats of a caption and its end token, `tokens` (N,), and with `align` unit vectors `image_embeds` and
-        `text_embeds` (N, C).
+        `loss` (N,) float64, nats of a caption with its end token; `tokens` (N,); with `align` unit vectors
+        `image_embeds` and `text_embeds` (N, C).
     """
     out = {"loss": [], "tokens": []} | ({"image_embeds": [], "text_embeds": []} if align else {})
     for batch, length in reference_batches(model, processor, rows, batch_size):
@@ -53,11 +57,11 @@ def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = T
 
 
 def language_scores(losses: torch.Tensor, tokens: torch.Tensor, captions: list[str]) -> dict[str, float]:
-    """lm_loss (nats a token), perplexity, bits_per_byte of the captions in UTF-8 and the number of tokens, ends included.
+    """Compute lm_loss (nats a token), perplexity, bits_per_byte of UTF-8 and the number of tokens.
 
     Args:
         losses: nats of each caption, (N,).
-        tokens: of each caption, (N,).
+        tokens: of each caption with its end, (N,).
     """
     total, number = losses.double().sum(), int(tokens.sum())
     bits = float(total) / math.log(2) / sum(len(c.encode()) for c in captions)
@@ -67,7 +71,7 @@ def language_scores(losses: torch.Tensor, tokens: torch.Tensor, captions: list[s
 
 @torch.no_grad()
 def perplexity(model, processor, rows, batch_size: int = 16) -> float:
-    """Of the captions, per token."""
+    """Compute the perplexity of the captions per token."""
     collator = CaptionCollator(processor, model.default_prompt(1)[0].tolist())
     total, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):

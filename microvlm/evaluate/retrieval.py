@@ -7,12 +7,18 @@ import torch
 from ..metrics import retrieval_recalls
 
 RANKS = (1, 5, 10)
-RETRIEVAL_POOL = 5000  # pictures, the first ones of a larger set
+RETRIEVAL_POOL = 5000  # images, the first ones of a larger set
 
 
 def retrieval_scores(model, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[dict, dict[str, str]]:
-    """Recall at 1, 5 and 10 both ways and the InfoNCE loss over all R pairs (unit vectors, (R, C)), and what was not measured."""
+    """Compute recall at 1, 5 and 10 both ways and the InfoNCE loss over all R pairs.
 
+    Args:
+        image_embeds, text_embeds: unit vectors, (R, C).
+
+    Returns:
+        The scores, and what was not measured.
+    """
     R, missing = len(image_embeds), {}
     ranks = [k for k in RANKS if k < R]
     for k in RANKS[len(ranks) :]:

@@ -1,38 +1,109 @@
-"""Score a checkpoint on image-caption data, from the command line."""
+"""Score a checkpoint on image-caption data."""
 
 import importlib.util
 import json
 import math
 import os
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from types import SimpleNamespace
 
-from ..data.rows import load_rows
+from datasets import Dataset
+
+from ..data.rows import load_rows, row_caption
 from ..data.stream import is_hub_dataset, load_stream, take_rows
-from ..files import atomic_file, check_outputs
+from ..files import ROOT, atomic_file, check_outputs
 from ..metrics import normalise, word_f1
 from ..model import load
 from ..teacher import nearest_neighbours, teacher_features
-from .captions import caption_rows, caption_scores
+from .captions import caption_scores, captioned_rows
 from .card import card_with
 from .language import language_scores, teacher_forced
-from .memory import counted, memory_scores
-from .report import example_tags, html_page, html_section, markdown, plots, print_result
+from .memory import count_facts, memory_scores
+from .report import example_figures, example_rows, html_page, markdown, page_section, plots, print_result
 from .retrieval import RETRIEVAL_POOL, retrieval_scores
 from .speed import size_scores, speed_scores
 
 GROUPS = ("captions", "language", "retrieval", "memory", "speed", "size")
+DEFAULT_GROUPS = ("captions", "language", "retrieval", "size")
 
 
-def open_rows(path: str, limit: int | None = None):
-    """Rows of a data set as in `load_rows`; one on the Hub by its id, `owner/name`: the first `limit` rows of its train split.
+@dataclass
+class EvaluateOptions:
+    """What to score, how, and where to write it.
+
+    Args:
+        data: parquet files, webdataset tars, folders of images, or Hub ids with `limit`; each is scored.
+        model: checkpoint folder or Hub id.
+        revision: of a model on the Hub.
+        metrics: groups, of GROUPS.
+        facts: sizes of memories.
+        queries: questions of each sort per memory size.
+        batch_size: images at once.
+        device: as `cpu` or `cuda`.
+        dtype: of weights that are not packed; auto: the checkpoint's.
+        limit: score the first rows only.
+        show: captions to print next to their references, per data set.
+        yardstick: training data for the nearest-neighbour caption.
+        json, markdown, html, card: files to write; the card is a README.md that exists.
+        examples: images in the HTML report, per data set.
+    """
+
+    data: list[str]
+    model: str = str(ROOT)
+    revision: str = "main"
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_GROUPS))
+    facts: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
+    queries: int = 32
+    batch_size: int = 16
+    device: str = "cpu"
+    dtype: str = "float32"
+    limit: int | None = None
+    show: int = 0
+    yardstick: str | None = None
+    json: str | None = None
+    markdown: str | None = None
+    html: str | None = None
+    card: str | None = None
+    examples: int = 12
+
+    def __post_init__(self):
+        self.data = list(dict.fromkeys(self.data))
+        self.metrics = list(dict.fromkeys(self.metrics))
+
+    def check(self) -> None:
+        """Refuse wrong options before any work.
+
+        Raises:
+            ValueError: options that do not go together, or an unknown group.
+            OSError: an output that cannot be written.
+            ModuleNotFoundError: an optional package is missing.
+        """
+        if unknown := sorted({*self.metrics} - {*GROUPS}):
+            raise ValueError(f"unknown metrics {', '.join(unknown)}: choose among {', '.join(GROUPS)}.")
+        if self.yardstick and "captions" not in self.metrics:
+            raise ValueError("--yardstick needs the group captions.")
+        # no output may take the place of an input
+        sources = [*self.data, *filter(None, [self.yardstick])]
+        inputs = {file for source in sources for file in (source, *glob(source, recursive=True))}
+        outputs = {"json": self.json, "markdown": self.markdown, "html": self.html, "card": self.card}
+        folders = tuple(os.path.realpath(source) + os.sep for source in sources if os.path.isdir(source))
+        for path in filter(None, outputs.values()):
+            if os.path.exists(path) and os.path.realpath(path).startswith(folders):
+                inputs.add(path)
+        check_outputs(inputs, **outputs)
+        for package, needed in {"matplotlib": self.html, "pycocoevalcap": "captions" in self.metrics}.items():
+            if needed and importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
+def open_rows(path: str, limit: int | None = None) -> Dataset:
+    """Open a data set as `load_rows` does, or the first `limit` rows of a Hub id's train split.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no rows, no picture or caption column, a format that is not known, or a Hub id without limit.
+        ValueError: no rows, no image or caption column, an unknown format, or a Hub id without limit.
     """
-
     if is_hub_dataset(path):
         if limit is None:
             raise ValueError(f"{path} is no file or folder; as a data set of the Hub it needs --limit.")
@@ -44,105 +115,124 @@ def open_rows(path: str, limit: int | None = None):
     return rows
 
 
-def evaluate(model, processor, rows, options, train=None) -> tuple[dict, dict]:
-    """Everything asked for on one data set.
+def score_captions(model, processor, rows, options: EvaluateOptions, train=None) -> tuple[dict, dict, dict]:
+    """Score greedy captions, the same against others' references, and those of the nearest neighbours.
 
     Args:
-        rows: of `open_rows`.
-        options: of the command line.
         train: rows and features (N, C) for the nearest-neighbour caption, or None.
 
     Returns:
-        The figures, `not_measured` among them: name -> reason; and for the report `captions`, `references`, per caption `word_f1` and
-        `loss`, and per size `scopes`.
+        Captioner -> scores; details for the report; and what was not measured.
     """
-    groups, missing, more = set(options.metrics), {}, {}
+    # caption every image once; a few rows stay for the report
+    chosen = set(example_rows(options.examples, len(rows)) if options.html else ())
+    captions, references, examples = [], [], {}
+    for i, row in enumerate(captioned_rows(model, processor, rows, options.batch_size)):
+        captions.append(row.caption)
+        references.append(row.reference)
+        if i in chosen:
+            examples[i] = row
+    # captioners to compare with
+    sets, missing, shift = {"model": (captions, references)}, {}, len(references) // 2
+    if shift:
+        sets["shuffled"] = captions, references[shift:] + references[:shift]
+    else:
+        missing["shuffled"] = "one picture: there are no others"
+    if train is not None:
+        nearest = nearest_neighbours(train[1], teacher_features(rows, processor.image_processor))
+        sets["nearest_neighbour"] = [train[0][i]["caption"] for i in nearest], references
+    scores, reasons = caption_scores(sets)
+    f1 = [word_f1(normalise(c), normalise(r)) for c, r in zip(captions, references)]
+    details = {"captions": captions, "references": references, "word_f1": f1, "examples": examples}
+    return scores, details, missing | reasons
+
+
+def score_references(model, processor, rows, options: EvaluateOptions) -> tuple[dict, dict, dict]:
+    """Score the references, token by token (language) and as pairs with their images (retrieval)."""
+    align = "retrieval" in options.metrics and getattr(model.model, "alignment", None) is not None
+    forced = teacher_forced(model, processor, rows, options.batch_size, align)
+    result, details, missing = {}, {}, {}
+    if "language" in options.metrics:
+        captions = [row_caption({"caption": caption}) for caption in rows["caption"]]
+        result["language"] = language_scores(forced["loss"], forced["tokens"], captions)
+        details["loss"] = (forced["loss"] / forced["tokens"]).tolist()
+    if align:
+        embeds = (forced[name][:RETRIEVAL_POOL] for name in ("image_embeds", "text_embeds"))
+        result["retrieval"], missing = retrieval_scores(model, *embeds)
+    elif "retrieval" in options.metrics:
+        missing["retrieval"] = "the checkpoint has no alignment heads"
+    return result, details, missing
+
+
+def evaluate(model, processor, rows, options: EvaluateOptions, train=None) -> tuple[dict, dict]:
+    """Score one data set.
+
+    Args:
+        rows: of `open_rows`.
+        train: rows and features (N, C) for the nearest-neighbour caption, or None.
+
+    Returns:
+        The figures, with `not_measured`: name -> reason; and for the report, where measured, `captions`,
+        `references`, per row `word_f1` and `loss`, `examples`, and per size `scopes`.
+    """
+    groups, details, missing = set(options.metrics), {}, {}
     result: dict = {"pictures": len(rows), "dtype": str(model.dtype).removeprefix("torch.")}
+    parts = []
     if "captions" in groups:
-        candidates, references = caption_rows(model, processor, rows, options.batch_size)
-        sets, shift = {"model": (candidates, references)}, len(references) // 2
-        if shift:
-            sets["shuffled"] = candidates, references[shift:] + references[:shift]
-        else:
-            missing["shuffled"] = "one picture: there are no others"
-        if train is not None:
-            features = teacher_features(rows, processor.image_processor)
-            nearest = nearest_neighbours(train[1], features)
-            sets["nearest_neighbour"] = [train[0][i]["caption"] for i in nearest], references
-        scores, reasons = caption_scores(sets, not options.no_meteor)
-        result, missing = result | scores, missing | reasons
-        f1 = [word_f1(normalise(c), normalise(r)) for c, r in zip(candidates, references)]
-        more |= {"captions": candidates, "references": references, "word_f1": f1}
+        parts.append(score_captions(model, processor, rows, options, train))
     if groups & {"language", "retrieval"}:
-        align = "retrieval" in groups and getattr(model.model, "alignment", None) is not None
-        forced = teacher_forced(model, processor, rows, options.batch_size, align)
-        if "language" in groups:
-            captions = rows["caption"][:]
-            captions = [(c.decode(errors="replace") if isinstance(c, bytes) else c).strip() for c in captions]
-            result["language"] = language_scores(forced["loss"], forced["tokens"], captions)
-            more["loss"] = (forced["loss"] / forced["tokens"]).tolist()
-        if align:
-            embeds = (forced[name][:RETRIEVAL_POOL] for name in ("image_embeds", "text_embeds"))
-            result["retrieval"], reasons = retrieval_scores(model, *embeds)
-            missing |= reasons
-        elif "retrieval" in groups:
-            missing["retrieval"] = "the checkpoint has no alignment heads"
+        parts.append(score_references(model, processor, rows, options))
     if "memory" in groups:
-        result["memory"], more["scopes"], reasons = memory_scores(
-            model, processor, rows, options.facts, options.queries
-        )
-        missing |= reasons
+        memory, scopes, reasons = memory_scores(model, processor, rows, options.facts, options.queries)
+        parts.append(({"memory": memory}, {"scopes": scopes}, reasons))
     if "speed" in groups:
-        result["speed"] = speed_scores(model, processor, rows, options.batch_size)
+        parts.append(({"speed": speed_scores(model, processor, rows, options.batch_size)}, {}, {}))
     if "size" in groups:
-        result["size"] = size_scores(model, options.model, options.revision)
+        parts.append(({"size": size_scores(model, options.model, options.revision)}, {}, {}))
+    for scores, more_details, reasons in parts:
+        result, details, missing = result | scores, details | more_details, missing | reasons
+    # JSON has no NaN
     columns = {name: values for name, values in result.items() if isinstance(values, dict)}
-    columns |= {f"memory of {counted(entry['facts'])}": entry for entry in result.get("memory", [])}
+    columns |= {f"memory of {count_facts(entry['facts'])}": entry for entry in result.get("memory", [])}
     for name, values in columns.items():
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[key], missing[f"{name}: {key}"] = None, f"the result is {value}"
-    return result | {"not_measured": missing}, more
+    return result | {"not_measured": missing}, details
 
 
-def check_options(options: SimpleNamespace) -> None:
-    """Refuse outputs that cannot be written and options that do not fit, before anything is computed.
-
-    Raises:
-        OSError, ValueError, ModuleNotFoundError: what is wrong.
-    """
-    options.data = list(dict.fromkeys(options.data))
-    options.metrics = [*options.metrics, *["memory"] * (options.memory and "memory" not in options.metrics)]
-    # an output inside a folder of inputs is an input
-    outputs = {name: getattr(options, name) for name in ("json", "markdown", "html", "card")}
-    sources = [*options.data, *filter(None, [options.yardstick])]
-    inputs = {file for source in sources for file in (source, *glob(source, recursive=True))}
-    folders = tuple(os.path.realpath(source) + os.sep for source in sources if os.path.isdir(source))
-    existing = [path for path in outputs.values() if path is not None and os.path.exists(path)]
-    check_outputs(inputs | {path for path in existing if os.path.realpath(path).startswith(folders)}, **outputs)
-    for module, needed in {"matplotlib": options.html, "pycocoevalcap": "captions" in options.metrics}.items():
-        if needed and importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
-    if options.yardstick and "captions" not in options.metrics:
-        raise ValueError("--yardstick needs the group captions")
+def write_output(path: str | None, text: str) -> None:
+    """Write a file whole and with the text's own line ends; None: nowhere."""
+    if path is not None:
+        with atomic_file(path, "wb") as file:
+            file.write(text.encode())
 
 
-def write_report(path: str, text: str) -> None:
-    with atomic_file(path, "wb") as file:
-        file.write(text.encode())
+def examples_of(model, processor, rows, details: dict, options: EvaluateOptions) -> list[dict]:
+    """Draw the examples of the report; their images are captioned here unless they were before."""
+    chosen = example_rows(options.examples, len(rows))
+    examples = details.get("examples")
+    if examples is None:
+        examples = dict(zip(chosen, captioned_rows(model, processor, rows.select(chosen), options.batch_size)))
+    return example_figures(model, processor, examples, details)
 
 
-def run(options: SimpleNamespace) -> None:
-    """The command, see above."""
+def open_inputs(options: EvaluateOptions) -> tuple[dict[str, Dataset], Dataset | None]:
+    """Open the data sets and the yardstick, and try the card, before a model is loaded."""
     sets = {path: open_rows(path, options.limit) for path in options.data}
     if options.card:
-        nothing = {path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()}
-        card_with(options.card, nothing, options.metrics, options.model)
-    train = None
-    if options.yardstick:
-        train = load_rows(options.yardstick, exclude_copyleft=options.yardstick_exclude_copyleft)
-        if not len(train):
-            raise ValueError(f"{options.yardstick} has no rows.")
+        empty = {path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()}
+        card_with(options.card, empty, options.metrics, options.model)
+    return sets, open_rows(options.yardstick) if options.yardstick else None
+
+
+def evaluate_files(options: EvaluateOptions) -> dict[str, dict]:
+    """Score a checkpoint on every data set, print the scores, and write the outputs after each set.
+
+    Raises:
+        OSError, ValueError, SafetensorError, TarError, DatasetsError: data or a checkpoint that cannot be read.
+    """
+    sets, train = open_inputs(options)
     model, processor = load(options.model, options.revision, options.dtype, options.device)
     if not hasattr(model, "default_prompt"):
         raise ValueError(f"{options.model} is a {type(model).__name__}: only checkpoints of MicroVLM can be scored.")
@@ -151,27 +241,31 @@ def run(options: SimpleNamespace) -> None:
     name = Path(options.model).resolve().name if Path(options.model).exists() else options.model
     results, sections = {}, []
     for path, rows in sets.items():
-        results[path], more = evaluate(model, processor, rows, options, train)
-        pairs = zip(more.get("captions", []), more.get("references", []))
-        for candidate, reference in list(pairs)[: options.show]:
-            print(f"  {candidate!r}  <- {reference!r}")
+        results[path], details = evaluate(model, processor, rows, options, train)
+        # the terminal
+        pairs = list(zip(details.get("captions", []), details.get("references", [])))
+        for caption, reference in pairs[: options.show]:
+            print(f"  {caption!r}  <- {reference!r}")
         print_result(path, results[path])
-        if options.json:
-            write_report(options.json, json.dumps(results, indent=1, allow_nan=False))
-        if options.markdown:
-            write_report(options.markdown, markdown(results))
+        # files hold all sets so far, so that a later failure loses nothing
+        write_output(options.json, json.dumps(results, indent=1, allow_nan=False))
+        write_output(options.markdown, markdown(results))
         if options.card:
-            write_report(options.card, card_with(options.card, results, options.metrics, name))
+            write_output(options.card, str(card_with(options.card, results, options.metrics, name)))
         if options.html:
-            examples = example_tags(model, processor, rows, more, options.examples)
-            sections.append(html_section(path, results[path], plots(results[path], more), examples))
-            write_report(options.html, html_page(name, sections))
+            examples = examples_of(model, processor, rows, details, options)
+            sections.append(page_section(path, results[path], plots(results[path], details), examples))
+            write_output(options.html, html_page(name, sections))
+    return results
 
 
-def main(**options) -> None:
-    options = SimpleNamespace(**options)
-    check_options(options)
+def main(memory: bool, **options) -> None:
+    """Run the command; `memory` adds the group memory."""
+    options = EvaluateOptions(**options)
+    if memory and "memory" not in options.metrics:
+        options.metrics.append("memory")
+    options.check()
     try:
-        run(options)
+        evaluate_files(options)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted; data sets scored until then are written") from error

@@ -1,23 +1,21 @@
 """Measure seconds per caption and bytes on disk."""
 
-import json
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
 from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
-from transformers.utils import cached_file
 
 from ..data.rows import decode_row
+from ..hub import weight_files
 from .captions import NEW_TOKENS, caption_rows
 
 SPEED_IMAGES = 64
 
 
 class Clock(BaseStreamer):
-    """Notes when `generate()` hands over the prompt and then each new token."""
+    """Note the time of the prompt and of each new token."""
 
     def __init__(self):
         self.times = []
@@ -30,43 +28,48 @@ class Clock(BaseStreamer):
 
 
 def time_generate(model: PreTrainedModel, new_tokens: int, **inputs: torch.Tensor) -> tuple[float, float]:
-    """Greedy generation.
+    """Time greedy generation.
 
     Args:
-        new_tokens: how many, 2 or more; the end-of-text token does not stop it.
+        new_tokens: their number, 2 or more; the end-of-text token does not stop it.
         inputs: of `generate()`.
 
     Returns:
-        Seconds to the first token, and tokens per second behind it.
+        Seconds to the first token, and tokens per second after it.
 
     Raises:
         RuntimeError: another number of tokens came.
     """
     clock = Clock()
-    started = time.perf_counter()
+    start = time.perf_counter()
     model.generate(
         **inputs, streamer=clock, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens
     )
     times = clock.times[1:]  # the first entry is the prompt
     if len(times) != new_tokens:
-        raise RuntimeError(f"generate() gave {len(times)} tokens, {new_tokens} were asked for.")
-    return times[0] - started, (new_tokens - 1) / (times[-1] - times[0])
+        raise RuntimeError(f"generate() gave {len(times)} tokens instead of {new_tokens}.")
+    return times[0] - start, (new_tokens - 1) / (times[-1] - times[0])
 
 
 def speed_scores(model, processor, rows, batch_size: int = 16, repeats: int = 3) -> dict[str, float | int | str]:
-    """Seconds to the first token of one picture, tokens a second behind it, and pictures a second in batches with reading and decoding;
-    medians of `repeats` after one round that does not count.
+    """Time one image and batches; medians of `repeats` rounds after one that does not count.
+
+    Returns:
+        Seconds to the first token of one image, tokens a second after it, images a second in batches with reading and
+        decoding, and the conditions.
     """
     rows = rows.select(range(min(SPEED_IMAGES, len(rows))))
-    picture = decode_row(rows[0], processor.image_processor)[0]
+    image = decode_row(rows[0], processor.image_processor)[0]
     prompt = model.default_prompt(1)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     first, rate, whole = [], [], []
     for _ in range(repeats + 1):
+        # one image, alone
         start = time.perf_counter()
-        pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"].to(model.device)
+        pixel_values = processor.image_processor([image], return_tensors="pt")["pixel_values"].to(model.device)
         prepared = time.perf_counter() - start
         seconds, tokens = time_generate(model, NEW_TOKENS, **inputs, pixel_values=pixel_values)
+        # all images, in batches
         start = time.perf_counter()
         caption_rows(model, processor, rows, batch_size)
         whole.append(len(rows) / (time.perf_counter() - start))
@@ -83,25 +86,11 @@ def speed_scores(model, processor, rows, batch_size: int = 16, repeats: int = 3)
     }
 
 
-def weight_files(name: str, revision: str | None = None) -> list[Path]:
-    """The safetensors files of a checkpoint in a folder or of the Hub, already loaded once.
+def size_scores(model, name: str, revision: str = "main") -> dict[str, float | int]:
+    """Count parameters, bytes of the weights on disk and bits a parameter.
 
-    Raises:
-        OSError: there are none.
+    A tied parameter counts once, a packed weight with all the parameters it stands for.
     """
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    for single in ("model.safetensors", "adapter_model.safetensors"):
-        if (file := cached_file(name, single, **options)) is not None:
-            return [Path(file)]
-    index = cached_file(name, "model.safetensors.index.json", **options)
-    if index is None:
-        raise OSError(f"{name} has no safetensors files.")
-    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    return [Path(cached_file(name, shard, revision=revision)) for shard in shards]
-
-
-def size_scores(model, name: str, revision: str | None = None) -> dict[str, float | int]:
-    """Parameters, a tied one once and packed ones as many as they stand for; bytes of the weights on the disk; bits a parameter."""
     config = type(model.config).from_dict(model.config.to_dict())
     with torch.device("meta"):
         parameters = sum(p.numel() for p in type(model)(config).parameters())

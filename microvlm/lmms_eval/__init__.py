@@ -1,1 +1,1 @@
-"""MicroVLM for the harness lmms-eval: its model in `models`, a captioning task on `data/mini` in `tasks`. See docs/evaluation.md."""
+"""Plug MicroVLM into lmms-eval: the model in `models`, a captioning task on `data/mini` in `tasks`."""

@@ -1,23 +1,22 @@
-"""From the harness's pictures and contexts to captions and log-likelihoods; needs no lmms-eval.
+"""Turn the harness's images and contexts into captions and log-likelihoods; needs no lmms-eval.
 
-An empty context asks with the checkpoint's own prompt, as `microvlm evaluate` does; any other goes through the chat template, its pictures
-before the text, or where `<image>` stands in the text.
+An empty context asks with the checkpoint's own prompt, as `microvlm evaluate` does. Any other goes through the chat
+template; its images stand before the text, or at each `<image>` in it.
 """
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from microvlm.data.rows import text_ids
-from microvlm.model import to_rgb
+from ..data.rows import text_ids
+from ..model import load, to_rgb
 
 GREEDY = {"max_new_tokens": 32, "do_sample": False, "num_beams": 1}
 SAMPLING = ("temperature", "top_p", "top_k")
-LENGTHS = ("max_new_tokens", "min_new_tokens")
+KNOWN = {*GREEDY, *SAMPLING, "min_new_tokens"}
 
 
 class Captioner:
-    """A checkpoint that answers a list of pictures.
+    """Answer contexts with their images by a checkpoint.
 
     Args:
         pretrained: folder or Hub id.
@@ -27,76 +26,74 @@ class Captioner:
     """
 
     def __init__(self, pretrained: str, revision: str | None = None, dtype: str = "float32", device: str | None = None):
-        self.processor = AutoProcessor.from_pretrained(pretrained, revision=revision, trust_remote_code=True)
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            pretrained, revision=revision, trust_remote_code=True, dtype=getattr(torch, dtype)
-        )
-        self.model = self.model.to(device or "cpu").eval()
+        self.model, self.processor = load(pretrained, revision or "main", dtype, device or "cpu")
 
-    def inputs(self, contexts: list[str], pictures: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Prompts with their pictures as `input_ids`, `attention_mask` (B, T), padded on the left, and `pixel_values`.
+    def prompt(self, context: str, images: list[Image.Image]) -> list[int]:
+        """Write the token ids of a context with its images.
 
         Raises:
-            ValueError: an empty context with another number of pictures than one, or another number of `<image>` than of pictures.
+            ValueError: not one image for an empty context, or not one for each `<image>`.
         """
-        tokenizer, lines = self.processor.tokenizer, []
-        for context, images in zip(contexts, pictures, strict=True):
-            if context.strip():
-                parts = context.split(self.processor.image_token)
-                parts = parts if len(parts) > 1 else [*[""] * len(images), context]
-                if len(parts) - 1 != len(images):
-                    raise ValueError(
-                        f"a context has {len(parts) - 1} {self.processor.image_token} for {len(images)} pictures."
-                    )
-                content = []
-                for place, part in enumerate(parts):
-                    content += [{"type": "image"}] if place else []
-                    content += [{"type": "text", "text": part}] if part.strip() else []
-                chat = [{"role": "user", "content": content}]
-                text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-                text = self.processor(images=[images] if images else None, text=[text])
-                lines.append(list(text["input_ids"][0]))
-            elif len(images) == 1:
-                lines.append(self.model.default_prompt(1)[0].tolist())
-            else:
-                raise ValueError(f"an empty context asks about one picture, got {len(images)}.")
-        batch = tokenizer.pad({"input_ids": lines}, padding_side="left", return_tensors="pt")
+        token, number = self.processor.image_token, len(images)
+        if not context.strip():
+            if number != 1:
+                raise ValueError(f"an empty context asks about one picture, got {number}.")
+            return self.model.default_prompt(1)[0].tolist()
+        # the text between the images; without placeholders all of it stands after them
+        parts = context.split(token) if token in context else [""] * number + [context]
+        if len(parts) - 1 != number:
+            raise ValueError(f"a context has {len(parts) - 1} {token} for {number} pictures.")
+        content = []
+        for place, part in enumerate(parts):
+            content += [{"type": "image"}] if place else []
+            content += [{"type": "text", "text": part}] if part.strip() else []
+        chat = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        ids = self.processor(images=[images] if images else None, text=[text])["input_ids"][0]
+        return list(ids)
+
+    def inputs(self, contexts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        """Make `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` of B contexts.
+
+        Raises:
+            ValueError: a context with the wrong number of images.
+        """
+        lines = [self.prompt(context, some) for context, some in zip(contexts, images, strict=True)]
+        batch = self.processor.tokenizer.pad({"input_ids": lines}, padding_side="left", return_tensors="pt")
         batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if flat := [to_rgb(image) for images in pictures for image in images]:
+        if flat := [to_rgb(image) for some in images for image in some]:
             pixel_values = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
             batch["pixel_values"] = pixel_values.to(self.model.dtype)
         return {name: x.to(self.model.device) for name, x in batch.items()}
 
     @torch.inference_mode()
-    def generate(self, contexts: list[str], pictures: list[list[Image.Image]], **options) -> list[str]:
-        """Answers to B contexts with their pictures.
+    def generate(self, contexts: list[str], images: list[list[Image.Image]], **options) -> list[str]:
+        """Answer B contexts with their images.
 
         Args:
-            options: the harness's generation arguments; `until` ends an answer before any of its strings. Temperature, top-p and top-k
-                count with `do_sample` alone.
+            options: the harness's generation arguments; `until` ends an answer before any of its strings. Temperature,
+                top-p and top-k count with `do_sample` alone.
 
         Raises:
-            ValueError: an argument that is not known.
+            ValueError: an unknown argument.
         """
-        until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else until
-        settings = GREEDY | {k: v for k, v in options.items() if v is not None}
-        if not settings["do_sample"]:
-            settings = {k: v for k, v in settings.items() if k not in SAMPLING}
-        if unknown := sorted(settings.keys() - {*GREEDY, *SAMPLING, *LENGTHS}):
+        ends = options.pop("until", None) or []
+        settings = GREEDY | {name: value for name, value in options.items() if value is not None}
+        if unknown := sorted(settings.keys() - KNOWN):
             raise ValueError(f"generation arguments that MicroVLM does not take: {', '.join(unknown)}.")
-        inputs = self.inputs(contexts, pictures)
-        out = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
-        texts = [text.strip() for text in self.processor.batch_decode(out, skip_special_tokens=True)]
-        for end in until:
-            texts = [text.split(end)[0].strip() if end else text for text in texts]
+        if not settings["do_sample"]:
+            settings = {name: value for name, value in settings.items() if name not in SAMPLING}
+        inputs = self.inputs(contexts, images)
+        ids = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        for end in filter(None, [ends] if isinstance(ends, str) else ends):
+            texts = [text.split(end)[0].strip() for text in texts]
         return texts
 
     @torch.inference_mode()
     def loglikelihood(self, context: str, continuation: str, images: list[Image.Image]) -> tuple[float, bool]:
-        """Log-probability, nats, of a continuation and its end token, and whether greedy decoding would give it."""
-        inputs = self.inputs([context], [images])
-        tokenizer = self.processor.tokenizer
+        """Compute the log-probability, in nats, of a continuation with its end, and whether it is the greedy one."""
+        inputs, tokenizer = self.inputs([context], [images]), self.processor.tokenizer
         answer = [*text_ids(tokenizer, continuation.strip()), tokenizer.eos_token_id]
         answer = torch.tensor([answer], device=self.model.device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], 1)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..data.rows import load_rows
-from ..evaluate.memory import Bench
+from ..evaluate.bench import Bench
 from ..files import atomic_file
 from ..metrics import auroc, equal_error_rate
 from ..tables import markdown_table

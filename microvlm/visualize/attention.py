@@ -10,13 +10,15 @@ import torch
 
 @dataclass
 class WordAttention:
-    """Where the words of one caption look: W words, P prefix tokens, h x w patches.
+    """Where the W words of one caption look: P prefix tokens, h x w patches.
+
+    Attention that is missing from 1 went to text.
 
     Args:
-        words: the caption in words, joined from their tokens.
+        words: the caption's words, joined from their tokens.
         maps: over the patches, each sums to 1, (W, h, w).
-        prefix: attention on the prefix tokens, (W, P): means over layers, heads and a word's tokens.
-        memory: attention on the memory's tokens, (W,); 0 where the memory is silent. What is missing from 1 went to text.
+        prefix: on the prefix tokens, (W, P): means over layers, heads and a word's tokens.
+        memory: on the memory's tokens, (W,); 0 where the memory is silent.
     """
 
     words: list[str]
@@ -25,19 +27,21 @@ class WordAttention:
     memory: torch.Tensor
 
     def contrast(self) -> torch.Tensor:
-        """How much more of its attention a word gives to a patch than the caption's words do on average, (W, h, w): over the patches a map
-        sums to 0, and over the words a patch does. A word's sum of what is positive is the share of its attention that lies elsewhere than the mean's.
+        """Subtract the mean map of the caption's words from each word's map, (W, h, w).
+
+        The sum of a word's positive part is the share of its attention that lies elsewhere than the mean's.
         """
         return self.maps - self.maps.mean(0)
 
 
 @dataclass
 class Recall:
-    """What one memory says to one picture or question.
+    """What one memory answers to one image or question.
 
     Args:
         items: the stored sentences, N.
-        cosines: of the query with every item, (N,): of the addresses, or for a question in words how much of it the item says.
+        cosines: similarity of every item, (N,): of the addresses, or for a question in words how much of it the item
+            says.
         shares: of every item in what was read, (N,).
         probability: ScopeNet's, that the memory knows the query.
         threshold: from which the memory speaks.
@@ -53,21 +57,22 @@ class Recall:
 
 
 def check_pixels(model, pixel_values: torch.Tensor) -> torch.Tensor:
-    if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4 or not len(pixel_values):
-        shape = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
-        raise ValueError(f"pixel_values must have the shape (pictures, 3, height, width), got {shape}.")
+    """Move pixel values to the model; refuse another shape than (N, 3, height, width)."""
+    shape = tuple(getattr(pixel_values, "shape", ()))
+    if len(shape) != 4 or not shape[0]:
+        raise ValueError(f"pixel_values must have the shape (images, 3, height, width), got {shape}.")
     return pixel_values.to(model.device, model.dtype)
 
 
 def grid(patches: int, pixel_values: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of the patches of pictures (B, 3, height, width): patches, or places of a convnet's map, are square."""
+    """Compute the rows and columns of square patches in images (B, 3, height, width)."""
     height, width = pixel_values.shape[2:]
     rows = round(math.sqrt(patches * height / width))
     return rows, patches // rows
 
 
-def _look(model, pixel_values: torch.Tensor):
-    """The encoded pictures, and what each prefix token sees of the patches, (B, P, h, w) float32."""
+def encode(model, pixel_values: torch.Tensor):
+    """Encode images; returns the features and each prefix token's map of the patches, (B, P, h, w) float32."""
     image = model.get_image_features(pixel_values, return_dict=True, output_attentions=True)
     maps = image.pooling_attentions.float().mean(1)  # (B, P, patches)
     return image, maps.unflatten(-1, grid(maps.shape[-1], pixel_values))
@@ -75,7 +80,9 @@ def _look(model, pixel_values: torch.Tensor):
 
 @torch.no_grad()
 def pooling_attention(model, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Where each of the adapter's P queries looks, (B, P, h, w) float32: the mean of its heads; every map sums to 1.
+    """Map where each of the adapter's P queries looks, (B, P, h, w) float32.
+
+    A map is the mean of the heads and sums to 1.
 
     Args:
         pixel_values: (B, 3, height, width), of the image processor.
@@ -83,12 +90,12 @@ def pooling_attention(model, pixel_values: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: pixel values of another shape.
     """
-    return _look(model, check_pixels(model, pixel_values))[1]
+    return encode(model, check_pixels(model, pixel_values))[1]
 
 
 @contextmanager
 def eager_attention(model) -> Iterator[None]:
-    """The language model gives its attention in here; afterwards it runs as before."""
+    """Let the language model return its attention inside the block."""
     text = model.model.language_model
     before = text.config._attn_implementation
     text.set_attn_implementation("eager")
@@ -100,67 +107,81 @@ def eager_attention(model) -> Iterator[None]:
 
 @torch.no_grad()
 def word_attention(
-    model, processor, pixel_values: torch.Tensor, ids: list[list[int]] | None = None, memory=None, max_new_tokens=32
+    model, processor, pixel_values: torch.Tensor, ids=None, memory=None, max_new_tokens: int = 32
 ) -> list[WordAttention]:
-    """Where every word of a caption looks: the attention from the position that predicts it over the prefix tokens, means over layers,
-    heads and the word's tokens, times what these tokens saw of the patches. One pass over the whole caption.
+    """Map where every word of a caption looks, in one pass over the whole caption.
+
+    A word's map is the attention on the prefix tokens where the word is predicted, times the prefix tokens' own maps.
 
     Args:
         pixel_values: (B, 3, height, width), of the image processor.
-        ids: tokens of the captions, behind the default prompt, a list or a row of a tensor per picture; special tokens are left out.
-            Default: generated, greedily.
-        memory: lets it speak, by its gate; default: none.
+        ids: tokens of B captions after the default prompt; special tokens are left out. Default: generated, greedily.
+        memory: speaks by its gate; default: none.
         max_new_tokens: of a generated caption.
 
-    Returns:
-        One per picture; a caption without words has none.
-
     Raises:
-        ValueError: pixel values of another shape, not one caption per picture, tokens outside the vocabulary, or a memory of another model.
+        ValueError: pixel values of another shape, not one caption per image, tokens outside the vocabulary, or a
+            memory of another model.
     """
     pixel_values = check_pixels(model, pixel_values)
-    B, prompt = len(pixel_values), model.default_prompt(len(pixel_values))
-    image, pooling = _look(model, pixel_values)
+    prompt = model.default_prompt(len(pixel_values))
+    image, pooling = encode(model, pixel_values)
     inputs = {"mm_encoder_outputs": {"image": image}, "memory": memory}
     if ids is None:
         ids = model.generate(input_ids=prompt, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
         ids = ids[:, prompt.shape[1] :]
-    if len(ids) != B:
-        raise ValueError(f"{len(ids)} captions for {B} pictures.")
-    captions, V = [], model.config.text_config.vocab_size
-    special = {*processor.tokenizer.all_special_ids, model.config.image_token_id}
-    for caption in ids:
-        caption = caption.tolist() if isinstance(caption, torch.Tensor) else list(caption)
-        if any(not isinstance(i, int) or not 0 <= i < V for i in caption):
-            raise ValueError(f"a caption has tokens outside the vocabulary of {V}.")
-        captions.append([i for i in caption if i not in special])
-
-    longest = max(len(caption) for caption in captions)
-    padded = prompt.new_zeros(B, longest)
+    captions = plain_captions(model, processor, ids, len(pixel_values))
+    # prompt and captions as one batch; padding is to the right and nobody attends to it
+    padded = prompt.new_zeros(len(captions), max(map(len, captions)))
     for row, caption in zip(padded, captions):
         row[: len(caption)] = torch.tensor(caption, dtype=row.dtype)
-    input_ids = torch.cat([prompt, padded[:, :-1]], 1)  # padding is to the right, behind all that is asked for
+    input_ids = torch.cat([prompt, padded[:, :-1]], 1)
     with eager_attention(model):
         outputs = model(input_ids=input_ids, **inputs, use_cache=False, output_attentions=True, logits_to_keep=1)
     attention = sum(layer.float().mean(1) for layer in outputs.attentions) / len(outputs.attentions)  # (B, T, T + S)
+    # from the positions that predict the caption, to the memory (B, L) and to the prefix tokens (B, L, P)
     attention = attention[:, prompt.shape[1] - 1 :]
-    of_memory = attention[:, :, input_ids.shape[1] :].sum(-1)
-    of_prefix = attention[:, :, : prompt.shape[1]][:, :, prompt[0] == model.config.image_token_id]  # (B, L, P)
+    to_memory = attention[:, :, input_ids.shape[1] :].sum(-1)
+    to_prefix = attention[:, :, : prompt.shape[1]][:, :, prompt[0] == model.config.image_token_id]
+    return [
+        join_words(split_words(processor.tokenizer, caption), *tensors)
+        for caption, *tensors in zip(captions, to_prefix, to_memory, pooling)
+    ]
 
-    found = []
-    for caption, prefix, recalled, maps in zip(captions, of_prefix, of_memory, pooling):
-        words = split_words(processor.tokenizer, caption)
-        places = [places for _, places in words]
-        mean = lambda x: torch.stack([x[p].mean(0) for p in places]) if places else x[:0]  # noqa: B023, E731
-        prefix, recalled = mean(prefix), mean(recalled)
-        looks = torch.einsum("wp,phv->whv", prefix, maps)
-        looks = looks / looks.sum((1, 2), keepdim=True)
-        found.append(WordAttention([word for word, _ in words], looks.cpu(), prefix.cpu(), recalled.cpu()))
-    return found
+
+def plain_captions(model, processor, ids, number: int) -> list[list[int]]:
+    """Drop special tokens from captions; refuse another number and tokens outside the vocabulary."""
+    if len(ids) != number:
+        raise ValueError(f"{len(ids)} captions for {number} images.")
+    captions = [caption.tolist() if isinstance(caption, torch.Tensor) else list(caption) for caption in ids]
+    size = model.config.text_config.vocab_size
+    if any(not isinstance(i, int) or not 0 <= i < size for caption in captions for i in caption):
+        raise ValueError(f"a caption has tokens outside the vocabulary of {size}.")
+    special = {*processor.tokenizer.all_special_ids, model.config.image_token_id}
+    return [[i for i in caption if i not in special] for caption in captions]
+
+
+def join_words(words: list[tuple[str, list[int]]], prefix, memory, pooling) -> WordAttention:
+    """Average the attention of each word's tokens.
+
+    Args:
+        words: of `split_words`.
+        prefix: attention on the prefix tokens, (L, P).
+        memory: on the memory, (L,).
+        pooling: maps of the prefix tokens, (P, h, w).
+    """
+    places = [places for _, places in words]
+    prefix, memory = (torch.stack([x[p].mean(0) for p in places]) if places else x[:0] for x in (prefix, memory))
+    maps = torch.einsum("wp,phv->whv", prefix, pooling)
+    maps = maps / maps.sum((1, 2), keepdim=True)
+    return WordAttention([word for word, _ in words], maps.cpu(), prefix.cpu(), memory.cpu())
 
 
 def split_words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
-    """The words of a caption's tokens, each with the places of its tokens; a token that begins with a space begins a word."""
+    """Split a caption's tokens into words, each with the places of its tokens.
+
+    A token that begins with a space begins a word.
+    """
     words, before = [], ""
     for place in range(len(ids)):
         text = tokenizer.decode(ids[: place + 1])
@@ -174,24 +195,24 @@ def split_words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
 
 
 def stored_sentences(memory, processor) -> list[str]:
-    """What a memory of one row holds, in the order in which `forget` counts.
+    """List what a memory of one row holds, in the order in which `forget` counts.
 
     Raises:
         ValueError: a memory of several rows.
     """
     if memory.num_rows != 1:
-        raise ValueError(f"the memory has {memory.num_rows} rows, one is shown at a time: memory.select([row]).")
+        raise ValueError(f"the memory has {memory.num_rows} rows, choose one: memory.select([row]).")
     ids = [ids[ids >= 0].tolist() for ids in memory.token_ids[0][memory.active[0]]]
     return [processor.decode(i, skip_special_tokens=True).strip() for i in ids]
 
 
 @torch.no_grad()
 def recall(model, processor, memory, input_ids: torch.Tensor, image=None) -> Recall:
-    """What a memory of one row says to a prompt.
+    """Read a memory of one row with a prompt.
 
     Args:
-        input_ids: (1, T), with a picture's placeholders or a question in words.
-        image: of `get_image_features`; default: no picture.
+        input_ids: (1, T), with an image's placeholders or a question in words.
+        image: of `get_image_features`; default: no image.
 
     Raises:
         ValueError: a memory of another model or of several rows.

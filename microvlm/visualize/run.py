@@ -1,4 +1,4 @@
-"""Draw attention and memory from the command line."""
+"""Draw attention and memory of images into PNG files."""
 
 import os
 import sys
@@ -57,13 +57,12 @@ def save_figures(what: str, images: list[str], memory: str | None, out: str, mod
     return 1 if failed else 0
 
 
-def draw(what: str, model, processor, memory, picture: Image.Image | None) -> Image.Image:
-    pixel_values = None
-    if picture is not None:
-        pixel_values = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+def draw(what: str, model, processor, memory, image: Image.Image | None) -> Image.Image:
+    """Draw the figure `what` of one image, or of the memory alone."""
+    pixels = None if image is None else processor.image_processor([image], return_tensors="pt")["pixel_values"]
     if what == "pooling":
-        return pooling_figure(picture, pooling_attention(model, pixel_values)[0])
-    if what in ("words", "contrast"):
-        found = word_attention(model, processor, pixel_values, memory=memory)[0]
-        return word_figure(picture, found) if what == "words" else contrast_figure(picture, found)
-    return memory_figure(model, processor, memory, pixel_values, picture)
+        return pooling_figure(image, pooling_attention(model, pixels)[0])
+    if what == "memory":
+        return memory_figure(model, processor, memory, pixels, image)
+    attention = word_attention(model, processor, pixels, memory=memory)[0]
+    return word_figure(image, attention) if what == "words" else contrast_figure(image, attention)

@@ -1,3 +1,3 @@
-"""What lmms-eval finds by LMMS_EVAL_PLUGINS=lmms_eval_microvlm: module name -> class."""
+"""List what lmms-eval finds by LMMS_EVAL_PLUGINS=microvlm.lmms_eval: module name -> class."""
 
 AVAILABLE_MODELS = {"microvlm": "MicroVLM"}

@@ -1,7 +1,9 @@
-"""What microvlm_mini.yaml calls: pictures and captions of a row, and the scores, those of microvlm evaluate."""
+"""Give microvlm_mini.yaml images, captions and scores, the same as those of microvlm evaluate."""
 
 from microvlm.metrics import ngram_scores, score
 from microvlm.model import to_rgb
+
+METRICS = ("exact", "word_f1", "cider", "distinct", "bleu_4", "rouge_l")
 
 
 def doc_to_visual(doc: dict) -> list:
@@ -9,7 +11,7 @@ def doc_to_visual(doc: dict) -> list:
 
 
 def doc_to_text(doc: dict) -> str:
-    """Nothing: the checkpoint asks with its own prompt."""
+    """Ask nothing: the checkpoint asks with its own prompt."""
     return ""
 
 
@@ -18,13 +20,13 @@ def doc_to_target(doc: dict) -> str:
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, tuple[str, str]]:
-    """Every metric gets the pair of caption and reference: CIDEr and BLEU are of the whole set."""
+    """Give every metric the pair of caption and reference: CIDEr and BLEU are of the whole set."""
     pair = ((results[0] if results else "").strip(), doc_to_target(doc))
-    return dict.fromkeys(("exact", "word_f1", "cider", "distinct", "bleu_4", "rouge_l"), pair)
+    return dict.fromkeys(METRICS, pair)
 
 
 def aggregate(name: str):
-    """The mean, or corpus score, `name` of all pairs."""
+    """Make the function that computes a metric of all pairs."""
 
     def function(pairs: list[tuple[str, str]]) -> float:
         captions, references = map(list, zip(*pairs))
@@ -34,6 +36,4 @@ def aggregate(name: str):
     return function
 
 
-exact, word_f1, cider, distinct, bleu_4, rouge_l = map(
-    aggregate, ("exact", "word_f1", "cider", "distinct", "bleu_4", "rouge_l")
-)
+exact, word_f1, cider, distinct, bleu_4, rouge_l = map(aggregate, METRICS)
