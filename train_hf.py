@@ -1,135 +1,127 @@
-"""None"""
+"""Train MicroVLM: one recipe, one run.
+
+    python train_hf.py recipes/finetune.yaml
+    python train_hf.py recipes/finetune.yaml --set training.max_steps=20 --set training.output_dir=runs/try
+    torchrun --nproc_per_node 8 train_hf.py recipes/finetune.yaml --resume
+
+The keys of a recipe are the dataclasses of `microvlm/train/recipe.py`. The loss is a weighted sum of named terms,
+`microvlm/train/losses.py`. A stage is a recipe; the next stage names the output of this one in `model`.
+"""
 
 import argparse
 import logging
-import os
-import re
 import sys
 from pathlib import Path
 
-import torch
-import yaml
-from transformers import (
-    AutoModelForImageTextToText,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import set_seed
 
-from microvlm.files import write_json, write_text
+from microvlm.files import write_json
+from microvlm.train import distill_vision, pretrain_text
 from microvlm.train.callbacks import EpochCallback
-from microvlm.train.checkpoints import checkpoints, is_complete, newest_complete
 from microvlm.train.curves import plot_curves
-from microvlm.train.data import TrainingData, readable_rows
-from microvlm.train.recipe import RECIPE_KEYS, load_recipe
-from microvlm.train.setup import check_teacher, load_model, trainable_table
-from microvlm.train.trainer import MicroVLMTrainer
+from microvlm.train.data import TrainingData
+from microvlm.train.publish import card_values
+from microvlm.train.recipe import Recipe, load_recipe, read_recipe
+from microvlm.train.setup import (
+    calibrate,
+    check_output,
+    load_model,
+    load_teacher,
+    trainable_table,
+    training_arguments,
+    write_settings,
+)
+from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
 
 STOPPED = 143  # exit code after SIGTERM, as a shell gives it
+KINDS = {"distill": distill_vision.main, "text": pretrain_text.main}  # recipes of other models' training
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Train one recipe from the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="YAML file; keys:\n" + "; ".join(f"{k}: {v}" for k, v in RECIPE_KEYS.items()))
+    parser.add_argument("recipe", help="YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in output_dir")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    # recipe
+    if (kind := read_recipe(options.recipe).get("kind")) in KINDS:
+        return KINDS[kind](arguments)
     recipe = load_recipe(options.recipe, options.set)
-    defaults = {"remove_unused_columns": False, "label_names": ["labels"], "report_to": "none"}
-    if recipe["data"].get("stream") is not None:
-        defaults["ignore_data_skip"] = True  # the stream goes on from its own place
-    args = TrainingArguments(**defaults | recipe["training"])
-    if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but each would train alone: without a GPU set training.use_cpu: true."
-        )
-    output = Path(args.output_dir)
-    starts = {"model": recipe["model"], "distillation.teacher": recipe.get("distillation", {}).get("teacher")}
-    for key, start in starts.items():
-        if start and Path(start).is_dir() and os.path.realpath(start) == os.path.realpath(output):
-            raise ValueError(f"training.output_dir {output} is the folder of {key}, which the run would overwrite.")
-    checkpoint = newest_complete(output) if options.resume else None
-    if not options.resume and any(map(is_complete, checkpoints(output))):
-        raise FileExistsError(
-            f"{output} has checkpoints of a run: --resume goes on with it, or choose another output_dir."
-        )
+    args = training_arguments(recipe)
+    checkpoint = check_output(recipe, args, options.resume)
     set_seed(args.seed)
-
+    # model
     processor, model = load_model(recipe)
     if args.process_index == 0:
         print(trainable_table(model), flush=True)
+    # data
     data = TrainingData(recipe, args, processor, model)
-    for name in recipe.get("compile") or []:
+    calibrate(model, data, recipe.calibration_rows)
+    for name in recipe.compile:
         model.get_submodule(name).compile()
-
-    teacher, distillation = None, recipe.get("distillation", {})
-    if distillation:
-        teacher = AutoModelForImageTextToText.from_pretrained(
-            distillation["teacher"], trust_remote_code=True, dtype=torch.float32
-        )
-        check_teacher(recipe["data"], model, teacher)
-    evaluation = recipe.get("evaluation", {})
-    fixed = None
-    if evaluation.get("captions"):
-        if data.validation is None:
-            raise ValueError("evaluation.captions needs data.validation.")
-        fixed = readable_rows(data.validation.shuffle(seed=args.seed), evaluation["captions"], processor)
-    if args.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        # pushed with the run: without hub_token
-        training = {key: value for key, value in recipe["training"].items() if not key.endswith("_token")}
-        write_text(output / "recipe.yaml", yaml.safe_dump(recipe | {"training": training}, sort_keys=False))
-        write_text(output / "training_arguments.json", args.to_json_string())
-    sources = recipe["data"]["train"]
-    status = {
-        "recipe": Path(options.recipe).stem,
-        "base_model": recipe["model"],
-        "stage": f"stage {match[1]}" if (match := re.search(r"stage(\d+)", Path(options.recipe).stem)) else "training",
-        "data": sources if isinstance(sources, list) else [sources],
-    }
-    if data.validation is not None:
-        path = recipe["data"]["validation"]
-        status["validation_data"] = path if isinstance(path, str) else path[0]
+    # trainer
     trainer = MicroVLMTrainer(
         model=model,
         args=args,
         train_dataset=data.rows,
         eval_dataset=data.validation,
         data_collator=data.collator,
-        eval_collator=data.eval_collator,
         processing_class=processor,
         callbacks=[EpochCallback(data.collator)],
-        loss_weights=recipe["loss_weights"],
-        learning_rates=recipe.get("learning_rates"),
-        muon=recipe.get("optimizer") == "muon",
-        max_nonfinite_steps=recipe.get("max_nonfinite_steps", 3),
-        caption_rows=fixed,
-        memory_batches=data.memory_batches,
-        teacher=teacher,
-        temperature=distillation.get("temperature", 1.0),
-        status=status,
+        options=trainer_options(recipe, data, model, Path(options.recipe).stem),
     )
-    if checkpoint is not None and trainer.stream is not None:
-        trainer.resume_stream(checkpoint)
+    if args.process_index == 0:
+        write_settings(recipe, args)
+    # train
+    if checkpoint is not None and trainer.position is not None:
+        trainer.position.resume(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    stopped = trainer.stop.agreed and trainer.state.global_step < trainer.state.max_steps
+    # save
+    finish(trainer)
+
+
+def trainer_options(recipe: Recipe, data: TrainingData, model, name: str) -> TrainerOptions:
+    """Collect what the trainer needs of a recipe and its data."""
+    return TrainerOptions(
+        loss_weights=recipe.loss_weights,
+        learning_rates=recipe.learning_rates,
+        muon=recipe.optimizer == "muon",
+        max_nonfinite_steps=recipe.max_nonfinite_steps,
+        eval_collator=data.eval_collator,
+        caption_rows=data.caption_rows,
+        memory_batches=data.memory_batches,
+        teacher=load_teacher(recipe, model),
+        temperature=1.0 if recipe.distillation is None else recipe.distillation.temperature,
+        card=card_values(recipe, name),
+    )
+
+
+def finish(trainer: MicroVLMTrainer) -> None:
+    """Write log and curves, then save or push the model; exit 143 after SIGTERM."""
+    state, collator, clock, output = trainer.state, trainer.data_collator, trainer.clock, Path(trainer.args.output_dir)
+    stopped = trainer.stop.agreed and state.global_step < state.max_steps
     if trainer.is_world_process_zero():
-        if data.collator.unreadable:
-            seen, bad = data.collator.seen, data.collator.unreadable
-            print(f"{bad} of {seen} training rows could not be read and were skipped", flush=True)
-        if trainer.total_time:
-            print(f"waiting for data: {trainer.total_wait / trainer.total_time:.1%} of the training time", flush=True)
-        write_json(output / "log.json", trainer.state.log_history)
+        if collator.unreadable:
+            print(
+                f"{collator.unreadable} of {collator.seen} training rows could not be read and were skipped", flush=True
+            )
+        if clock.total_time:
+            print(f"waiting for data: {clock.total_wait / clock.total_time:.1%} of the training time", flush=True)
+        write_json(output / "log.json", state.log_history)
         # a run that ends before its first log has no curves
-        if any({"loss", "eval_loss"} & set(entry) for entry in trainer.state.log_history):
-            plot_curves(trainer.state.log_history, output / "curves.png")
+        if any({"loss", "eval_loss"} & set(entry) for entry in state.log_history):
+            plot_curves(state.log_history, output / "curves.png")
     if stopped:
-        print(f"stopped by SIGTERM at step {trainer.state.global_step}: --resume goes on from there", flush=True)
+        print(f"stopped by SIGTERM at step {state.global_step}: --resume goes on from there", flush=True)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks as soon as one has ended
     if stopped:
         sys.exit(STOPPED)
-    if args.push_to_hub:
-        trainer.push_to_hub()  # saves first
+    # pushing saves first
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     else:
         trainer.save_model()
 

@@ -183,16 +183,16 @@ class Plan:
         variant = re.match(r"microvlm-[mv]", path.stem)
         if variant is None:
             raise ValueError(f"{path.name}: recipes of M and V are named microvlm-m_... and microvlm-v_...")
-        config = change_config(load_config(ROOT / "configs" / f"{variant[0]}.json"), recipe.get("config", {}))
+        config = change_config(load_config(ROOT / "configs" / f"{variant[0]}.json"), recipe.config)
         self.config, self.text = config, config.text_config
-        self.trainable = options.trainable or recipe["trainable"]
-        training = recipe["training"]
+        self.trainable = options.trainable or recipe.trainable
+        training = recipe.training
         self.batch = options.batch_size or training["per_device_train_batch_size"]
         self.accumulation = training.get("gradient_accumulation_steps", 1)
-        self.episode = (recipe["data"].get("episodes") or {}).get("size", 0)
-        self.aligns = bool(recipe["loss_weights"].get("align"))
-        self.quantization = recipe.get("quantization")
-        self.longest = recipe["data"].get("max_caption_tokens") or math.inf
+        self.episode = (recipe.data.episodes.size or 0) if recipe.data.episodes else 0
+        self.aligns = bool(recipe.loss_weights.get("align"))
+        self.quantization = recipe.quantization
+        self.longest = recipe.data.max_caption_tokens or math.inf
         self.count()
         self.parts = kept_parts(config, self.trainable)
 

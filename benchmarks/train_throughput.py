@@ -56,7 +56,7 @@ from microvlm.data.collators import CaptionCollator, FeatureCollator
 from microvlm.data.feature_cache import cache_vision_features
 from microvlm.data.rows import load_rows
 from microvlm.train.setup import set_trainable
-from microvlm.train.trainer import MicroVLMTrainer
+from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
 
 DATA = ROOT / "data" / "mini" / "train.parquet"
 WEIGHTS = {"lm": 1.0, "align": 1.0}
@@ -284,7 +284,7 @@ class Bench:
             train_dataset=rows,
             data_collator=collator,
             callbacks=list(callbacks),
-            loss_weights=WEIGHTS,
+            options=TrainerOptions(loss_weights=WEIGHTS),
         )
         trainer.remove_callback(PrinterCallback)
         return trainer

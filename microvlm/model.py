@@ -17,10 +17,9 @@ from transformers import (
     AutoProcessor,
 )
 
-from .alignment_microvlm import contrastive_loss
 from .cache_microvlm import CACHE_NAME
 from .configuration_microvlm import MicroVLMConfig
-from .memory_microvlm import MemoryReadout, in_float32
+from .memory_microvlm import in_float32
 from .memory_state_microvlm import MemoryState
 from .modeling_microvlm import MicroVLMForConditionalGeneration
 from .processing_microvlm import DEFAULT_MAX_PIXELS, MicroVLMImageProcessor, MicroVLMProcessor, open_image, to_rgb
@@ -41,7 +40,6 @@ from .quantization_microvlm import (
 __all__ = [
     "CACHE_NAME",
     "DEFAULT_MAX_PIXELS",
-    "MemoryReadout",
     "MemoryState",
     "MicroVLMConfig",
     "MicroVLMForConditionalGeneration",
@@ -53,7 +51,6 @@ __all__ = [
     "PackedWeight",
     "QUANT_METHOD",
     "TernaryLinear",
-    "contrastive_loss",
     "fake_quantize_activation",
     "fake_ternary",
     "in_float32",

@@ -33,8 +33,7 @@ from microvlm.metrics import auroc, equal_error_rate
 from microvlm.model import load
 from microvlm.train import calibrate
 from microvlm.train.calibrate import lowest_threshold
-from microvlm.train.losses import Episodes, memory_losses
-from microvlm.train.trainer import EPISODE_INPUTS
+from microvlm.train.episodes import EPISODE_INPUTS, Episodes, memory_losses
 
 MEMORY = {
     "num_slots": 16,
@@ -316,16 +315,15 @@ def test_episodes_need_kept_features(run, tmp_path):
     del run["data"]["vision_cache"]
     with pytest.raises(ValueError) as error:
         train_hf.main([write_recipe(tmp_path, run)])
-    assert str(error.value) == "data.episodes needs data.vision_cache, or a size: episodes of pictures as they come."
+    assert str(error.value) == "data.episodes needs data.vision_cache, or a size: episodes of images as they come."
 
 
 def test_memory_losses_against_their_definition():
     model = toy_model(use_memory=True, memory_config=MEMORY).train()
     model.model.memory.eval()  # no draws: the reference below has none
     batch = collator(shares={"view": 0.5, "style": 0.0, "text": 0.0, "new": 0.5, "unknown": 0.0})(batch_rows())
-    episode = {name: batch[name] for name in EPISODE_INPUTS}
-    episode |= {name: batch[name] for name in ("input_ids", "attention_mask", "vision_features")}
-    readout, losses = memory_losses(model, Episodes(**episode))
+    names = (*EPISODE_INPUTS, "input_ids", "attention_mask", "vision_features")
+    readout, losses = memory_losses(model, Episodes(**{name: batch[name] for name in names}))
     memory, known = model.model.memory, batch["known"]
     p = readout.scope_logits.double().sigmoid()
     positive, negative = -p[known].log().mean(), -(1 - p[~known]).log().mean()

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from microvlm.train.losses import alignment_loss
+from microvlm.train.losses import match_loss
 
 FRESH_PROCESS = """
 import sys
@@ -48,6 +48,14 @@ assert again(**inputs).logits.equal(expected)
 """
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 HEAD = "lm_head.weight"
+
+
+def alignment_loss(model, outputs) -> torch.Tensor | None:
+    """InfoNCE and, if the fusion block ran, the matching loss of a forward with `return_alignment`."""
+    if outputs.image_embeds is None or not len(outputs.image_embeds):
+        return None
+    loss = model.contrastive_loss(outputs.image_embeds, outputs.text_embeds)
+    return loss if outputs.match_logits is None else loss + match_loss(outputs.match_logits)
 
 
 def gradients(model, inputs) -> dict:

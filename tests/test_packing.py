@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from microvlm import packing_microvlm as packing, quantization_microvlm as quantization
 from microvlm.pack import load_pack_recipe, pack
+from microvlm.train.recipe import DataConfig, Recipe
 from microvlm.train.setup import load_model
 
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
@@ -587,14 +588,16 @@ def test_quantize_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert mine.read_text() == "mine" and not list(tmp_path.glob(".out-*"))
     assert (out / "model.safetensors").stat().st_mode & 0o777 == recipe.stat().st_mode & 0o777
 
-    _, model = load_model({"model": str(out), "trainable": ["language_model"]})  # unpacked to train
+    rest = {"data": DataConfig(train="d"), "training": {}}
+    _, model = load_model(Recipe(model=str(out), trainable=["language_model"], **rest))  # unpacked to train
     assert f"{out} is packed: its weights were unpacked to train" in capsys.readouterr().out
     assert {p.dtype for p in model.parameters()} == {torch.float32} and getattr(model, "hf_quantizer", None) is None
     assert all(p.requires_grad == ("language_model" in n) for n, p in model.named_parameters())
     model(**tiny_inputs(), labels=tiny_inputs()["input_ids"]).loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "_proj" in n and p.requires_grad)
+    four_bits = Recipe(model=str(out), trainable=["adapter"], quantization={"load_in_4bit": True}, **rest)
     with pytest.raises(ValueError, match="is packed: unpack it with model.dequantize"):
-        load_model({"model": str(out), "trainable": ["adapter"], "quantization": {"load_in_4bit": True}})
+        load_model(four_bits)
     shutil.rmtree(out)
 
 

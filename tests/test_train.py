@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ from microvlm.data.collators import CaptionCollator, FeatureCollator
 from microvlm.data.feature_cache import cache_vision_features
 from microvlm.data.rows import load_rows
 from microvlm.train.gradcache import embedded_pairs
-from microvlm.train.recipe import RECIPE_KEYS, load_recipe
+from microvlm.train.losses import Alignment, labelled_logits
+from microvlm.train.recipe import DataConfig, Recipe, load_recipe, to_dict
 from microvlm.train.setup import (
     calibrate_adapter,
     change_config,
@@ -47,7 +49,7 @@ from microvlm.train.setup import (
     trainable_table,
     unquantized_modules,
 )
-from microvlm.train.trainer import MicroVLMTrainer, labelled_logits
+from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
 from train_hf import main
 
 RECIPES = [*sorted(ROOT.glob("recipes/*stage*.yaml")), ROOT / "recipes/finetune.yaml"]
@@ -90,14 +92,16 @@ def arguments(folder: Path, **kwargs) -> TrainingArguments:
 
 def toy_trainer(folder: Path, rows, model=None, loss_weights=None, trainer_kwargs=None, **kwargs) -> MicroVLMTrainer:
     model, processor = model or toy_model(), toy_processor()
+    options = {"loss_weights": loss_weights or {"lm": 1.0, "align": 0.0}} | (trainer_kwargs or {})
+    names = {option.name for option in fields(TrainerOptions)}
     return MicroVLMTrainer(
         model=model,
         args=arguments(folder, **kwargs),
         train_dataset=rows,
         data_collator=CaptionCollator(processor, model.default_prompt(1)[0].tolist()),
         processing_class=processor,
-        loss_weights=loss_weights or {"lm": 1.0, "align": 0.0},
-        **(trainer_kwargs or {}),
+        options=TrainerOptions(**{k: v for k, v in options.items() if k in names}),
+        **{k: v for k, v in options.items() if k not in names},
     )
 
 
@@ -229,18 +233,22 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         (
             {"modle": "x", "colour": 1},
             "unknown key in {path}: colour, modle. Known: attn_implementation, calibration_rows, compile, config, data, "
-            "distillation, evaluation, learning_rates, loss_weights, max_nonfinite_steps, model, optimizer, quantization, revision, trainable, "
-            "training.",
+            "distillation, evaluation, learning_rates, loss_weights, max_nonfinite_steps, model, optimizer, "
+            "quantization, revision, trainable, training.",
         ),
         (
             {"data": {"train": "d", "validate": "v"}},
             "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, format, image_size, limit, "
             "max_caption_tokens, max_unreadable_share, revision, stream, train, validation, validation_limit, vision_cache.",
         ),
-        ({"optimizer": "sgd"}, "optimizer 'sgd' is not muon; others go by training.optim."),
+        (
+            {"optimizer": "sgd"},
+            "{path}: Field 'optimizer' with value 'sgd' doesn't match any type in (typing.Literal['muon'], <class 'NoneType'>). "
+            "Errors: Field 'optimizer' expected one of ('muon',), got sgd; Field 'optimizer' expected NoneType, got str (value: 'sgd').",
+        ),
         (
             {"data": {"train": "d", "vision_cache": {"views": 2, "path": "p"}}},
-            "data.vision_cache takes views and folder, got path, views.",
+            "unknown key in data.vision_cache: path. Known: folder, views.",
         ),
         (
             {"loss_weights": {"lm": 1, "kl": 2}},
@@ -249,10 +257,20 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         ({"loss_weights": {"lm": 1, "distill": 1}}, "loss_weights.distill and distillation.teacher go together."),
         ({"distillation": {"teacher": "t"}}, "loss_weights.distill and distillation.teacher go together."),
         ({"distillation": {"student": "t"}}, "unknown key in distillation: student. Known: teacher, temperature."),
-        ({"data": {"validation": "v"}}, "{path} has no data.train: the training data."),
-        ({"trainable": 3}, "trainable takes a list of texts, got 3."),
-        ({"trainable": None}, "trainable takes a list of texts, got None."),
-        ({"compile": ["a", 1]}, "compile takes a list of texts, got ['a', 1]."),
+        ({"data": {"validation": "v"}}, "data has no 'train': the training data: paths, globs, hf:// addresses."),
+        ({"trainable": 3}, "{path}: Field 'trainable' expected a list, got int."),
+        (
+            {"trainable": None},
+            "{path} has no 'trainable': regular expressions on parameter names; a parameter trains when one matches.",
+        ),
+        ({"compile": ["a", 1]}, "{path}: Invalid item at index 1 in list 'compile'."),
+        ({"data": "d"}, "data is a section of keys, got 'd'."),
+        ({"data": {"train": "d", "stream": [3]}}, "data.stream is a section of keys, got [3]."),
+        ({"calibration_rows": "many"}, "{path}: Field 'calibration_rows' expected int, got str (value: 'many')."),
+        (
+            {"data": {"train": "d", "augmentation": {"flip": 0.5}}},
+            "unknown key in data.augmentation: flip. Known: color, degrees, scale, shift, style.",
+        ),
         (
             {"loss_weights": {"lm": 1, "scope": 0.2, "key": 0.0, "memory_kl": 0.1}},
             "loss_weights: memory_kl, scope need data.episodes, which teach the memory.",
@@ -272,12 +290,15 @@ def test_missing_sections_are_named(key, tmp_path):
     path.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != key}))
     with pytest.raises(ValueError) as caught:
         load_recipe(str(path))
-    assert str(caught.value) == f"{path} has no {key!r}: {RECIPE_KEYS[key]}."
+    (option,) = (option for option in fields(Recipe) if option.name == key)
+    assert str(caught.value) == f"{path} has no {key!r}: {option.metadata['help']}."
 
 
 def test_overrides(tmp_path):
     path = write_recipe(tmp_path)
-    assert load_recipe(path) == MINIMAL | {"loss_weights": {"lm": 1.0, "align": 0.0}}
+    recipe = load_recipe(path)
+    assert {key: to_dict(recipe)[key] for key in MINIMAL} == MINIMAL | {"data": to_dict(recipe.data)}
+    assert recipe.loss_weights == {"lm": 1.0, "align": 0.0} and recipe.data.train == "d"
     recipe = load_recipe(
         path,
         [
@@ -293,30 +314,70 @@ def test_overrides(tmp_path):
             "training.eval_strategy=no",
         ],
     )
-    assert recipe["training"] == {
+    assert recipe.training == {
         "output_dir": "runs/a=b",
         "max_steps": 20,
         "bf16": False,
         "lr_scheduler_kwargs": {"min_lr": 1e-6},
         "eval_strategy": "no",
     }
-    assert recipe["trainable"] == ["adapter", "alignment"]
-    assert recipe["data"] == {
-        "train": "d",
-        "augmentation": {"degrees": 5},
-        "exclude_copyleft": True,
-        "validation": None,
-    }
-    assert recipe["calibration_rows"] == 7
+    assert recipe.trainable == ["adapter", "alignment"]
+    assert recipe.data == DataConfig(train="d", augmentation={"degrees": 5}, exclude_copyleft=True)
+    assert recipe.calibration_rows == 7
     with pytest.raises(ValueError, match="^--set takes key=value, got 'training.max_steps'.$"):
         load_recipe(path, ["training.max_steps"])
     with pytest.raises(ValueError, match="^unknown key in data: trian"):
         load_recipe(path, ["data.trian=x"])
+    with pytest.raises(ValueError, match="^--set model.name: model is 'm', not a section.$"):
+        load_recipe(path, ["model.name=x"])
+    with pytest.raises(ValueError, match="^--set data.limit is not YAML: "):
+        load_recipe(path, ["data.limit=["])
+    with pytest.raises(ValueError, match="^unknown key in training: learning_rat. Known: "):
+        load_recipe(path, ["training.learning_rat=0.1"])
+
+
+def test_a_recipe_starts_from_its_base(tmp_path):
+    (tmp_path / "bases").mkdir()
+    changes = {"config": {"memory_config.code_size": 32}, "loss_weights": {"lm": 1.0, "align": 0.5}}
+    write_recipe(tmp_path / "bases", "first.yaml", **changes)
+    (tmp_path / "bases/second.yaml").write_text("base: first.yaml\nloss_weights: {align: 0.1}\ntrainable: [a, b]\n")
+    path = tmp_path / "third.yaml"
+    path.write_text("base: bases/second.yaml\nconfig: {use_fusion: true}\ntraining: {max_steps: 3}\n")
+    recipe = load_recipe(path, ["training.output_dir=other"])
+    assert recipe.config == {"memory_config.code_size": 32, "use_fusion": True}
+    assert recipe.loss_weights == {"lm": 1.0, "align": 0.1} and recipe.trainable == ["a", "b"]
+    assert recipe.training == {"output_dir": "other", "max_steps": 3} and recipe.data.train == "d"
+    (tmp_path / "bases/first.yaml").write_text("base: second.yaml\n")
+    with pytest.raises(ValueError, match="second.yaml: its base leads back to itself.$"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("model: a\ndata: {train: x}\nmodel: b\n", "is not YAML: the key 'model' stands twice"),
+        ("data: {train: x, train: y}\n", "is not YAML: the key 'train' stands twice"),
+        ("- a\n", r"is no recipe: expected keys with values, got \['a'\].$"),
+        ("", "is no recipe: expected keys with values, got None.$"),
+    ],
+)
+def test_what_is_no_recipe_is_named(text, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_is_what_it_writes(tmp_path):
+    for path in RECIPES:
+        recipe = load_recipe(path)
+        (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_dict(recipe)))
+        assert load_recipe(tmp_path / "again.yaml") == recipe
+        assert load_recipe(path, ["data.limit=3"]) != recipe
 
 
 def test_one_text_is_a_list_of_one(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path), ["trainable=adapter", "compile=model.adapter"])
-    assert recipe["trainable"] == ["adapter"] and recipe["compile"] == ["model.adapter"]
+    assert recipe.trainable == ["adapter"] and recipe.compile == ["model.adapter"]
 
 
 def test_overrides_of_dotted_names_leave_the_rest_of_a_section(tmp_path):
@@ -329,8 +390,8 @@ def test_overrides_of_dotted_names_leave_the_rest_of_a_section(tmp_path):
         r"learning_rates.layers\.0\.=0.5",
     ]
     recipe = load_recipe(path, overrides)
-    assert recipe["learning_rates"] == rates | {r"layers\.0\.": 0.5}
-    changed = change_config(config, recipe["config"])
+    assert recipe.learning_rates == rates | {r"layers\.0\.": 0.5}
+    changed = change_config(config, recipe.config)
     found, before = changed.memory_config, config.memory_config
     assert (found.code_size, found.observation_noise, found.num_slots) == (32, 0.02, 16) and changed.use_fusion
     assert before.num_slots != type(before)().num_slots
@@ -345,12 +406,12 @@ def test_numbers_without_a_point_are_numbers(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(write_recipe(tmp_path) and yaml.safe_dump(MINIMAL) + "learning_rates: {adapter: 5e-4}\n")
     recipe = load_recipe(str(path), ["training.learning_rate=1e-4", "training.adam_epsilon=1E-8", "data.limit=10"])
-    assert recipe["learning_rates"] == {"adapter": 5e-4}
-    assert recipe["training"] == {"output_dir": "o", "learning_rate": 1e-4, "adam_epsilon": 1e-8}
-    assert recipe["data"]["limit"] == 10 and isinstance(recipe["data"]["limit"], int)
+    assert recipe.learning_rates == {"adapter": 5e-4}
+    assert recipe.training == {"output_dir": "o", "learning_rate": 1e-4, "adam_epsilon": 1e-8}
+    assert recipe.data.limit == 10 and isinstance(recipe.data.limit, int)
 
 
-def recipe_model(name: str, recipe: dict) -> MicroVLMForConditionalGeneration:
+def recipe_model(name: str, recipe: Recipe) -> MicroVLMForConditionalGeneration:
     """The model a recipe trains, without its weights."""
     family = next((family for family in FAMILIES if name.startswith(family)), None)
     assert family, f"{name} is of none of the families {', '.join(FAMILIES)}"
@@ -362,33 +423,33 @@ def recipe_model(name: str, recipe: dict) -> MicroVLMForConditionalGeneration:
         config = config.to_dict() | {"text_config": text, "image_token_id": 49152, "adapter_config": adapter}
         config = MicroVLMConfig.from_dict(config)
     with torch.device("meta"):
-        return MicroVLMForConditionalGeneration(change_config(config, recipe.get("config", {})))
+        return MicroVLMForConditionalGeneration(change_config(config, recipe.config))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_stage_recipe_fits_its_model(path, tmp_path):
     recipe = load_recipe(str(path))
-    training = {"report_to": "none"} | recipe["training"] | {"output_dir": str(tmp_path)}
+    training = {"report_to": "none"} | recipe.training | {"output_dir": str(tmp_path)}
     TrainingArguments(**{k: v for k, v in training.items() if k not in ("bf16", "fp16")}, bf16=False, fp16=False)
     model = recipe_model(path.stem.replace("finetune", "nano"), recipe)
-    set_trainable(model, recipe["trainable"])
-    check_patterns("learning_rates", recipe.get("learning_rates") or {}, model)
+    set_trainable(model, recipe.trainable)
+    check_patterns("learning_rates", recipe.learning_rates, model)
     assert any(p.requires_grad for p in model.parameters())
-    for name in recipe.get("learning_rates") or {}:
+    for name in recipe.learning_rates:
         assert any(re.search(name, n) and p.requires_grad for n, p in model.named_parameters()), f"{name} is frozen"
-    if "quantization" in recipe:
-        assert BitsAndBytesConfig(**recipe["quantization"]).quantization_method() == "nf4"
-        skip = set(unquantized_modules(model, recipe["trainable"]))
+    if recipe.quantization is not None:
+        assert BitsAndBytesConfig(**recipe.quantization).quantization_method() == "nf4"
+        skip = set(unquantized_modules(model, recipe.trainable))
         linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         for name, module in linear.items():
             assert (name in skip) >= module.weight.requires_grad, f"{name} trains in 4 bits"
         quantised = [n for n in linear if n not in skip]
         assert {n.split(".")[1] for n in quantised} == {"vision_tower", "language_model"}
-    if episodes := recipe["data"].get("episodes"):
-        assert recipe["training"]["per_device_train_batch_size"] % episodes.get("size", episodes.get("groups")) == 0
+    if episodes := recipe.data.episodes:
+        assert recipe.training["per_device_train_batch_size"] % (episodes.size or episodes.groups) == 0
         assert model.config.use_memory
     if path.stem.startswith("microvlm"):
-        assert recipe["training"]["output_dir"] == f"runs/{path.stem}"
+        assert recipe.training["output_dir"] == f"runs/{path.stem}"
 
 
 SEED_TRAINING = {  # of the source documents
@@ -409,24 +470,24 @@ def test_the_seeds_numbers():
     recipes = {path.stem: load_recipe(str(path)) for path in RECIPES}
     m1, m2, v1, v2 = (recipes[f"microvlm-{k}"] for k in ("m_stage1", "m_stage2", "v_stage1", "v_stage2"))
     for recipe in (m1, v1, recipes["microvlm-m_stage1_qlora"], recipes["microvlm-v_stage1_qlora"]):
-        assert {k: recipe["training"][k] for k in SEED_TRAINING} == SEED_TRAINING
+        assert {k: recipe.training[k] for k in SEED_TRAINING} == SEED_TRAINING
     for recipe in (m1, m2, v1, v2):
-        assert recipe["data"]["limit"] == 110_002 and recipe["data"]["validation_limit"] == 5_789
-        assert recipe["training"]["warmup_steps"] > 0
-    assert m2["training"]["learning_rate"] == v2["training"]["learning_rate"] == 5e-5
-    weights = {k: m1["loss_weights"][k] for k in ("lm", "align", "reconstruction", "scope")}
+        assert recipe.data.limit == 110_002 and recipe.data.validation_limit == 5_789
+        assert recipe.training["warmup_steps"] > 0
+    assert m2.training["learning_rate"] == v2.training["learning_rate"] == 5e-5
+    weights = {k: m1.loss_weights[k] for k in ("lm", "align", "reconstruction", "scope")}
     assert weights == {"lm": 1.0, "align": 0.5, "reconstruction": 0.1, "scope": 0.01}
-    assert v1["loss_weights"] == {"lm": 1.0, "align": 1.0}
-    weights = {k: v2["loss_weights"][k] for k in ("lm", "align", "memory_kl", "address_kl")}
+    assert v1.loss_weights == {"lm": 1.0, "align": 1.0}
+    weights = {k: v2.loss_weights[k] for k in ("lm", "align", "memory_kl", "address_kl")}
     assert weights == {"lm": 1.0, "align": 1.0, "memory_kl": 0.02, "address_kl": 0.005}
-    assert v2["data"]["episodes"]["size"] == 4
+    assert v2.data.episodes.size == 4
 
 
 def trains(name: str) -> dict[str, bool]:
     """Per parameter whether a recipe trains it."""
     recipe = load_recipe(str(ROOT / "recipes" / f"{name}.yaml"))
     model = recipe_model(name, recipe)
-    set_trainable(model, recipe["trainable"])
+    set_trainable(model, recipe.trainable)
     return {name: (p.requires_grad, p.numel()) for name, p in model.named_parameters()}
 
 
@@ -455,8 +516,8 @@ def test_what_the_seeds_freeze():
 
 def test_stage_2_starts_where_a_stage_1_ends():
     recipes = {path.stem: load_recipe(str(path)) for path in RECIPES}
-    ends = {recipe["training"]["output_dir"] for name, recipe in recipes.items() if "stage1" in name}
-    starts = {name: recipe["model"] for name, recipe in recipes.items() if "stage2" in name and "nano" not in name}
+    ends = {recipe.training["output_dir"] for name, recipe in recipes.items() if "stage1" in name}
+    starts = {name: recipe.model for name, recipe in recipes.items() if "stage2" in name and "nano" not in name}
     assert starts and set(starts.values()) <= ends
 
 
@@ -675,15 +736,14 @@ def test_step_equals_one_composed_by_hand(batch_size, accumulation, weights, row
 def test_both_passes_of_a_step_draw_the_same_dropout(rows, tmp_path, monkeypatch):
     adapter = {"vision_hidden_size": 24, "num_patches": 16, "num_prefix_tokens": 5, "mlp_hidden_size": 16}
     model = toy_model(adapter_config=adapter | {"num_attention_heads": 4, "dropout": 0.2})
-    passes, alignment = [], MicroVLMTrainer._alignment
+    passes, alignment = [], Alignment.__call__
 
-    def spy(self, model, outputs, step_pairs):
-        pairs, place = step_pairs
-        live = embedded_pairs(outputs).detach()
-        passes.append((live, pairs[place : place + len(live)]))
-        return alignment(self, model, outputs, step_pairs)
+    def spy(self, step):
+        live, first = embedded_pairs(step.outputs).detach(), step.pairs.first
+        passes.append((live, step.pairs.pairs[first : first + len(live)]))
+        return alignment(self, step)
 
-    monkeypatch.setattr(MicroVLMTrainer, "_alignment", spy)
+    monkeypatch.setattr(Alignment, "__call__", spy)
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     toy_trainer(tmp_path, rows, model, {"lm": 1.0, "align": 1.0}, max_steps=2, **sizes).train()
     assert len(passes) == 4
@@ -986,7 +1046,7 @@ def test_the_log_of_a_resumed_run_between_logging_steps(run, tmp_path):
 def test_who_may_see_the_repo_is_handed_on(private, rows, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(
-        "microvlm.train.trainer.push_folder", lambda folder, repo_id, private, *args: given.append(private)
+        "microvlm.train.publish.push_folder", lambda folder, repo_id, private, *args: given.append(private)
     )
     toy_trainer(tmp_path, rows, hub_private_repo=private)._push(tmp_path, "message")
     assert given == [private]
@@ -1027,7 +1087,7 @@ def test_command_line_run(run, tmp_path):
         "quantization_microvlm.py",
     ):
         assert (out / name).exists(), name
-    assert load_recipe(str(out / "recipe.yaml"))["training"]["max_steps"] == 3
+    assert load_recipe(str(out / "recipe.yaml")).training["max_steps"] == 3
     log = json.loads((out / "log.json").read_text())
     assert [e["step"] for e in log if "lm_loss" in e] == [1, 2, 3]
     assert {"eval_loss", "eval_lm_loss", "eval_align_loss"} <= set(log[-2])

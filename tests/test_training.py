@@ -21,6 +21,7 @@ from microvlm.data.episodes import ImageEpisodeCollator
 from microvlm.metrics import retrieval_recalls, scope_metrics, score
 from microvlm.train.callbacks import LossBar
 from microvlm.train.curves import plot_curves
+from microvlm.train.episodes import split_inputs
 from train_hf import main
 
 MEMORY = {"num_slots": 16, "code_size": 32, "key_hidden_size": 16, "max_content_tokens": 8, "scope_hidden_size": 16}
@@ -234,20 +235,19 @@ def memory_run(run, tmp_path):  # noqa: F811
 @torch.no_grad()
 def test_picture_episodes_become_features_of_the_vision_tower(tmp_path, rows):  # noqa: F811
     model = toy_model(use_memory=True, memory_config=MEMORY)
-    trainer = toy_trainer(tmp_path, rows, model)
     prompt, augment = model.default_prompt(1)[0].tolist(), image_augmentation()
     collator = ImageEpisodeCollator(toy_processor(), prompt, augment, size=2, max_tokens=8)
     batch = collator(list(rows.select(range(4))))
-    inputs, episode = trainer._model_inputs(batch)
+    inputs, episode = split_inputs(model, batch)
     of = lambda pixels: model.model.vision_tower(pixels, do_pooling=False).last_hidden_state  # noqa: E731
     pool = lambda pixels: model.model.memory.key_encoder.pool(of(pixels), 1)  # noqa: E731
     queries, written = batch["pixel_values"], batch["support_pixel_values"]
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
     close(inputs["mm_encoder_outputs"]["image"].last_hidden_state, of(queries))
-    close(episode["vision_features"], of(queries))
+    close(episode.vision_features, of(queries))
     views = [pool(written), pool(gray_copy(written))]
-    close(episode["support_features"], torch.stack(views, 1).unflatten(0, (2, 2)))
-    close(episode["key_features"], torch.stack([views[0], pool(queries), views[1]]))
+    close(episode.support_features, torch.stack(views, 1).unflatten(0, (2, 2)))
+    close(episode.key_features, torch.stack([views[0], pool(queries), views[1]]))
     assert not torch.allclose(pool(written), pool(queries))
 
 
@@ -305,14 +305,14 @@ def test_episode_recipes_say_what_is_wrong(memory_run, tmp_path):
         ("training.per_device_train_batch_size=6", "a batch of 6 does not divide into episodes of 4."),
         (
             "data.vision_cache={views: 1, folder: x}",
-            "data.vision_cache keeps features of a data set, data.stream keeps nothing: choose one.",
+            "data.vision_cache stores features of a data set, data.stream stores nothing: choose one.",
         ),
         ("data.exclude_copyleft=true", "data.exclude_copyleft needs all rows at once: not with data.stream."),
         ("data.stream={buffer: 3}", "unknown key in data.stream: buffer. Known: shuffle_buffer."),
         ("evaluation={caption: 3}", "unknown key in evaluation: caption. Known: captions, memory."),
         (
             "data.episodes={groups: 2}",
-            "data.episodes needs data.vision_cache, or a size: episodes of pictures as they come.",
+            "data.episodes needs data.vision_cache, or a size: episodes of images as they come.",
         ),
     ):
         with pytest.raises(ValueError) as error:

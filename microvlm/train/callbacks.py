@@ -1,20 +1,17 @@
-"""Callbacks of a training run: stop signals, epochs, bad gradients, progress."""
+"""Callbacks of a run: stop signals, steps that are not finite, epochs, progress."""
 
 import logging
+import math
 import signal
 
-from transformers import (
-    ProgressCallback,
-    TrainerCallback,
-)
-
-from ..data.collators import CaptionCollator
+import torch
+from transformers import ProgressCallback, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM finishes the step at hand, saves a checkpoint and stops. `MicroVLMTrainer` lets all ranks agree on the step."""
+    """On SIGTERM finish the step, save a checkpoint and stop; `StepGuard` agrees with other ranks."""
 
     def __init__(self):
         self.requested = self.agreed = False
@@ -35,41 +32,79 @@ class StopOnSignal(TrainerCallback):
         signal.signal(signal.SIGTERM, self.previous)
 
 
+class StepGuard(TrainerCallback):
+    """Let the ranks agree before a step whether it is finite and whether to stop.
+
+    Args:
+        limit: as many steps in a row that are not finite end the run. None of them changes a weight.
+
+    Attributes:
+        rows: names of the rows of this rank's micro-batches without a finite loss.
+        bad_steps: steps in a row that were not finite.
+
+    Raises:
+        RuntimeError: too many of them; the message names their rows.
+    """
+
+    def __init__(self, trainer, stop: StopOnSignal, limit: int):
+        self.trainer, self.stop, self.limit = trainer, stop, limit
+        self.rows, self.bad_steps, self.grad_norm = [], 0, 0.0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        accelerator, deepspeed = self.trainer.accelerator, self.trainer.is_deepspeed_enabled
+        # with a scaler or DeepSpeed the gradient may overflow: they skip that step by themselves
+        overflow = accelerator.scaler is None and not deepspeed and not math.isfinite(self.grad_norm)
+        flags = torch.tensor([len(self.rows), int(overflow), int(self.stop.requested)], device=args.device)
+        bad_rows, overflow, stop = accelerator.reduce(flags, "sum").tolist()
+        if not bad_rows and not overflow:
+            self.bad_steps, self.stop.agreed = 0, bool(stop)
+            return
+        # after such a step nothing is saved: the weights may be why
+        self.stop.agreed = False
+        self.bad_steps += 1
+        rows, self.rows = self.rows, []
+        if not bad_rows:  # any of the step's rows
+            rows = [name for batch in self.trainer.micro_batches for name in batch.get("row_names", [])]
+        message = f"the {'loss' if bad_rows else 'gradient'} of step {state.global_step + 1} is not finite"
+        if rows:
+            logger.warning("%s: rows %s", message, ", ".join(rows))
+        if self.bad_steps >= self.limit or deepspeed:
+            raise RuntimeError(
+                f"{message}, nor were those of the {self.bad_steps - 1} steps before it: stopped. "
+                f"Rows: {', '.join(rows) or 'on other ranks'}."
+            )
+        if accelerator.scaler is None:  # a scaler skips the step by itself
+            self.trainer.optimizer.zero_grad(set_to_none=True)
+
+
 class StreamEpoch(TrainerCallback):
-    """For data without an end the share of the run counts as the epoch; `Trainer` would begin at 0 again after a resume."""
+    """Count the share of the run as the epoch of a stream."""
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / state.max_steps
 
 
-class LossBar(ProgressCallback):
-    """Progress bar that shows the newest loss and its parts."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            shown = {k.removesuffix("_loss"): f"{v:.3g}" for k, v in logs.items() if k.endswith("loss")}
-            if "data_wait" in logs:
-                shown["wait"] = f"{logs['data_wait']:.0%}"
-            self.training_bar.set_postfix(shown, refresh=False)
-        elif state.is_world_process_zero and self.training_bar is not None and logs:
-            self.training_bar.write(str({k: round(v, 4) if isinstance(v, float) else v for k, v in logs.items()}))
-
-
 class EpochCallback(TrainerCallback):
-    """Tells the collator the epoch, for its augmentation."""
+    """Give the collator the epoch, for its augmentation."""
 
-    def __init__(self, collator: CaptionCollator):
+    def __init__(self, collator):
         self.collator = collator
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.collator.set_epoch(int(state.epoch))
 
 
-class StepGuard(TrainerCallback):
-    """Before every optimizer step, ranks agree on whether loss and gradient were finite and whether to stop."""
+class LossBar(ProgressCallback):
+    """Show the newest loss and its terms at the progress bar."""
 
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.agree()
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not (state.is_world_process_zero and self.training_bar is not None and logs):
+            return
+        if "loss" not in logs:
+            values = {k: round(v, 4) if isinstance(v, float) else v for k, v in logs.items()}
+            self.training_bar.write(str(values))
+            return
+        values = {k.removesuffix("_loss"): f"{v:.3g}" for k, v in logs.items() if k.endswith("loss")}
+        if "data_wait" in logs:
+            values["wait"] = f"{logs['data_wait']:.0%}"
+        self.training_bar.set_postfix(values, refresh=False)

@@ -1,9 +1,9 @@
 """Load the data of a recipe: rows, streams, cached features, episodes."""
 
 import json
+import logging
 import random
 from itertools import islice
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -12,167 +12,172 @@ from ..data.augment import gray_copy, image_augmentation
 from ..data.collators import CaptionCollator, FeatureCollator
 from ..data.episodes import EpisodeCollator, EpisodeImages, EpisodeOptions, ImageEpisodeCollator
 from ..data.feature_cache import cache_vision_features
-from ..data.rows import UnreadableRowError, decode_row, is_remote, load_rows, text_ids
+from ..data.rows import UnreadableRowError, decode_row, is_remote, load_rows
 from ..data.stream import CaptionStream, load_stream, take_rows
-from .setup import calibrate_adapter
-from .trainer import logger
+from .recipe import DataConfig, Recipe, to_dict
+
+logger = logging.getLogger(__name__)
 
 
-def load_validation(data: dict[str, Any]):
-    """Rows of `data.validation`, or None. Of shards on the Hub no more than `validation_limit` rows are read."""
-    path, limit = data.get("validation"), data.get("validation_limit")
+def load_validation(data: DataConfig):
+    """Load the rows of `data.validation`, or None; from the Hub no more than `validation_limit`."""
+    path, limit = data.validation, data.validation_limit
     if not path:
         return None
-    if is_remote(path if isinstance(path, str) else path[0]):
-        if limit is None:
-            raise ValueError("data.validation on the Hub needs data.validation_limit: its rows are kept on the disk.")
-        return take_rows(load_stream(path, data.get("format"), data.get("revision")), limit)
-    return load_rows(path, data.get("format"), limit=limit)
+    if not is_remote(path if isinstance(path, str) else path[0]):
+        return load_rows(path, data.format, limit=limit)
+    if limit is None:
+        raise ValueError("data.validation on the Hub needs data.validation_limit: its rows are kept on the disk.")
+    return take_rows(load_stream(path, data.format, data.revision), limit)
 
 
 def readable_rows(rows, count: int, processor):
-    """The first `count` rows that can be decoded, or as many as there are.
+    """Select the first `count` rows that can be decoded, or as many as there are.
 
     Raises:
         ValueError: there is none.
     """
-    found = []
+    readable = []
     for index in range(len(rows)):
-        if len(found) == count:
+        if len(readable) == count:
             break
         try:
             decode_row(rows[index], processor.image_processor)
-            found.append(index)
+            readable.append(index)
         except UnreadableRowError as error:
             logger.warning("evaluation.captions: skipped: %s", error)
-    if not found:
+    if not readable:
         raise ValueError(f"evaluation.captions: none of the {len(rows)} validation rows can be read.")
-    return rows.select(found)
+    return rows.select(readable)
 
 
 class TrainingData:
-    """The data of a recipe: rows or a stream, collators, episodes to evaluate the memory on.
+    """The data of a recipe. The model is only read.
 
     Attributes:
-        rows: a `Dataset`, or a `CaptionStream`.
+        rows: a `Dataset`, or a `CaptionStream`; with cached features without `images`.
         validation: a `Dataset` or None.
         collator, eval_collator: rows -> batch.
-        memory_batches: episodes of the validation pictures, or None.
+        memory_batches: episodes of validation images, or None.
+        caption_rows: validation rows whose images are captioned at every evaluation, or None.
     """
 
-    def __init__(self, recipe: dict[str, Any], args: TrainingArguments, processor, model):
-        self.recipe, self.args, self.processor, self.model = recipe, args, processor, model
-        self.data, self.memory_batches = recipe["data"], None
-        self.episodes = self.data.get("episodes")
-        self.prompt = model.default_prompt(1)[0].tolist()
+    def __init__(self, recipe: Recipe, args: TrainingArguments, processor, model):
+        self.data, self.evaluation, self.args = recipe.data, recipe.evaluation, args
+        self.processor, self.model, self.prompt = processor, model, model.default_prompt(1)[0].tolist()
+        if self.data.episodes is not None and model.model.memory is None:
+            raise ValueError("data.episodes teach a memory: set config: {use_memory: true}.")
+        # rows
         self.validation = load_validation(self.data)
-        augmentation = self.data.get("augmentation")
+        for name in ("captions", "memory"):
+            if getattr(self.evaluation, name) and self.validation is None:
+                raise ValueError(f"evaluation.{name} needs data.validation.")
+        self.rows = self.images = self._load_rows() if self.data.stream is None else self._load_stream()
+        # batches
+        augmentation = self.data.augmentation
         self.augment = None if augmentation is None else image_augmentation(**augmentation)
         self.collator, self.eval_collator = self.caption_collator(self.augment), self.caption_collator(None)
-        self.rows = self.load_stream() if self.data.get("stream") is not None else self.load_rows()
-        if recipe.get("calibration_rows"):
-            calibrate_adapter(model, self.eval_collator, self.sample(recipe["calibration_rows"]))
-        if self.data.get("vision_cache"):
-            self.keep_features()
-        elif self.episodes:
-            self.teach_pictures()
+        self.memory_batches = self.caption_rows = None
+        if self.data.vision_cache is not None:
+            self._use_features()
+        elif self.data.episodes is not None:
+            self._use_image_episodes()
+        # images to caption
+        if count := self.evaluation.captions:
+            self.caption_rows = readable_rows(self.validation.shuffle(seed=args.seed), count, processor)
 
-    def caption_collator(self, augment, cls=CaptionCollator, **kwargs) -> CaptionCollator:
-        data = self.data
-        kwargs |= {"seed": self.args.seed, "max_caption_tokens": data.get("max_caption_tokens")}
-        share = data.get("max_unreadable_share", 0.01)
-        return cls(self.processor, self.prompt, augment, data.get("image_size"), share, **kwargs)
-
-    def load_rows(self):
-        data = self.data
-        if is_remote(data["train"] if isinstance(data["train"], str) else data["train"][0]):
+    def _load_rows(self):
+        path = self.data.train
+        if is_remote(path if isinstance(path, str) else path[0]):
             raise ValueError("data.train on the Hub is read as a stream: set data.stream, or download its files first.")
-        return load_rows(data["train"], data.get("format"), data.get("exclude_copyleft", False), data.get("limit"))
+        return load_rows(path, self.data.format, self.data.exclude_copyleft, self.data.limit)
 
-    def load_stream(self) -> CaptionStream:
-        data, args = self.data, self.args
-        if data.get("exclude_copyleft"):
-            raise ValueError("data.exclude_copyleft needs all rows at once: not with data.stream.")
-        rows = load_stream(data["train"], data.get("format"), data.get("revision"))
-        place = {"rank": args.process_index, "world_size": args.world_size}
-        if args.train_sampling_strategy == "group_by_length":
-            place["group_size"] = args.train_batch_size * args.gradient_accumulation_steps
-        return CaptionStream(rows, args.seed, limit=data.get("limit"), **place, **data["stream"])
+    def _load_stream(self) -> CaptionStream:
+        args = self.args
+        rows = load_stream(self.data.train, self.data.format, self.data.revision)
+        grouped = args.train_sampling_strategy == "group_by_length"
+        return CaptionStream(
+            rows,
+            args.seed,
+            shuffle_buffer=self.data.stream.shuffle_buffer,
+            limit=self.data.limit,
+            group_size=args.train_batch_size * args.gradient_accumulation_steps if grouped else 1,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+
+    def caption_collator(self, augment, kind=CaptionCollator, **kwargs) -> CaptionCollator:
+        kwargs |= {"seed": self.args.seed, "max_caption_tokens": self.data.max_caption_tokens}
+        share = self.data.max_unreadable_share
+        return kind(self.processor, self.prompt, augment, self.data.image_size, share, **kwargs)
 
     def sample(self, count: int) -> list[dict]:
-        """So many training rows, the same on every rank."""
-        if isinstance(self.rows, CaptionStream):
-            whole = CaptionStream(self.rows.rows, self.args.seed, shuffle_buffer=count)
-            return list(islice(whole, count))
-        return list(self.rows.shuffle(seed=self.args.seed).select(range(min(count, len(self.rows)))))
+        """Draw `count` training rows with their images, the same on every rank."""
+        if isinstance(self.images, CaptionStream):
+            return list(islice(CaptionStream(self.images.rows, self.args.seed, shuffle_buffer=count), count))
+        return list(self.images.shuffle(seed=self.args.seed).select(range(min(count, len(self.images)))))
 
-    def keep_features(self) -> None:
-        """Features of a frozen vision tower instead of pictures, and of grey copies for the memory."""
-        data, model, tower = self.data, self.model, self.model.model.vision_tower
-        if any(p.requires_grad for p in tower.parameters()):
+    def _use_features(self) -> None:
+        """Train on cached features of a frozen vision tower."""
+        if any(p.requires_grad for p in self.model.model.vision_tower.parameters()):
             raise ValueError("data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.")
-        cache, gray = data["vision_cache"], None
-        transform = json.dumps(data.get("augmentation"), sort_keys=True)
-        copies = bool(self.episodes and model.config.memory_config.gray_weight)
-
-        def features_of(rows, collator, views, transform):
-            with self.args.main_process_first(desc="vision features"):
-                return cache_vision_features(tower, collator, rows, views, cache["folder"], transform)
-
-        features, readable = features_of(self.rows, self.collator, cache["views"], transform)
-        if len(readable) < len(self.rows):
-            print(
-                f"{len(self.rows) - len(readable)} of {len(self.rows)} training rows could not be read: skipped",
-                flush=True,
-            )
-        if copies:
-            gray, _ = features_of(self.rows, self.caption_collator(gray_copy), 1, "gray")
-        self.rows = readable
-        if not self.episodes:
+        features, self.rows = self._features(self.images, self.data.vision_cache.views)
+        if skipped := len(self.images) - len(self.rows):
+            print(f"{skipped} of {len(self.images)} training rows could not be read: skipped", flush=True)
+        if self.data.episodes is None:
             self.collator = FeatureCollator(features, self.processor, self.prompt)
-            self.collator.max_caption_tokens = data.get("max_caption_tokens")
+            self.collator.max_caption_tokens = self.data.max_caption_tokens
             return
-        skip = tower.num_prefix_tokens
-        pool = model.model.memory.key_encoder.pool
-        pool_all = lambda view: torch.cat([pool(part, skip) for part in view.split(512)])  # noqa: E731
-        pooled = torch.stack([pool_all(view) for view in features])
-        model.model.memory.key_encoder.calibrate(pooled.flatten(0, 1))
-        self.collator = self.episode_collator(features, pooled, None if gray is None else pool_all(gray[0]), readable)
-        model.model.memory.calibrate_words(self.collator.sentences())
-        if count := self.recipe.get("evaluation", {}).get("memory"):
-            if self.validation is None:
-                raise ValueError("evaluation.memory needs data.validation.")
-            features, rows = features_of(self.validation, self.caption_collator(self.augment), 2, transform)
-            gray = features_of(self.validation, self.caption_collator(gray_copy), 1, "gray")[0] if copies else None
-            pooled = torch.stack([pool_all(view) for view in features])
-            collator = self.episode_collator(features, pooled, None if gray is None else pool_all(gray[0]), rows)
-            self.memory_batches = self.batches_of(collator, rows, count)
+        self.collator = self._episode_collator(self.images, features, self.rows)
+        if count := self.evaluation.memory:
+            features, readable = self._features(self.validation, 2)
+            self.memory_batches = self._batches(
+                self._episode_collator(self.validation, features, readable), readable, count
+            )
 
-    def episode_collator(self, features, pooled, gray, rows) -> EpisodeCollator:
-        if "concept" not in rows.column_names:
-            raise ValueError("data.episodes needs a column `concept`: which pictures show the same thing.")
-        images = EpisodeImages(features, pooled, gray, rows["caption"][:], rows["concept"][:])
-        options = EpisodeOptions(**{"seed": self.args.seed, **self.episodes})
-        longest = self.model.config.memory_config.max_content_tokens
-        return EpisodeCollator(images, self.processor, self.prompt, longest, options)
+    def _features(self, rows, views: int, gray: bool = False):
+        """Compute or read features (views, rows, tokens, width), and the rows that can be read."""
+        augment = gray_copy if gray else self.augment
+        transform = "gray" if gray else json.dumps(self.data.augmentation, sort_keys=True)
+        tower, folder = self.model.model.vision_tower, self.data.vision_cache.folder
+        with self.args.main_process_first(desc="vision features"):
+            return cache_vision_features(tower, self.caption_collator(augment), rows, views, folder, transform)
 
-    def teach_pictures(self) -> None:
-        """Episodes of pictures as they come."""
-        memory = self.model.config.memory_config
-        make = lambda augment: self.caption_collator(  # noqa: E731
-            augment, ImageEpisodeCollator, max_tokens=memory.max_content_tokens, **self.episodes
+    def _episode_collator(self, rows, features: torch.Tensor, readable) -> EpisodeCollator:
+        """Make episodes of cached features; `readable` are those of the rows that can be read."""
+        if "concept" not in readable.column_names:
+            raise ValueError("data.episodes needs a column `concept`: which images show the same thing.")
+        memory, skip = self.model.config.memory_config, self.model.model.vision_tower.num_prefix_tokens
+        pool = self.model.model.memory.key_encoder.pool
+
+        def pool_view(view: torch.Tensor) -> torch.Tensor:
+            return torch.cat([pool(part, skip) for part in view.split(512)])
+
+        # key features, of grey copies too if the memory wants them
+        gray = pool_view(self._features(rows, 1, gray=True)[0][0]) if memory.gray_weight else None
+        images = EpisodeImages(
+            features,
+            torch.stack([pool_view(view) for view in features]),
+            gray,
+            readable["caption"][:],
+            readable["concept"][:],
         )
-        batch = self.args.per_device_train_batch_size
-        if batch % self.episodes["size"]:
-            raise ValueError(f"a batch of {batch} does not divide into episodes of {self.episodes['size']}.")
-        self.collator = make(self.augment)
-        if count := self.recipe.get("calibration_rows"):
-            captions = [row["caption"] for row in self.sample(count) if isinstance(row["caption"], str)]
-            self.model.model.memory.calibrate_words(text_ids(self.processor.tokenizer, captions))
-        if self.validation is not None and (count := self.recipe.get("evaluation", {}).get("memory")):
-            self.memory_batches = self.batches_of(make(self.augment), self.validation, count)
+        options = EpisodeOptions(seed=self.args.seed, **to_dict(self.data.episodes))
+        return EpisodeCollator(images, self.processor, self.prompt, memory.max_content_tokens, options)
 
-    def batches_of(self, collator, rows, count: int) -> list[dict]:
+    def _use_image_episodes(self) -> None:
+        """Make episodes of images as they come."""
+        size, batch = self.data.episodes.size, self.args.per_device_train_batch_size
+        if batch % size:
+            raise ValueError(f"a batch of {batch} does not divide into episodes of {size}.")
+        options = {"size": size, "max_tokens": self.model.config.memory_config.max_content_tokens}
+        self.collator = self.caption_collator(self.augment, ImageEpisodeCollator, **options)
+        if count := self.evaluation.memory:
+            collator = self.caption_collator(self.augment, ImageEpisodeCollator, **options)
+            self.memory_batches = self._batches(collator, self.validation, count)
+
+    def _batches(self, collator, rows, count: int) -> list[dict]:
+        """Collate fixed batches to evaluate the memory on, at most `count`."""
         size = self.args.per_device_train_batch_size
         count = min(count, len(rows) // size)
         if not count:

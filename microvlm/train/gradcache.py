@@ -1,14 +1,70 @@
-"""Draw the same random numbers again, for gradient caching."""
+"""Contrast with more pairs than fit in memory: GradCache (Gao et al., arXiv 2101.06983).
 
-from collections.abc import Iterator
+A first pass without gradient embeds all micro-batches of an optimizer step. The pass with gradient then replaces its
+own embeddings among them. Each process takes the gradient of the whole loss by its own pairs; they add up to the whole.
+"""
+
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 
+@dataclass
+class PairCache:
+    """Embeddings of all pairs of an optimizer step, without gradient, as one micro-batch sees them.
+
+    Args:
+        pairs: of all micro-batches and ranks, (R, 2, C).
+        first: index of the micro-batch's own first pair.
+        random_state: of `random_state`, before its first pass.
+    """
+
+    pairs: torch.Tensor
+    first: int
+    random_state: tuple[torch.Tensor, ...] | None = None
+
+    def replace(self, own: torch.Tensor) -> torch.Tensor:
+        """All pairs, with those at hand (N, 2, C) in their place."""
+        return torch.cat([self.pairs[: self.first], own, self.pairs[self.first + len(own) :]])
+
+
 def embedded_pairs(outputs) -> torch.Tensor:
-    """Pictures and texts in the shared space, (R, 2, C) float32."""
+    """Images and texts in the shared space, (R, 2, C) float32."""
     return torch.stack([outputs.image_embeds, outputs.text_embeds], 1).float()
+
+
+@torch.no_grad()
+def embed_step(trainer, micro_batches: Iterable[dict]) -> list[PairCache]:
+    """Embed the pairs of a step's micro-batches without gradient; a cache for each."""
+    trainer.model_wrapped.train()
+    own, states = [], []
+    for inputs in micro_batches:
+        states.append(random_state(trainer.args.device))
+        with trainer.compute_loss_context_manager():
+            own.append(embedded_pairs(trainer.model_wrapped(**inputs, return_alignment="only", use_fusion=False)))
+    return gather_pairs(trainer.accelerator, own, states)
+
+
+def gather_pairs(accelerator, own: list[torch.Tensor], states: list | None = None) -> list[PairCache]:
+    """Gather the pairs (N, 2, C) of every micro-batch from all ranks."""
+    ranks = gather_rows(accelerator, torch.cat(own))
+    pairs, first, caches = torch.cat(ranks), sum(map(len, ranks[: accelerator.process_index])), []
+    for part, state in zip(own, states or [None] * len(own), strict=True):
+        caches.append(PairCache(pairs, first, state))
+        first += len(part)
+    return caches
+
+
+def gather_rows(accelerator, x: torch.Tensor) -> list[torch.Tensor]:
+    """Gather tensors (R, ...) of all ranks, whose R may differ."""
+    if accelerator.num_processes == 1:
+        return [x]
+    counts = accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
+    padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=x.device)
+    padded[: len(x)] = x
+    return [part[:n] for part, n in zip(accelerator.gather(padded).split(max(counts)), counts, strict=True)]
 
 
 def random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -17,8 +73,8 @@ def random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
 
 
 @contextmanager
-def drawn_again(state: tuple[torch.Tensor, ...] | None, device: torch.device) -> Iterator[None]:
-    """Let a block draw the numbers that followed `random_state`, and what comes behind it those it would have drawn without the block."""
+def replayed_randomness(state: tuple[torch.Tensor, ...] | None, device: torch.device) -> Iterator[None]:
+    """Draw inside the block the random numbers that followed `random_state`."""
     if state is None:
         yield
         return

@@ -1,4 +1,7 @@
-"""Order and follow the rows that a run reads."""
+"""Order and name the rows that a run reads, and time the wait for them."""
+
+import time
+from collections.abc import Iterator
 
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -7,13 +10,9 @@ from ..data.rows import row_name
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Rows of similar length together, in an order of seed and epoch alone; the library's own draws from the process's random numbers,
-    which a resumed run and other ranks do not share.
+    """Sample rows of similar length together, in an order of seed and epoch alone.
 
-    Args:
-        batch_size: rows of a group.
-        lengths: of all rows.
-        seed: of all epochs.
+    The library's own draws from the random numbers of the process, which a resumed run and other ranks do not share.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
@@ -29,7 +28,7 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
 
 
 class TrackedCollator:
-    """A collator that also hands on which rows a batch has (`row_names`) and where a stream stood behind it (`cursor`)."""
+    """Add the rows' `row_names` and the stream's `cursor` to a collator's batches."""
 
     def __init__(self, collator):
         self.collator = collator
@@ -37,3 +36,39 @@ class TrackedCollator:
     def __call__(self, rows: list[dict]) -> dict:
         batch = self.collator(rows) | {"row_names": [row_name(row) for row in rows]}
         return batch | ({"cursor": rows[-1]["cursor"]} if "cursor" in rows[-1] else {})
+
+
+class WaitClock:
+    """Measure how long training waits for data. Start-up and evaluation are not waiting time."""
+
+    def __init__(self):
+        self.waited, self.logged_at, self.total_wait, self.total_time = 0.0, None, 0.0, 0.0
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """Time how long each batch takes to come, from `start` on."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if self.logged_at is not None:
+                self.waited += time.perf_counter() - start
+            yield batch
+
+    def start(self) -> None:
+        self.logged_at = self.logged_at or time.perf_counter()
+
+    def skip(self, seconds: float) -> None:
+        """Leave time out that is not training."""
+        if self.logged_at is not None:
+            self.logged_at += seconds
+
+    def take(self) -> dict[str, float]:
+        """Return the share of waiting since the last call, as `data_wait`."""
+        now = time.perf_counter()
+        elapsed = now - (self.logged_at or now)
+        share = {"data_wait": self.waited / elapsed} if elapsed else {}
+        self.total_wait, self.total_time = self.total_wait + self.waited, self.total_time + elapsed
+        self.waited, self.logged_at = 0.0, now
+        return share

@@ -1,89 +1,191 @@
-"""Losses of training that the model itself has no use for: image-text matching, and the memory's own."""
+"""The terms of the loss.
 
-from dataclasses import dataclass
+A term turns a `Step`, one forward pass, into its value. The loss of an optimizer step must not depend on how its rows
+are spread over micro-batches and ranks, so every term also says which share of that loss its value is:
+
+    term                                      value                                    share
+    lm, distill                               sum over tokens / tokens of the step     x ranks (gradients are averaged)
+    align                                     InfoNCE of all pairs of the step         / micro-batches; gradient x ranks
+    match, scope, reconstruction, key, *_kl   mean over the micro-batch                / micro-batches
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..model import MemoryReadout, contrastive_loss, in_float32
+from ..model import in_float32
+from .gradcache import PairCache, embedded_pairs, gather_pairs
+
+EPISODE_LOSSES = ("memory_kl", "address_kl", "reconstruction", "scope", "key")
+LOSSES = ("lm", "distill", "align", "match", *EPISODE_LOSSES)
 
 
-def match_loss(match_logits: torch.Tensor | None) -> torch.Tensor | None:
-    """Binary cross-entropy () of `match_logits` (R, 2): a text's own image, then another; None without any."""
-    if match_logits is None:
-        return None
+@dataclass
+class Step:
+    """One forward pass, and its place in the optimizer step.
+
+    Args:
+        model: without wrappers.
+        inputs, options: arguments of `forward`, of the batch and of the trainer.
+        accelerator: of the trainer, to gather from other ranks.
+        items: labelled tokens of the optimizer step on all ranks; None: a mean over this batch is asked for.
+        micro_batches: their number, where their losses are summed; else 1.
+        ranks: their number, where gradients of sums over tokens are averaged over them; else 1.
+        pairs: embeddings of the step's pairs from a pass before this one.
+        episode_losses: of `memory_losses`.
+        outputs: of `forward`; None where the loss needs no forward.
+    """
+
+    model: torch.nn.Module
+    inputs: dict[str, torch.Tensor]
+    options: dict[str, Any]
+    accelerator: Any
+    items: torch.Tensor | int | None = None
+    micro_batches: int = 1
+    ranks: int = 1
+    pairs: PairCache | None = None
+    episode_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: Any = None
+
+
+class Term:
+    """A part of the loss that is a mean over the rows of a micro-batch."""
+
+    needs_forward = True
+
+    def __init__(self, name: str, weight: float):
+        self.name, self.weight = name, weight
+
+    def __call__(self, step: Step) -> torch.Tensor | None:
+        """Compute the value (); None where the batch has nothing to measure."""
+        raise NotImplementedError
+
+    def share(self, value: torch.Tensor, step: Step) -> torch.Tensor:
+        """Turn a value into its share of the optimizer step's loss."""
+        return value / step.micro_batches
+
+    def mean(self, value: torch.Tensor, step: Step) -> float:
+        """Turn a value into the mean that is logged."""
+        return value.item()
+
+    def count(self, step: Step) -> int:
+        """Count what `mean` is a mean of, for the mean over several batches."""
+        return len(step.inputs["input_ids"])
+
+
+class TokenTerm(Term):
+    """A part of the loss: a mean over all labelled tokens of the optimizer step."""
+
+    def share(self, value: torch.Tensor, step: Step) -> torch.Tensor:
+        return value * step.ranks
+
+    def mean(self, value: torch.Tensor, step: Step) -> float:
+        return value.item() * step.ranks * step.micro_batches
+
+    def count(self, step: Step) -> int:
+        return int((step.inputs["labels"][:, 1:] != -100).sum())
+
+
+class LanguageModelling(TokenTerm):
+    """Cross-entropy of the next token."""
+
+    def __call__(self, step: Step) -> torch.Tensor | None:
+        return None if step.outputs is None else step.outputs.loss
+
+
+class Distillation(TokenTerm):
+    """KL(teacher || model) temperature^2 per token (Hinton et al., arXiv 1503.02531)."""
+
+    def __init__(self, name: str, weight: float, teacher: torch.nn.Module, temperature: float):
+        super().__init__(name, weight)
+        self.teacher, self.temperature = teacher, temperature
+
+    def __call__(self, step: Step) -> torch.Tensor | None:
+        if step.outputs is None:
+            return None
+        # the teacher's logits at the same positions
+        inputs = {k: v for k, v in step.inputs.items() if k != "labels"}
+        inputs |= {k: v for k, v in step.options.items() if k == "logits_to_keep"}
+        with torch.no_grad():
+            target = self.teacher(**inputs, use_cache=False).logits  # (B, K, V)
+        # both distributions at the labelled tokens
+        labels = step.options.get("shift_labels")
+        labels = F.pad(step.inputs["labels"], (0, 1), value=-100)[:, 1:] if labels is None else labels
+        on = labels != -100
+        log_p, log_q = (x[on].float().div(self.temperature).log_softmax(-1) for x in (target, step.outputs.logits))
+        total = F.kl_div(log_q, log_p, reduction="sum", log_target=True) * self.temperature**2
+        return total / (on.sum() if step.items is None else step.items)
+
+
+class Alignment(Term):
+    """InfoNCE of all pairs of the optimizer step; in evaluation of the batch's."""
+
+    def __call__(self, step: Step) -> torch.Tensor | None:
+        if step.outputs is None or step.outputs.image_embeds is None:
+            return None
+        pairs = embedded_pairs(step.outputs)
+        if step.model.training:
+            cache = step.pairs or gather_pairs(step.accelerator, [pairs.detach()])[0]
+            pairs = cache.replace(pairs)
+        return step.model.contrastive_loss(pairs[:, 0], pairs[:, 1]) if len(pairs) else None
+
+    def share(self, value: torch.Tensor, step: Step) -> torch.Tensor:
+        if not step.model.training:
+            return value
+        # every micro-batch and rank has the whole value, but only the gradient of its own pairs
+        gradient = step.accelerator.num_processes * (value - value.detach())
+        return value.detach() / step.micro_batches + gradient
+
+
+class Matching(Term):
+    """Binary cross-entropy of the fusion block's judgements; the hardest other image is of the micro-batch."""
+
+    def __call__(self, step: Step) -> torch.Tensor | None:
+        if step.outputs is None or step.outputs.match_logits is None:  # a single pair has no other image
+            return None
+        return match_loss(step.outputs.match_logits)
+
+
+class EpisodeTerm(Term):
+    """One of the memory's own losses; the negatives of `key` are of the micro-batch."""
+
+    needs_forward = False
+
+    def __call__(self, step: Step) -> torch.Tensor | None:
+        return step.episode_losses.get(self.name)
+
+
+def loss_terms(weights: dict[str, float], teacher=None, temperature: float = 1.0) -> list[Term]:
+    """List the terms of a loss; the memory's are measured at any weight."""
+    terms = [LanguageModelling("lm", weights.get("lm", 1.0))]
+    if teacher is not None:
+        terms.append(Distillation("distill", weights["distill"], teacher, temperature))
+    terms += [Alignment("align", weights["align"])] if weights.get("align") else []
+    terms += [EpisodeTerm(name, weights.get(name, 0.0)) for name in EPISODE_LOSSES]
+    return terms + ([Matching("match", weights["match"])] if weights.get("match") else [])
+
+
+def labelled_logits(labels: torch.Tensor) -> dict[str, Any]:
+    """Spare the logits before the first labelled column: arguments of `forward` for labels (B, T)."""
+    labelled = torch.nonzero((labels != -100).any(0)).flatten()
+    if not len(labelled) or labelled[0] == 0:
+        return {}
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    keep = labels.shape[1] - int(labelled[0]) + 1
+    return {"logits_to_keep": keep, "shift_labels": shifted[:, -keep:].contiguous()}
+
+
+def match_loss(match_logits: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy () of `match_logits` (R, 2): a text's own image, then another."""
     target = torch.zeros_like(match_logits)
     target[:, 0] = 1
     return F.binary_cross_entropy_with_logits(match_logits.float(), target.float())
 
 
-def alignment_loss(model, outputs) -> torch.Tensor | None:
-    """Sum InfoNCE and, if the fusion block ran, the matching loss of a forward with `return_alignment`."""
-    if outputs.image_embeds is None or not len(outputs.image_embeds):
-        return None
-    loss = model.contrastive_loss(outputs.image_embeds, outputs.text_embeds)
-    match = match_loss(outputs.match_logits)
-    return loss if match is None else loss + match
-
-
-@dataclass
-class Episodes:
-    """Facts that are written to G memories, and B queries that ask for them; every B / G neighbours ask one memory.
-
-    Args:
-        input_ids, attention_mask: queries (B, T), where the mask is 1.
-        vision_features: of their images, (N, 1 + patches, vision width).
-        support_features: key features of the facts (G, N, 1 or 2, 2 x vision width), the second of the grey copy.
-        support_tokens: their sentences (G, N, L), then -1; facts are those with `support_active` (G, N).
-        target_tokens: the sentence a query asks for, (B, L); `known` (B,): it was written.
-        key_features: P images: one view, another and, if there is one, the grey copy, (2 or 3, P, 2 x vision width).
-    """
-
-    input_ids: torch.LongTensor
-    attention_mask: torch.Tensor
-    vision_features: torch.FloatTensor
-    support_features: torch.FloatTensor
-    support_tokens: torch.LongTensor
-    support_active: torch.BoolTensor
-    target_tokens: torch.LongTensor
-    known: torch.BoolTensor
-    key_features: torch.FloatTensor
-
-
-def memory_losses(model, episodes: Episodes) -> tuple[MemoryReadout, dict[str, torch.Tensor]]:
-    """Write episodes and read them with a batch's queries, in one graph.
-
-    Half of the rows see the memory through ScopeNet's soft gate, the other half as in inference: on where the query
-    was written, off where it was not.
-
-    Returns:
-        The read-out for `forward`, and the losses: `scope`, `reconstruction`, `key`, `memory_kl`, `address_kl`.
-    """
-    part, known = model.require_memory(), episodes.known
-    G, N = episodes.support_active.shape
-    # encode and write the facts
-    contents = model.encode_contents(torch.cat([episodes.support_tokens.flatten(0, 1), episodes.target_tokens]))
-    supports, targets = contents[: G * N].view(G, N, -1), contents[G * N :]  # (G, N, S x C), (B, S x C)
-    state = part.new_state(G, dtype=torch.float32, device=supports.device)
-    keys, *gray_keys = in_float32(part.key_encoder, episodes.support_features).unbind(2)  # (G, N, C) each
-    keys = part.written_keys(keys, gray_keys[0] if gray_keys else None)
-    state = part.write(state, keys, supports, active=episodes.support_active, method="direct")
-    # read them, half of the rows with the gate of inference
-    query = model.model.get_memory_query(episodes.input_ids, episodes.attention_mask, episodes.vision_features)
-    readout = model.model.read_memory(state, query)
-    hard = torch.zeros_like(readout.log_gate).masked_fill(~known, -torch.inf)
-    readout.log_gate = torch.where(torch.rand_like(hard) < 0.5, hard, readout.log_gate)
-    return readout, {
-        "scope": scope_loss(readout.scope_logits, known),
-        "reconstruction": reconstruction_loss(readout.content.flatten(1), targets, known),
-        "key": key_loss(model, episodes.key_features),
-        "memory_kl": readout.memory_kl,
-        "address_kl": readout.address_kl,
-    }
-
-
 def scope_loss(scope_logits: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy () of "the query is known" (B,), with known and unknown rows in balance."""
+    """Binary cross-entropy () of "the query is known" (B,), balanced over both answers."""
     target = known.float()
     share = target.mean().clamp(1e-3, 1 - 1e-3)
     balance = torch.where(known, 0.5 / share, 0.5 / (1 - share))
@@ -91,15 +193,15 @@ def scope_loss(scope_logits: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 
 
 def reconstruction_loss(content: torch.Tensor, target: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of read and stored contents (B, S x C), averaged over the known rows (B,)."""
+    """1 - cosine () of read and stored contents (B, S x C) where known (B,)."""
     weight = known.float()
     similarity = F.cosine_similarity(content, target, dim=-1)
     return ((1 - similarity) * weight).sum() / weight.sum().clamp(min=1)
 
 
 def key_loss(model, key_features: torch.Tensor) -> torch.Tensor:
-    """InfoNCE of the addresses that two views of P images get; features (2 or 3, P, 2 x vision width)."""
-    part = model.model.memory
-    first, second, *gray = in_float32(part.key_encoder, key_features)  # (P, C) each
-    first = part.written_keys(first, gray[0] if gray else None)
-    return contrastive_loss(part.address(first), part.address(second), model.config.alignment_config.temperature)
+    """InfoNCE () of the addresses of two views of P images; features as in `Episodes`."""
+    memory = model.model.memory
+    first, second, *gray = in_float32(memory.key_encoder, key_features)  # (P, C) each
+    first = memory.written_keys(first, gray[0] if gray else None)
+    return model.contrastive_loss(memory.address(first), memory.address(second))

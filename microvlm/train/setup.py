@@ -1,20 +1,77 @@
-"""Open the model of a recipe and choose what trains."""
+"""Prepare a run: its arguments and folder, the model and its teacher, what trains, statistics."""
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedConfig
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    TrainingArguments,
+)
 
 from ..data.collators import CaptionCollator
+from ..data.episodes import EpisodeCollator, ImageEpisodeCollator
+from ..data.rows import text_ids
+from ..files import write_text
 from ..model import QUANT_METHOD
+from .checkpoints import checkpoints, is_complete, newest_complete
+from .data import TrainingData
+from .recipe import Recipe, to_dict
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Build `TrainingArguments` with our defaults; refuse processes that would each train alone."""
+    defaults = {"remove_unused_columns": False, "label_names": ["labels"], "report_to": "none"}
+    if recipe.data.stream is not None:
+        defaults["ignore_data_skip"] = True  # the stream goes on from its own place
+    args = TrainingArguments(**defaults | recipe.training)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if args.world_size < started:
+        raise ValueError(
+            f"{started} processes were started, but each would train alone: without a GPU set training.use_cpu: true."
+        )
+    return args
+
+
+def check_output(recipe: Recipe, args: TrainingArguments, resume: bool) -> Path | None:
+    """Refuse to overwrite a source or another run; find the checkpoint to resume from."""
+    output = Path(args.output_dir)
+    sources = {"model": recipe.model}
+    if recipe.distillation is not None:
+        sources["distillation.teacher"] = recipe.distillation.teacher
+    for key, source in sources.items():
+        if Path(source).is_dir() and os.path.realpath(source) == os.path.realpath(output):
+            raise ValueError(f"training.output_dir {output} is the folder of {key}, which the run would overwrite.")
+    if resume:
+        return newest_complete(output)
+    if any(map(is_complete, checkpoints(output))):
+        raise FileExistsError(
+            f"{output} has checkpoints of a run: --resume goes on with it, or choose another output_dir."
+        )
+    return None
+
+
+def write_settings(recipe: Recipe, args: TrainingArguments) -> None:
+    """Write recipe and training arguments next to the run, without tokens: they are pushed."""
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    training = {key: value for key, value in recipe.training.items() if not key.endswith("_token")}
+    write_text(output / "recipe.yaml", yaml.safe_dump(to_dict(recipe) | {"training": training}, sort_keys=False))
+    write_text(output / "training_arguments.json", args.to_json_string())
 
 
 def change_config(config, values: dict[str, Any]):
-    """A config with values changed by dotted name, checked as a new one is.
+    """Change values of a config by dotted name; it is checked like a new one.
 
     Raises:
         ValueError: a name the config does not have, a whole section, or a value it refuses.
@@ -55,13 +112,13 @@ def set_trainable(model: torch.nn.Module, patterns: list[str]) -> None:
 
 
 def parameter_count(parameter: torch.nn.Parameter) -> int:
-    """Numbers that a parameter stands for; NF4 packs two into a byte."""
+    """Count the numbers of a parameter; NF4 packs two into a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def trainable_table(model: torch.nn.Module) -> str:
-    """A line per module: parameters, and the share of them that trains."""
+    """List modules, their parameters, and the share of these that trains."""
     rows = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
         part = ".".join(name.split(".")[:2])
@@ -76,12 +133,12 @@ def trainable_table(model: torch.nn.Module) -> str:
 
 
 @torch.no_grad()
+@torch.no_grad()
 def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
-    """Set the input statistics of adapter and memory from the vision features of `rows`, read as `collator` reads them."""
-    features = []
+    """Set the input statistics of adapter and memory from the images of `rows`."""
     model.eval()
     skip = model.model.vision_tower.num_prefix_tokens  # the class token
-    rows = list(rows)
+    features, rows = [], list(rows)
     for start in range(0, len(rows), 32):
         pixel_values = collator(rows[start : start + 32])["pixel_values"].to(model.device)
         features.append(model.get_image_features(pixel_values).last_hidden_state)
@@ -91,71 +148,99 @@ def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
         memory.key_encoder.calibrate(memory.key_encoder.pool(features, skip))
 
 
+def calibrate(model, data: TrainingData, count: int) -> None:
+    """Set statistics that do not train: inputs of adapter and keys, weights of words.
+
+    Args:
+        count: training rows to measure; 0: the adapter stays as it is.
+    """
+    rows = data.sample(count) if count else []
+    if rows:
+        calibrate_adapter(model, data.eval_collator, rows)
+    # the memory, from what it is taught
+    memory = model.model.memory
+    if isinstance(data.collator, EpisodeCollator):
+        memory.key_encoder.calibrate(data.collator.pooled.flatten(0, 1))
+        memory.calibrate_words(data.collator.sentences())
+    elif rows and isinstance(data.collator, ImageEpisodeCollator):
+        captions = [row["caption"] for row in rows if isinstance(row["caption"], str)]
+        memory.calibrate_words(text_ids(data.processor.tokenizer, captions))
+
+
 def unquantized_modules(model, trainable: list[str]) -> list[str]:
-    """Names of the linear layers that stay out of a quantised model: those that train, and all but vision tower and language model.
+    """List linear layers not to quantise: those that train, adapter, alignment and memory.
 
     Raises:
         ValueError: the language model is ternary.
     """
     if model.config.qat_config.ternary_modules:
         raise ValueError(
-            "quantization: the config makes linears ternary, from weights that NF4 would change. Compose from ternary weights and set "
-            "config: {qat_config.ternary_modules: null}."
+            "quantization: the config makes linears ternary, from weights that NF4 would change. Compose from ternary "
+            "weights and set config: {qat_config.ternary_modules: null}."
         )
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     parts = ("model.vision_tower.", "model.language_model.")
-    trains = lambda name: any(re.search(pattern, f"{name}.weight") for pattern in trainable)  # noqa: E731
-    return [name for name in names if not name.startswith(parts) or trains(name)]
+    return [n for n in names if not n.startswith(parts) or any(re.search(p, f"{n}.weight") for p in trainable)]
 
 
-def load_model(recipe: dict[str, Any]):
-    """Processor and model of a recipe, with its changes of the config; the parameters it names train, packed weights unpacked.
+def load_model(recipe: Recipe):
+    """Load processor and model of a recipe, packed weights unpacked, ready to train.
 
     Raises:
         ValueError: NF4 is asked for on a packed checkpoint.
     """
-    source = {"trust_remote_code": True, "revision": recipe.get("revision")}
-    processor = AutoProcessor.from_pretrained(recipe["model"], **source)
-    config = change_config(AutoConfig.from_pretrained(recipe["model"], **source), recipe.get("config", {}))
-    if recipe.get("attn_implementation"):
-        source["attn_implementation"] = recipe["attn_implementation"]
+    # config, with the recipe's changes
+    source = {"trust_remote_code": True, "revision": recipe.revision}
+    processor = AutoProcessor.from_pretrained(recipe.model, **source)
+    config = change_config(AutoConfig.from_pretrained(recipe.model, **source), recipe.config)
+    if recipe.attn_implementation:
+        source["attn_implementation"] = recipe.attn_implementation
+    # packed checkpoints train unpacked, bitsandbytes' weights stay as they are
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
-    packed = stored.get("quant_method") == QUANT_METHOD  # bitsandbytes' weights stay as they are
-    if (in_4_bits := recipe.get("quantization")) is not None:
+    packed = stored.get("quant_method") == QUANT_METHOD
+    if recipe.quantization is not None:
         if packed:
             raise ValueError(
-                f"{recipe['model']} is packed: unpack it with model.dequantize(), save that, and give its folder to `quantization`."
+                f"{recipe.model} is packed: unpack it with model.dequantize(), save that, and give its folder to "
+                "`quantization`."
             )
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
-        skip = unquantized_modules(empty, recipe["trainable"])
-        source["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=skip, **in_4_bits)
-    model = AutoModelForImageTextToText.from_pretrained(recipe["model"], config=config, dtype=torch.float32, **source)
+        skip = unquantized_modules(empty, recipe.trainable)
+        source["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=skip, **recipe.quantization)
+    # weights
+    model = AutoModelForImageTextToText.from_pretrained(recipe.model, config=config, dtype=torch.float32, **source)
     if packed:
         model = model.dequantize(torch.float32)
-        print(f"{recipe['model']} is packed: its weights were unpacked to train", flush=True)
+        print(f"{recipe.model} is packed: its weights were unpacked to train", flush=True)
     for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # a pass without gradient would repack its weights for such passes alone
-            module.support_avx512bf16_for_cpu = False
-    set_trainable(model, recipe["trainable"])
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # an evaluation would repack its weights for evaluations alone
+    set_trainable(model, recipe.trainable)
     return processor, model
 
 
-def check_teacher(data: dict[str, Any], model, teacher) -> None:
-    """Refuse a teacher that would be given features of another vision tower than its own.
+def load_teacher(recipe: Recipe, model):
+    """Load the teacher of `distillation`, or None.
 
     Raises:
-        ValueError: it has other weights, or the student's do not stay as they are.
+        ValueError: it would get features of another vision tower than its own, or of one that trains.
     """
-    key = next((key for key in ("vision_cache", "episodes") if data.get(key)), None)
+    if recipe.distillation is None:
+        return None
+    teacher = AutoModelForImageTextToText.from_pretrained(
+        recipe.distillation.teacher, trust_remote_code=True, dtype=torch.float32
+    )
+    # features of one tower go to both models
+    key = next((key for key in ("vision_cache", "episodes") if getattr(recipe.data, key) is not None), None)
     if key is None:
-        return
+        return teacher
     own, other = (m.model.vision_tower.state_dict() for m in (model, teacher))
     same = own.keys() == other.keys() and all(torch.equal(own[name].cpu(), other[name].cpu()) for name in own)
     if not same or any(p.requires_grad for p in model.model.vision_tower.parameters()):
         raise ValueError(
-            f"distillation.teacher has another vision tower than the model, whose features data.{key} gives to both: leave data.{key} out."
+            f"distillation.teacher has another vision tower than the model, whose features data.{key} gives to both: "
+            f"leave data.{key} out."
         )
+    return teacher
