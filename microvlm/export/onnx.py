@@ -139,6 +139,7 @@ def graphs(model, image_size: tuple[int, ...]) -> list[Graph]:
     B, T, past = 2, 3, 4  # example sizes, all different
     batch, new = torch.export.Dim("batch", min=1), torch.export.Dim("sequence_length", min=1)
     ids, pixels = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, *image_size)
+    # pixels to prefix tokens, ids to embeddings
     vision = Graph(
         "vision_encoder",
         VisionEncoder(model),
@@ -155,6 +156,7 @@ def graphs(model, image_size: tuple[int, ...]) -> list[Graph]:
         ["input_ids"],
         ["inputs_embeds"],
     )
+    # one pass over new positions, with keys and values of every layer in and out
     layers, auto = text.num_hidden_layers, torch.export.Dim.DYNAMIC
     inputs = {
         "inputs_embeds": torch.zeros(B, T, text.hidden_size),
