@@ -112,7 +112,7 @@ class TrainingStatus:
 
 
 def hub_id(name: str, kind: str = "datasets") -> str | None:
-    """Find the id `owner/name` in a Hub id or a path `hf://kind/owner/name/...`; None for a local path."""
+    """Find `owner/name` in a Hub id or a path `hf://kind/owner/name/...`; None: a local path."""
     if match := re.match(rf"hf://{kind}/([^/@]+/[^/@]+)", name):
         return match[1]
     is_file = Path(name).exists() or (kind == "datasets" and Path(name).suffix in (".parquet", ".tar"))
@@ -194,7 +194,7 @@ def write_card(folder: str | Path, status: TrainingStatus) -> Path:
 
 
 def weight_files(name: str | Path, revision: str | None = None) -> list[Path]:
-    """Find the safetensors files of a checkpoint in a folder or of one loaded from the Hub before.
+    """Find the safetensors files of a folder or of a checkpoint that was loaded.
 
     Raises:
         OSError: there are none, or a shard is missing.
@@ -211,7 +211,7 @@ def weight_files(name: str | Path, revision: str | None = None) -> list[Path]:
 
 
 def check_repo(folder: str | Path) -> None:
-    """Refuse a folder that cannot be loaded from the Hub: code, weights or card missing or broken.
+    """Refuse a folder with missing or broken code, weights or card.
 
     Raises:
         ValueError: names the first thing that is wrong.
@@ -251,7 +251,8 @@ def push_folder(
 ) -> CommitInfo:
     """Push a complete folder to the Hub without its training state.
 
-    Weights on the Hub that the folder no longer has are deleted in the same commit: `from_pretrained` would prefer them.
+    Weights on the Hub that the folder no longer has are deleted in the same commit, since `from_pretrained` would
+    prefer them.
 
     Args:
         folder: config, code, processor, tokenizer, weights and card, see `check_repo`.
@@ -265,6 +266,7 @@ def push_folder(
         ValueError: an incomplete folder (nothing is sent), or `private` with a public repo.
         HfHubHTTPError: the Hub refused.
     """
+    # the repo, never a private folder into a public one
     check_repo(folder)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
@@ -272,6 +274,7 @@ def push_folder(
         raise ValueError(f"{repo_id} is public already: make it private on the Hub, or push with private=False.")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # one commit
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

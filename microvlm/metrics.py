@@ -46,7 +46,7 @@ def score(candidates: list[str], references: list[str]) -> dict[str, float]:
 
 
 def ngram_scores(candidates: list[str], references: list[str]) -> dict[str, float]:
-    """Compute bleu_1 to bleu_4 of the corpus and the mean rouge_l (beta 1.2) from raw captions.
+    """Compute bleu_1 to bleu_4 of the corpus and the mean rouge_l (beta 1.2).
 
     Articles count; each caption has one reference.
     """
@@ -62,7 +62,7 @@ def ngram_scores(candidates: list[str], references: list[str]) -> dict[str, floa
 
 
 def retrieval_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ranks: Iterable[int] = (1, 5, 10)) -> dict:
-    """Compute how often an image's own text is among the k nearest of all R, and the reverse.
+    """Compute how often an image's own text is among the k nearest, and the reverse.
 
     Args:
         image_embeds: unit vectors (R, C).
@@ -75,6 +75,7 @@ def retrieval_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ran
     similarity = image_embeds.double() @ text_embeds.double().mT
     text = torch.unique(text_embeds, dim=0, return_inverse=True)[1]
     same = text.unsqueeze(1) == text.unsqueeze(0)  # pairs of one text
+    # the place of the best own text
     recalls = {}
     for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.mT)):
         best = scores.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
@@ -96,7 +97,7 @@ def share_passing(scores: torch.Tensor, thresholds: torch.Tensor) -> torch.Tenso
 
 
 def roc(positive: torch.Tensor, negative: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Compute the shares of negatives and positives that pass each threshold, from (0, 0) to (1, 1)."""
+    """Compute the shares of negatives and positives that pass each threshold, highest first."""
     thresholds = torch.cat([positive, negative]).unique().flip(0)
     return tuple([0.0, *share_passing(scores, thresholds).tolist()] for scores in (negative, positive))
 

@@ -45,9 +45,11 @@ def teacher_maps(images: torch.Tensor, size: int = 320, batch: int = 32) -> tupl
     for start in range(0, len(images), batch):
         x = (images[start : start + batch].float() / 255 - 0.5) / 0.5
         with torch.autocast("cpu", torch.bfloat16):
+            # the maps
             x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
             x = x.contiguous(memory_format=torch.channels_last)
             m = teacher.blocks(teacher.bn1(teacher.conv_stem(x)))
+            # the pooled features
             if size == 224:
                 last = teacher.bn2(teacher.conv_head(m))
             else:
@@ -72,6 +74,6 @@ def teacher_features(rows, image_processor) -> torch.Tensor:
 
 
 def nearest_neighbours(train: torch.Tensor, queries: torch.Tensor) -> list[int]:
-    """Find for each query (M, C) the index of the closest of (N, C), by cosine."""
+    """Find the index of the closest of (N, C) for each query (M, C)."""
     train, queries = (F.normalize(x, dim=-1) for x in (train, queries))
     return (queries @ train.mT).argmax(1).tolist()

@@ -11,7 +11,6 @@ CAPTIONS = {"exact": "exact", "word F1": "word_f1", "CIDEr": "cider", "distinct"
 NANO = {
     "BLEU-4": "bleu_4",
     "ROUGE-L": "rouge_l",
-    "METEOR": "meteor",
     "perplexity": "perplexity",
     "bits a byte": "bits_per_byte",
     "image to text R@1": "image_to_text_recall_at_1",

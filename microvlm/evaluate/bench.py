@@ -141,11 +141,13 @@ class Bench:
         """
         texts = []
         for start in range(0, len(indices), BATCH):
+            # the image, or only its question
             part, kwargs = indices[start : start + BATCH], {}
             if view is not None:
                 kwargs["mm_encoder_outputs"] = self.image(view, part)
             lines = self.model.default_prompt(len(part)).tolist() if prompts is None else prompts[start : start + BATCH]
             inputs = self.pad(lines)
+            # each image asks its own row
             if memory is not None:
                 kwargs["memory"] = memory if rows is None else memory.select(rows[start : start + BATCH])
                 kwargs["memory_gate"] = gate
@@ -188,7 +190,13 @@ class Bench:
         return memory
 
     def lesson(self, rows: int, size: int, queries: int, kind: str) -> Lesson:
-        """Teach `rows` memories `size` facts each and draw what to ask for; `kind` of names: seen or new."""
+        """Teach R memories N facts each and draw what to ask for.
+
+        Args:
+            rows, size: R and N.
+            queries: facts to ask for, at most.
+            kind: of names, `seen` in training or `new`.
+        """
         images = [self.choose(size) for _ in range(rows)]
         names = [self.draw.sample(self.names[kind], size) for _ in range(rows)]
         facts = [self.facts(*pair) for pair in zip(names, images)]

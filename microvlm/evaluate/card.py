@@ -18,7 +18,11 @@ COUNTS = ("tokens", "pairs")  # no scores
 
 
 def card_metrics(result: dict) -> dict[str, tuple[str, float, dict[str, int]]]:
-    """Choose what a card says of one data set: metric type -> label, value and sample size."""
+    """Choose what a card says of one data set.
+
+    Returns:
+        Metric type -> label, value and sample size.
+    """
     metrics, size = {}, {"pictures": result["pictures"]}
     for group, labels in CARD_GROUPS.items():
         values = result.get("model" if group == "captions" else group, {})
@@ -57,6 +61,7 @@ def card_results(results: dict[str, dict]) -> list[EvalResult]:
             raise ValueError(f"{number} data sets would both be called {name} in the card: give relative paths.")
     entries = []
     for path, result in results.items():
+        # a dtype other than float32 is named
         dtype = {} if result.get("dtype", "float32") == "float32" else {"dtype": result["dtype"]}
         for metric, (label, value, sample) in card_metrics(result).items():
             entries.append(
@@ -91,6 +96,7 @@ def card_with(path: str, results: dict[str, dict], groups, name: str) -> ModelCa
         card = ModelCard(Path(path).read_bytes().decode("utf-8-sig"))  # keeps the line ends
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"the metadata of {path} cannot be read: {' '.join(str(error).split())}") from error
+    # earlier results that these do not replace
     new = card_results(results)
     sets = {(TASK, entry.dataset_type, entry.dataset_split) for entry in new}
     others = [
@@ -99,6 +105,7 @@ def card_with(path: str, results: dict[str, dict], groups, name: str) -> ModelCa
         if (entry.task_type, entry.dataset_type, entry.dataset_split) not in sets
         or card_group(entry.metric_type) not in groups
     ]
+    # a model-index needs a name
     heading = re.search(r"^# (.+?)\s*$", card.text, re.MULTILINE)
     card.data.model_name = card.data.model_name or (heading[1] if heading else name)
     card.data.eval_results = others + new

@@ -31,7 +31,7 @@ def reference_batches(model, processor, rows, batch_size: int):
 
 @torch.inference_mode()
 def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = True) -> dict[str, torch.Tensor]:
-    """Compute the losses of N reference captions, each token given the image and the tokens before it.
+    """Compute the losses of N references, token by token after the image.
 
     Args:
         rows: N rows of `load_rows`.
@@ -44,10 +44,12 @@ def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = T
     out = {"loss": [], "tokens": []} | ({"image_embeds": [], "text_embeds": []} if align else {})
     for batch, length in reference_batches(model, processor, rows, batch_size):
         image = {"image": model.get_image_features(batch.pop("pixel_values").to(model.dtype), return_dict=True)}
+        # captions and images as pairs
         if align:
             pairs = model(**batch, mm_encoder_outputs=image, return_alignment="only", use_fusion=False)
             out["image_embeds"].append(pairs.image_embeds.float().cpu())
             out["text_embeds"].append(pairs.text_embeds.float().cpu())
+        # the captions alone, at the line ends
         labels = batch.pop("labels")[:, -length:]
         logits = model(**batch, mm_encoder_outputs=image, logits_to_keep=length + 1).logits[:, :-1].float()
         loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)

@@ -1,4 +1,4 @@
-"""Measure what the memory gives back: facts stored, asked, forgotten."""
+"""Measure what the memory gives back: stored facts, questions, forgetting."""
 
 import random
 from functools import cache
@@ -23,7 +23,7 @@ def longest_name(tokenizer) -> str:
 
 
 def fact_fits(model, tokenizer, caption: str) -> bool:
-    """Check that "This is Bimo the <noun of the caption>." can be stored, whatever the name."""
+    """Check that a fact about this caption can be stored, whatever the name."""
     fact = text_ids(tokenizer, f"This is {longest_name(tokenizer)} the {caption_noun(caption)}.")
     return len(fact) < model.config.memory_config.max_content_tokens  # room for the end token
 
@@ -102,6 +102,7 @@ def style_recalls(bench: Bench, lesson: Lesson) -> dict[str, float]:
 
 def negatives(bench: Bench, lesson: Lesson, queries: int, details: dict) -> dict:
     """Measure false recalls, unchanged captions and scope on images that were not written."""
+    # images to ask for: row and index
     groups = {"unrelated": [], "lookalike": []}
     share = -(-2 * queries // len(lesson.images))
     for r, images in enumerate(lesson.images):
@@ -118,8 +119,10 @@ def negatives(bench: Bench, lesson: Lesson, queries: int, details: dict) -> dict
         result[name] = {"pictures": len(pairs)}
         if not pairs:
             continue
+        # what the answers say, with the memory and without
         images, asking = [i for _, i in pairs], {"memory": lesson.memory, "rows": lesson.rows_of(pairs)}
         texts, plain = bench.answers(0, images, **asking), bench.without_memory(images)
+        # what the memory knows
         negative = details[name] = bench.scope(0, images, **asking)
         threshold = float(bench.model.model.scope_threshold(lesson.memory)[0])  # all rows hold N facts
         accuracy = ((positive >= threshold).float().mean() + (negative < threshold).float().mean()) / 2
@@ -157,7 +160,7 @@ def forget_half(bench: Bench, lesson: Lesson, queries: int) -> dict:
 
 
 def in_prompt(bench: Bench, lesson: Lesson) -> dict:
-    """Measure recall with the facts as text before the image, without memory; None where they do not fit."""
+    """Measure recall with the facts in the prompt, without memory; None where they do not fit."""
     prompt = bench.model.default_prompt(1)[0].tolist()
     lines = [[prompt[0], *bench.tokens(" ".join(lesson.facts[r])), *prompt[1:]] for r, _ in lesson.places]
     if max(map(len, lines)) + 32 > bench.model.config.text_config.max_position_embeddings:
@@ -167,7 +170,7 @@ def in_prompt(bench: Bench, lesson: Lesson) -> dict:
 
 
 def mean(draws: list):
-    """Average the results of `measure` figure by figure over the draws that have it; counts are rounded."""
+    """Average results of `measure` over the draws that have a figure; counts are rounded."""
     if isinstance(draws[0], dict):
         names = dict.fromkeys(name for draw in draws for name in draw)
         return {name: mean([draw[name] for draw in draws if name in draw]) for name in names}
@@ -227,9 +230,14 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
 
 
 def memory_entry(bench: Bench, result: dict, details: dict) -> tuple[dict, dict[str, str]]:
-    """Name the figures of `measure` as a report does, add the KL terms, and say what was not measured."""
+    """Name the figures of `measure` as a report does, and add the KL terms.
+
+    Returns:
+        The entry, and what was not measured.
+    """
     model, size = bench.model, result["facts"]
     recall, scope, forget = result["new"], result["unrelated"], result.get("forget", {})
+    # one read-out of the first memory
     query = model.model.get_memory_query(model.default_prompt(1), None, bench.views[0][0][:1])
     readout = model.model.read_memory(details["memory"].select([0]), query)
     entry = {
@@ -245,6 +253,7 @@ def memory_entry(bench: Bench, result: dict, details: dict) -> tuple[dict, dict[
         **{name: scope.get(name) for name in ("false_recall", "unchanged")},
         **{name: forget.get(name) for name in ("forgotten", "kept", "kept_before")},
     }
+    # what was not measured
     reasons = {}
     if "auroc" not in scope:
         reasons[f"scope of {count_facts(size)}"] = "every picture shares a word of its caption with a stored one"

@@ -82,7 +82,11 @@ CURVES = ("recall_same", "recall_view", "recall_words", "recall_style", "recall_
 
 
 def blocks(result: dict) -> list[tuple[str, dict[str, str], dict[str, dict]]]:
-    """List the tables of one data set: title, metric -> label, and column name -> metric -> value."""
+    """List the tables of one data set.
+
+    Returns:
+        Title, metric -> label, and column name -> metric -> value.
+    """
 
     def single(*keys: str) -> dict[str, tuple]:
         return {key.capitalize(): (SINGLE[key], {"": result[key]} if key in result else {}) for key in keys}
@@ -95,7 +99,7 @@ def blocks(result: dict) -> list[tuple[str, dict[str, str], dict[str, dict]]]:
 
 
 def markdown(results: dict[str, dict]) -> str:
-    """Write a table per group, a line per data set and column, and what was not measured."""
+    """Write a table per group, with a line per data set and column."""
     headers, lines = {}, {}
     for path, result in results.items():
         place = f"`{path}`, {result['pictures']:,} pictures"
@@ -158,10 +162,12 @@ def plots(result: dict, details: dict) -> list[dict[str, str]]:
 
         figures.append(plot(draw, title))
 
+    # captions and references
     if "word_f1" in details:
         histogram("Captions", {"": details["word_f1"]}, 1, "word F1")
     if losses := [loss for loss in details.get("loss", []) if math.isfinite(loss)]:
         histogram("References, given the picture", {"": losses}, max(losses), "loss, nats a token")
+    # the memory
     if result.get("memory"):
         figures.append(plot(lambda axis: draw_recall(axis, result["memory"]), "Taught names said"))
     if scopes := {n: scope for n, scope in details.get("scopes", {}).items() if "unrelated" in scope}:
@@ -189,7 +195,7 @@ def draw_roc(axis, scopes: dict[int, dict]) -> None:
 
 
 def small_jpeg(image: Image.Image, size: int) -> dict:
-    """Shrink an RGB image into a square of `size` pixels; returns a JPEG data URI, width and height."""
+    """Shrink an RGB image into a square of `size` pixels and make it a JPEG data URI."""
     small, data = thumbnail(image, size), BytesIO()
     small.save(data, "JPEG", quality=85)
     return {"uri": data_uri(data.getvalue(), "jpeg"), "width": small.width, "height": small.height}
@@ -207,10 +213,12 @@ def example_figures(model, processor, examples: dict[int, CaptionedRow], details
     for i, row in examples.items():
         image = Image.fromarray(row.image.permute(1, 2, 0).numpy())
         pixel_values = processor.image_processor([row.image], return_tensors="pt")["pixel_values"]
+        # where the adapter and the words look
         queries = pooling_attention(model, pixel_values)[0].mean(0)
         words = word_attention(model, processor, pixel_values, [row.ids])[0]
         scores = [f"word F1 {details['word_f1'][i]:.2f}"] if "word_f1" in details else []
         scores += [f"loss of the reference {details['loss'][i]:.2f}"] if "loss" in details else []
+        # what the page says
         figures.append(
             {
                 "caption": row.caption,

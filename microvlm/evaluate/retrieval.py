@@ -11,7 +11,7 @@ RETRIEVAL_POOL = 5000  # images, the first ones of a larger set
 
 
 def retrieval_scores(model, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[dict, dict[str, str]]:
-    """Compute recall at 1, 5 and 10 both ways and the InfoNCE loss over all R pairs.
+    """Compute recalls both ways and the InfoNCE loss over all R pairs.
 
     Args:
         image_embeds, text_embeds: unit vectors, (R, C).
@@ -19,6 +19,7 @@ def retrieval_scores(model, image_embeds: torch.Tensor, text_embeds: torch.Tenso
     Returns:
         The scores, and what was not measured.
     """
+    # recall at k among k images is no score
     R, missing = len(image_embeds), {}
     ranks = [k for k in RANKS if k < R]
     for k in RANKS[len(ranks) :]:

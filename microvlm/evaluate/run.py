@@ -98,7 +98,7 @@ class EvaluateOptions:
 
 
 def open_rows(path: str, limit: int | None = None) -> Dataset:
-    """Open a data set as `load_rows` does, or the first `limit` rows of a Hub id's train split.
+    """Open a data set: files, or the first `limit` rows of a Hub id's train split.
 
     Raises:
         FileNotFoundError: no such file.
@@ -177,6 +177,7 @@ def evaluate(model, processor, rows, options: EvaluateOptions, train=None) -> tu
     """
     groups, details, missing = set(options.metrics), {}, {}
     result: dict = {"pictures": len(rows), "dtype": str(model.dtype).removeprefix("torch.")}
+    # each part: scores, details, reasons
     parts = []
     if "captions" in groups:
         parts.append(score_captions(model, processor, rows, options, train))
@@ -189,8 +190,8 @@ def evaluate(model, processor, rows, options: EvaluateOptions, train=None) -> tu
         parts.append(({"speed": speed_scores(model, processor, rows, options.batch_size)}, {}, {}))
     if "size" in groups:
         parts.append(({"size": size_scores(model, options.model, options.revision)}, {}, {}))
-    for scores, more_details, reasons in parts:
-        result, details, missing = result | scores, details | more_details, missing | reasons
+    for scores, part, reasons in parts:
+        result, details, missing = result | scores, details | part, missing | reasons
     # JSON has no NaN
     columns = {name: values for name, values in result.items() if isinstance(values, dict)}
     columns |= {f"memory of {count_facts(entry['facts'])}": entry for entry in result.get("memory", [])}
@@ -218,7 +219,7 @@ def examples_of(model, processor, rows, details: dict, options: EvaluateOptions)
 
 
 def open_inputs(options: EvaluateOptions) -> tuple[dict[str, Dataset], Dataset | None]:
-    """Open the data sets and the yardstick, and try the card, before a model is loaded."""
+    """Open the data sets and the yardstick, and check the card."""
     sets = {path: open_rows(path, options.limit) for path in options.data}
     if options.card:
         empty = {path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()}
@@ -227,7 +228,7 @@ def open_inputs(options: EvaluateOptions) -> tuple[dict[str, Dataset], Dataset |
 
 
 def evaluate_files(options: EvaluateOptions) -> dict[str, dict]:
-    """Score a checkpoint on every data set, print the scores, and write the outputs after each set.
+    """Score a checkpoint on every data set; print and write the scores after each.
 
     Raises:
         OSError, ValueError, SafetensorError, TarError, DatasetsError: data or a checkpoint that cannot be read.

@@ -45,7 +45,8 @@ def time_generate(model: PreTrainedModel, new_tokens: int, **inputs: torch.Tenso
     model.generate(
         **inputs, streamer=clock, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens
     )
-    times = clock.times[1:]  # the first entry is the prompt
+    # the first entry is the prompt
+    times = clock.times[1:]
     if len(times) != new_tokens:
         raise RuntimeError(f"generate() gave {len(times)} tokens instead of {new_tokens}.")
     return times[0] - start, (new_tokens - 1) / (times[-1] - times[0])

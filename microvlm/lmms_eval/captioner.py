@@ -77,6 +77,7 @@ class Captioner:
         Raises:
             ValueError: an unknown argument.
         """
+        # the arguments, as `generate` takes them
         ends = options.pop("until", None) or []
         settings = GREEDY | {name: value for name, value in options.items() if value is not None}
         if unknown := sorted(settings.keys() - KNOWN):
@@ -86,13 +87,14 @@ class Captioner:
         inputs = self.inputs(contexts, images)
         ids = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        # answers end before a stop string
         for end in filter(None, [ends] if isinstance(ends, str) else ends):
             texts = [text.split(end)[0].strip() for text in texts]
         return texts
 
     @torch.inference_mode()
     def loglikelihood(self, context: str, continuation: str, images: list[Image.Image]) -> tuple[float, bool]:
-        """Compute the log-probability, in nats, of a continuation with its end, and whether it is the greedy one."""
+        """Compute a continuation's log-probability in nats, and whether it is the greedy one."""
         inputs, tokenizer = self.inputs([context], [images]), self.processor.tokenizer
         answer = [*text_ids(tokenizer, continuation.strip()), tokenizer.eos_token_id]
         answer = torch.tensor([answer], device=self.model.device)

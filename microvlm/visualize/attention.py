@@ -72,7 +72,7 @@ def grid(patches: int, pixel_values: torch.Tensor) -> tuple[int, int]:
 
 
 def encode(model, pixel_values: torch.Tensor):
-    """Encode images; returns the features and each prefix token's map of the patches, (B, P, h, w) float32."""
+    """Encode images; returns features and the prefix tokens' maps, (B, P, h, w) float32."""
     image = model.get_image_features(pixel_values, return_dict=True, output_attentions=True)
     maps = image.pooling_attentions.float().mean(1)  # (B, P, patches)
     return image, maps.unflatten(-1, grid(maps.shape[-1], pixel_values))
@@ -219,9 +219,11 @@ def recall(model, processor, memory, input_ids: torch.Tensor, image=None) -> Rec
     """
     items, part = stored_sentences(memory, processor), model.model
     model._check_memory(memory)
+    # what the model reads, and what it takes from each item
     query = part.get_memory_query(input_ids, None, None if image is None else image.last_hidden_state)
     readout = part.read_memory(memory, query)
     read, address = part.memory.read(memory, query)
+    # addresses for an image, words for a question
     if query.words is None:
         cosines = memory.similarity(address.to(memory.device, memory.mean.dtype))
     else:

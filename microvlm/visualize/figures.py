@@ -28,7 +28,7 @@ def heat(values: torch.Tensor) -> torch.Tensor:
 
 
 def overlay(image: Image.Image, map: torch.Tensor, size: tuple[int, int] | None = None) -> Image.Image:
-    """Draw a heat map over its image, RGB: the hottest patch is yellow, the coldest dim grey.
+    """Draw a heat map over its image: the hottest patch yellow, the coldest dim grey.
 
     Args:
         map: not negative, (h, w), over the whole image; stretched from its least to its greatest value, a flat map is
@@ -49,7 +49,7 @@ def overlay(image: Image.Image, map: torch.Tensor, size: tuple[int, int] | None 
 def overlay_signed(
     image: Image.Image, map: torch.Tensor, limit: float, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Draw a signed map over its image, RGB: orange where positive, blue where negative, grey where 0.
+    """Draw a signed map over its image: orange above 0, blue below, grey at 0.
 
     Args:
         map: (h, w), over the whole image.
@@ -65,7 +65,7 @@ def overlay_signed(
 
 
 def finite_map(map: torch.Tensor) -> torch.Tensor:
-    """Copy a map (h, w) to the CPU in float32; refuse another shape and values that are not finite."""
+    """Copy a map (h, w) to the CPU in float32; refuse other shapes and infinite values."""
     if map.ndim != 2 or not map.numel():
         raise ValueError(f"a map has the shape (h, w), got {tuple(map.shape)}.")
     map = map.detach().float().cpu()
@@ -75,7 +75,7 @@ def finite_map(map: torch.Tensor) -> torch.Tensor:
 
 
 def paint(image: Image.Image, map: torch.Tensor, colours, size: tuple[int, int] | None) -> Image.Image:
-    """Lay the colours (height, width, 3) of a map over a dim grey image, full at 1 and -1, none at 0."""
+    """Lay the colours of a map over a dim grey image: full at 1 and -1, none at 0."""
     image = to_rgb(image, max(DEFAULT_MAX_PIXELS, image.width * image.height))
     image = image.resize(size, Image.Resampling.BICUBIC) if size else image
     # bilinear: a patch is hottest in its middle, and nothing overshoots
@@ -105,7 +105,7 @@ def sheet(cells: list[tuple[Image.Image, str]], columns: int, cell: int = CELL) 
 
 
 def pooling_figure(image: Image.Image, maps: torch.Tensor) -> Image.Image:
-    """Draw the image, the mean of all maps and every query's map (P, h, w) on one sheet.
+    """Draw the image, the mean of all maps and every query's map (P, h, w).
 
     The label of the mean says how far the queries are apart: the mean share of a query's attention that lies elsewhere
     than the mean's, 0 where all look alike.
@@ -117,7 +117,7 @@ def pooling_figure(image: Image.Image, maps: torch.Tensor) -> Image.Image:
 
 
 def word_figure(image: Image.Image, attention: WordAttention) -> Image.Image:
-    """Draw the image and every word's map; a label says the attention on the image and on the memory."""
+    """Draw the image and every word's map, labelled with the attention on image and memory."""
     small, cells = thumbnail(to_rgb(image), CELL), []
     for word, m, prefix, memory in zip(attention.words, attention.maps, attention.prefix, attention.memory):
         share = f"picture {float(prefix.sum()):.0%}" + (f", memory {float(memory):.0%}" if memory else "")
@@ -126,7 +126,7 @@ def word_figure(image: Image.Image, attention: WordAttention) -> Image.Image:
 
 
 def contrast_figure(image: Image.Image, attention: WordAttention) -> Image.Image:
-    """Draw where every word looks more (orange) and less (blue) than the caption's words on average.
+    """Draw where every word looks more and less than the caption's words on average.
 
     All maps have one scale; a label says the share of a word's attention that lies elsewhere than the mean's.
     """
@@ -141,7 +141,7 @@ def contrast_figure(image: Image.Image, attention: WordAttention) -> Image.Image
 def memory_figure(
     model, processor, memory, pixel_values: torch.Tensor | None = None, image: Image.Image | None = None
 ) -> Image.Image:
-    """Draw a memory of one row: its K slots, the items' addresses and their similarity, and a query's answer.
+    """Draw a memory of one row: slots, addresses, their similarity, and a query's answer.
 
     Of many items every second, third, ... is named. Needs matplotlib.
 
@@ -181,7 +181,7 @@ def memory_figure(
 
 
 def draw_items(figure, places, similarity, addresses: torch.Tensor, names: list[str]) -> None:
-    """Draw the addresses (N, K) of N items on the axes `places`, and their cosines on `similarity`."""
+    """Draw the addresses (N, K) of N items, and their cosines, each on its axes."""
     named = range(0, len(names), -(-len(names) // NAMES) or 1)
     for axes in (places, similarity):
         axes.set_yticks(named, [names[i] for i in named], fontsize=8, parse_math=False)

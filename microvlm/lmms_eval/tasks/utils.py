@@ -20,7 +20,7 @@ def doc_to_target(doc: dict) -> str:
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, tuple[str, str]]:
-    """Give every metric the pair of caption and reference: CIDEr and BLEU are of the whole set."""
+    """Give every metric the caption and its reference: CIDEr is of the whole set."""
     pair = ((results[0] if results else "").strip(), doc_to_target(doc))
     return dict.fromkeys(METRICS, pair)
 
