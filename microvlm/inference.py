@@ -146,13 +146,13 @@ def ask(model, processor, what: str, memory: MemoryState | None = None) -> Answe
     return Answer(text.strip(), scope)
 
 
-def stream(model, processor, query: Query, memory: MemoryState | None = None) -> Iterator[tuple[str, list[int]]]:
-    """Yield an answer as it grows, and with the last piece its tokens."""
+def stream(model, processor, query: Query, readout=None) -> Iterator[tuple[str, list[int]]]:
+    """Yield an answer as it grows, and with the last piece its tokens; `readout` is what a memory adds to it."""
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}
     # generate in a thread, read its pieces here
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(model.generate, **query.inputs(), memory=memory, **options)
+        future = pool.submit(model.generate, **query.inputs(), memory_readout=readout, **options)
         future.add_done_callback(lambda _: streamer.end())  # after an error too
         text = ""
         for piece in streamer:

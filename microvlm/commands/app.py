@@ -119,7 +119,7 @@ class Page:
             memory, result = self._recall(query, memory)
         # the caption as it grows
         text, ids = "", []
-        for text, ids in stream(self.model, self.processor, query, memory):  # noqa: B007
+        for text, ids in stream(self.model, self.processor, query, result and result.readout):  # noqa: B007
             yield text, recall_table(result), []
         # then where each of its words looked
         words = word_attention(self.model, self.processor, query.pixel_values, [ids], memory)[0]
@@ -139,8 +139,8 @@ class Page:
         require(question.strip(), "Type a question first.")
         with error_on_page(), torch.no_grad():
             query = question_query(self.model, self.processor, question.strip())
-            memory, result = self._recall(query, memory)
-            for text, _ in stream(self.model, self.processor, query, memory):
+            _, result = self._recall(query, memory)
+            for text, _ in stream(self.model, self.processor, query, result.readout):
                 yield text, recall_table(result)
 
     def teach(self, image: dict | None, sentence: str, memory):

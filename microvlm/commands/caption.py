@@ -6,7 +6,6 @@ import sys
 import textwrap
 from contextlib import ExitStack
 from io import BytesIO
-from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
 
@@ -18,8 +17,7 @@ from ..files import atomic_file, check_outputs
 from ..images import data_uri, find_images, thumbnail
 from ..inference import Caption, caption
 from ..model import load
-
-TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+from ..tables import TEMPLATES
 
 
 class Terminal:

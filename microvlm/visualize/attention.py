@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ class Recall:
         probability: ScopeNet's, that the memory knows the query.
         threshold: from which the memory speaks.
         speaks: whether it does.
+        readout: what it adds to a generation, `memory_readout` of `generate`.
     """
 
     items: list[str]
@@ -54,6 +56,7 @@ class Recall:
     probability: float
     threshold: float
     speaks: bool
+    readout: Any = None
 
 
 def check_pixels(model, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -236,4 +239,5 @@ def recall(model, processor, memory, input_ids: torch.Tensor, image=None) -> Rec
         probability=float(readout.scope_logits.sigmoid()),
         threshold=float(part.scope_threshold(memory, bool(query.by_words))),
         speaks=bool(readout.log_gate > -torch.inf),
+        readout=readout,
     )
