@@ -50,7 +50,7 @@ from microvlm.train.setup import (
     unquantized_modules,
 )
 from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
-from train_hf import main
+from train_hf import KINDS, main
 
 RECIPES = [*sorted(ROOT.glob("recipes/*stage*.yaml")), ROOT / "recipes/finetune.yaml"]
 FAMILIES = ("microvlm-m", "microvlm-v", "nano")
@@ -365,6 +365,17 @@ def test_what_is_no_recipe_is_named(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_recipes_of_other_kinds_go_to_their_own_training(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(KINDS, "distill", calls.append)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("kind: distill\nphases: []\n")
+    main([str(path), "--set", "seed=1"])
+    assert calls == [[str(path), "--set", "seed=1"]]
+    with pytest.raises(ValueError, match="^unknown key in .*: kind. Known: "):
+        main([write_recipe(tmp_path, kind="vision")])
 
 
 def test_a_recipe_is_what_it_writes(tmp_path):
