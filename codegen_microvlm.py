@@ -179,10 +179,12 @@ class LinearKernel(Emitter):
             total = b.sub(total, self.splat(zero, lanes))
         token_scale = self.splat(b.load(self.at(self.s, token, F32), typ=F32), lanes)
         out = b.fmul(b.sitofp(total, ir.VectorType(F32, lanes)), b.fdiv(rows.scale, token_scale))
+        # bias and residual
         index = b.add(b.mul(token, self.rows), rows.row)
         out = b.fadd(out, rows.bias)
         out = b.fadd(out, self.read_rows(self.residual, index, rows.mask, self.bf16, self.y))
         raw, kind = self.from_float(out, self.bf16), element(self.bf16)
+        # rows of this matrix lie together in y, or where `places` says
         if not self.placed:
             name, align = f"llvm.masked.store.v{lanes}i{kind.width}.p0", ir.Constant(I32, kind.width // 8)
             self.call(name, VOID, raw, self.at(self.y, index, kind), align, rows.mask)
@@ -392,21 +394,22 @@ class AttentionKernel(Emitter):
 
     def turn_token(self, m) -> None:
         b, d = self.b, self.d
+        # one row of qkv holds the heads of queries, keys and values
         row, (cos, sin) = b.mul(m, self.qkv_width), self.read_halves(self.turns, b.mul(m, d))
 
-        def turned(head):
+        def turn(head):
             first, second = self.read_halves(self.qkv, b.add(row, b.mul(head, d)))
             real = b.fsub(b.fmul(first, cos), b.fmul(second, sin))
             return real, b.fadd(b.fmul(second, cos), b.fmul(first, sin))
 
         def query(h, _):
-            rounded = [self.to_float(self.from_float(v, self.bf16)) for v in turned(h)]
+            rounded = [self.to_float(self.from_float(v, self.bf16)) for v in turn(h)]
             self.write_halves(rounded, self.qkv, b.add(row, b.mul(h, d)))
             return ()
 
         def key_and_value(g, _):
             place = b.mul(b.add(b.mul(g, self.capacity), b.add(self.past, m)), d)
-            self.write_halves(turned(b.add(self.query_heads, g)), self.keys, place, self.bf16)
+            self.write_halves(turn(b.add(self.query_heads, g)), self.keys, place, self.bf16)
             value = b.add(row, b.mul(b.add(b.add(self.query_heads, self.heads), g), d))
             self.write_halves(self.read_halves(self.qkv, value), self.values, place, self.bf16)
             return ()
@@ -426,10 +429,12 @@ class AttentionKernel(Emitter):
             # per source: its tensor from this head on, how many tokens, where their scores begin, what is added to them
             keys = (self.keys, text, count, int64(0), None), (self.memory_keys, memory, self.items, count, self.gate)
             values = (self.values, text, count, int64(0)), (self.memory_values, memory, self.items, count)
+            # softmax of the scores of both sources
             top = ir.Constant(F32, float("-inf"))
             for source in keys:
                 top = self.score(q, scores, source, top)
             weight = self.exponentiate(scores, b.add(count, self.items), top)
+            # values by their weights
             sums = [const(F32, 0.0, self.half)] * 2
             for source in values:
                 sums = self.weigh(scores, source, sums)
@@ -501,11 +506,11 @@ def emit(name: str, kind: str, size: int, bf16: bool) -> str:
 
 
 @functools.cache
-def compiled(name: str, kind: str, size: int, bf16: bool) -> int:
-    """Return the address of a kernel, see `emit`; it is compiled at its first use."""
+def compile_kernel(name: str, kind: str, size: int, bf16: bool) -> int:
+    """Compile a kernel at its first use, see `emit`; returns its address."""
     return compile_ir(name, emit(name, kind, size, bf16))("kernel")
 
 
 def kernel(kind: str, size: int, bf16: bool) -> int:
     """Return the address of a kernel for this CPU."""
-    return compiled(target(), kind, size, bf16)
+    return compile_kernel(target(), kind, size, bf16)

@@ -158,6 +158,7 @@ def quantize(kind: str, x: torch.Tensor, weight=None, eps: float = 0.0) -> Quant
 
 def quantize_rows_reference(x: torch.Tensor) -> Quantized:
     """Compute `quantize_rows` in torch, with the same bits."""
+    # one scale per token; a NaN gets the code 0
     y = x.float()
     s = 127 / y.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     q = (y * s).round()  # at most 127 (1 + 2^-20) before rounding: needs no clamp
@@ -284,6 +285,7 @@ def panels_from_bytes(packed: torch.Tensor, columns: int, form: Format) -> torch
     # a 64-bit word of codes for every byte
     words = torch.zeros(256, 8, dtype=torch.uint8)
     words[:, : form.per_byte] = form.codes_of_bytes(packed.device)
+    # panels, and room for one unpacked row per piece of work
     packed, padded = packed.contiguous(), round_up(columns, COLUMNS)
     panels = packed.new_empty(round_up(len(packed), ROWS) // ROWS, panel_bytes(ROWS, columns, form.bits))
     scratch = torch.empty(round_up(len(panels), LAYOUT_PIECE) // LAYOUT_PIECE, padded + 16, dtype=torch.uint8)
@@ -296,6 +298,7 @@ def panels_from_bytes(packed: torch.Tensor, columns: int, form: Format) -> torch
 def linear_job(quantized: Quantized, matrix: Matrix, y: torch.Tensor, bias=None, residual=None, places=None) -> Job:
     (M, padded), rows = quantized.x_q.shape, matrix.rows
     tensors = pointers(*quantized, matrix.panels, matrix.scale, bias, residual, y, places)
+    # the words of a `LinearKernel`, in order
     arguments = struct.pack("13q", *tensors, M, rows, padded, y.shape[1])
     address = kernel("linear" if places is None else "placed", matrix.bits, y.dtype == torch.bfloat16)
     count = round_up(rows, ROWS) // ROWS
@@ -337,6 +340,7 @@ def low_bit_linear_quantized_reference(
         w = unpack_panels(part, count, columns, bits).float()
         pairs = zip(x_q[:, :columns].float().split(exact, dim=1), w.split(exact, dim=1))
         parts.append(sum((x @ w.T).to(torch.int32) for x, w in pairs))
+    # scale, and add in float32
     y = torch.cat(parts, dim=1).float() * (matrix.scale / s[:, None])
     if bias is not None:
         y = y + bias
@@ -432,6 +436,7 @@ def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[MixedRows]) -> torch.T
     rows = parts[0].rows
     quantized = quantize_rows(flat_tokens(x, parts[0].matrix.columns))
     y = x.new_empty(len(quantized.x_q), rows)
+    # every part writes its own rows
     for part in parts:
         if part.rows != rows:
             raise ValueError(f"parts are of matrices with {rows} and {part.rows} rows.")

@@ -170,6 +170,7 @@ class Emitter:
     def to_float(self, raw):
         """Float32 of raw bits, int32 or the int16 of bfloat16."""
         lanes = raw.type.count
+        # bfloat16 is the upper half of a float32
         if raw.type.element == I16:
             raw = self.b.shl(self.b.zext(raw, ir.VectorType(I32, lanes)), const(I32, 16, lanes))
         return self.b.bitcast(raw, ir.VectorType(F32, lanes))
@@ -180,6 +181,7 @@ class Emitter:
         raw = b.bitcast(value, ir.VectorType(I32, lanes))
         if not bf16:
             return raw
+        # add half of the last place, less one where that place is even; NaN stays NaN
         sixteen = const(I32, 16, lanes)
         odd = b.and_(b.lshr(raw, sixteen), const(I32, 1, lanes))
         short = b.lshr(b.add(b.add(raw, const(I32, 0x7FFF, lanes)), odd), sixteen)
@@ -198,6 +200,7 @@ class Emitter:
         shifted = b.fadd(b.fmul(x, const(F32, 1.4426950408889634, n)), const(F32, ROUND, n))
         k = b.fsub(shifted, const(F32, ROUND, n))
         r = b.fsub(b.fsub(x, b.fmul(k, const(F32, 0.693359375, n))), b.fmul(k, const(F32, -2.12194440e-4, n)))
+        # the Taylor series of e^r, then 2^k by its exponent bits
         series = const(F32, 1 / 720, n)
         for factor in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
             series = b.fadd(b.fmul(series, r), const(F32, factor, n))
@@ -232,7 +235,7 @@ def machine_of(name: str, triple: str | None = None):
     return chosen.create_target_machine(cpu=cpu, features=features, opt=2, jit=triple is None)
 
 
-def optimized(source: str, machine):
+def optimize(source: str, machine):
     """Parse IR and run LLVM's passes over it."""
     module = binding.parse_assembly(source)
     options = binding.create_pipeline_tuning_options(speed_level=2)
@@ -247,7 +250,7 @@ def assembly(name: str, source: str, triple: str) -> str:
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     machine = machine_of(name, triple)
-    return machine.emit_assembly(optimized(source, machine))
+    return machine.emit_assembly(optimize(source, machine))
 
 
 ENGINES = []  # keeps compiled code alive
@@ -258,7 +261,7 @@ def compile_ir(name: str, source: str) -> Callable[[str], int]:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = machine_of(name)
-    engine = binding.create_mcjit_compiler(optimized(source, machine), machine)
+    engine = binding.create_mcjit_compiler(optimize(source, machine), machine)
     engine.finalize_object()
     ENGINES.append(engine)
     return engine.get_function_address

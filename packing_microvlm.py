@@ -48,6 +48,7 @@ def pack_trits(values: torch.Tensor) -> torch.Tensor:
     """
     if bool((values.abs() > 1).any()) or bool((values != values.round()).any()):
         raise ValueError("values must be -1, 0 or 1.")
+    # base-3 digits, padded to whole bytes
     digits = F.pad(values.to(torch.uint8) + 1, (0, -values.shape[1] % 5), value=1)
     out = torch.zeros(len(digits), digits.shape[1] // 5, dtype=torch.uint8, device=values.device)
     for i in range(5):
@@ -292,7 +293,8 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Lay out unsigned codes (R, C) uint8 as panels."""
     R, C = codes.shape
     codes = F.pad(codes, (0, round_up(C, COLUMNS) - C, 0, round_up(R, ROWS) - R), value=ZERO[bits])
-    codes = codes.view(round_up(R, ROWS) // ROWS, ROWS, -1, 8 // bits, GROUP)  # (panel, row, vector, field, byte)
+    # (panel, row, vector, field, byte), then fields joined into bytes
+    codes = codes.view(round_up(R, ROWS) // ROWS, ROWS, -1, 8 // bits, GROUP)
     packed = codes[:, :, :, 0].clone()
     for k in range(1, 8 // bits):
         packed |= codes[:, :, :, k] << (k * bits)
@@ -316,6 +318,7 @@ def pack_panels(values: torch.Tensor, bits: int) -> torch.Tensor:
     if values.ndim != 2 or values.dtype != torch.int8:
         raise ValueError(f"values are {values.dtype} {tuple(values.shape)}; expected int8 (rows, columns).")
     panel_bytes(*values.shape, bits)
+    # shift to unsigned codes
     low, high = -ZERO[bits], 1 if bits == 2 else ZERO[bits] - 1
     if values.numel() and (values.min() < low or values.max() > high):
         span = f"{int(values.min())}..{int(values.max())}"

@@ -112,6 +112,7 @@ def replace_with_ternary(model: nn.Module, patterns: list[str], **options) -> li
         names = [name for name in linears if re.fullmatch(pattern, name)]
         if not names:
             raise ValueError(f"qat_config.ternary_modules: {pattern!r} matches no linear layer of the model.")
+        # the new layer has the old one's parameters
         for name in names:
             old = linears.pop(name)
             place = {"device": old.weight.device, "dtype": old.weight.dtype}
@@ -179,10 +180,12 @@ class PackedWeight(nn.Module):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., C) by the transposed matrix and add the bias, (..., R)."""
+        # in floating point: unpack the weight
         if not self.whole_numbers:
             if self.scheme.activation_bits is not None:
                 x = fake_quantize_activation(x, self.scheme.activation_bits)
             return F.linear(x, self.dequantize(dtype=x.dtype), None if bias is None else bias.to(x.dtype))
+        # in whole numbers
         bias = None if bias is None else bias.detach().float()
         return low_bit_linear(kernel_input(x), self.matrix(), bias).to(x.dtype)
 
@@ -286,6 +289,7 @@ class PackedEmbedding(nn.Module):
             return self.rest.store(weight)
         if counts is None:
             raise ValueError("frequent_rows needs counts of the tokens.")
+        # the most frequent rows, the first of equals
         chosen = torch.zeros(len(weight), dtype=torch.bool)
         chosen[counts.argsort(descending=True, stable=True)[: self.frequent.rows]] = True
         self.frequent.store(weight[chosen])
@@ -340,6 +344,7 @@ class PackedEmbedding(nn.Module):
         """Compute logits (..., V) of hidden states (..., D)."""
         if self.frequent is None:
             return self.rest.product(x)
+        # a product per part, or both in one pass of the kernels
         if not self.rest.whole_numbers:
             logits = x.new_empty(*x.shape[:-1], self.num_embeddings)
             for part, where in self.parts():
@@ -393,6 +398,7 @@ class PackedConfig(QuantizationConfigMixin):
                 raise ValueError(f"{where}.modules: {pattern!r} is not a regular expression: {error}.") from error
         if order is not None and (not isinstance(order, list) or sorted(order, key=str) != sorted(modules)):
             raise ValueError(f"{where}.order must hold every expression of {where}.modules once.")
+        # config.json sorts names: another order is kept next to them
         self.modules = {pattern: modules[pattern] for pattern in order or modules}
         if list(self.modules) != sorted(self.modules):
             self.order = list(self.modules)
@@ -504,6 +510,7 @@ class PackedQuantizer(HfQuantizer):
 
         Ternary training layers get weights that round to the same numbers.
         """
+        # plain layers in the place of packed ones
         dtype = dtype or model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedEmbedding):

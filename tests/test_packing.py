@@ -39,7 +39,7 @@ def test_trits_by_hand():
     values = torch.tensor([[-1, 0, 1, 1, -1, 0], [1, 1, 1, 1, 1, 1]])
     packed = packing.pack_trits(values)
     first = 0 + 1 * 3 + 2 * 9 + 2 * 27 + 0 * 81
-    filled = 3 + 9 + 27 + 81  # four zeros behind the sixth column
+    filled = 3 + 9 + 27 + 81  # four zeros after the sixth column
     assert packed.tolist() == [[first, 1 + filled], [242, 2 + filled]]
 
 
