@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .configuration_microvlm import require
+
 
 def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
     """Symmetric InfoNCE (CLIP, arXiv 2103.00020) of R pairs of unit vectors (R, C): the mean loss (), float32."""
@@ -78,24 +80,25 @@ class MicroVLMAlignment(nn.Module):
 class AlignmentMixin:
     """Align the images and texts of a batch: the part of `MicroVLMModel`."""
 
-    def check_alignment_arguments(self, return_alignment: bool | str | None, use_fusion: bool | None) -> None:
-        """Refuse an unknown kind of alignment, and the fusion block of a model without it."""
-        if return_alignment not in (None, False, True, "only"):
-            raise ValueError(f"return_alignment must be True, False or 'only', got {return_alignment!r}.")
-        if use_fusion and self.fusion is None:
-            raise ValueError("use_fusion=True needs a model built with config.use_fusion=True; this one has no block.")
+    def check_alignment(self, kind: bool | str | None, use_fusion: bool | None, input_ids, has_images: bool) -> None:
+        """Refuse an alignment that a call cannot have: `kind` is its `return_alignment`."""
+        known = kind in (None, False, True, "only")
+        require(known, f"return_alignment must be True, False or 'only', got {kind!r}.")
+        no_block = "use_fusion=True needs a model built with config.use_fusion=True; this one has no block."
+        require(not use_fusion or self.fusion is not None, no_block)
+        require(kind != "only" or has_images, "return_alignment='only' needs images: give pixel_values.")
+        require(not kind or not has_images or input_ids is not None, "return_alignment needs input_ids.")
 
     def align(
         self,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.LongTensor,
         prefix: torch.FloatTensor,
         labels: torch.LongTensor | None,
         attention_mask: torch.Tensor | None,
         use_fusion: bool | None,
     ) -> dict[str, torch.Tensor | None]:
         """Name the outputs of `get_alignment` for labelled text (B, T), or without labels for all text."""
-        if input_ids is None:
-            raise ValueError("return_alignment needs input_ids.")
+        # words: of the answer alone, without padding
         text_mask = labels != -100 if labels is not None else input_ids != self.config.image_token_id
         if attention_mask is not None:
             text_mask = text_mask & attention_mask.bool()
@@ -118,6 +121,7 @@ class AlignmentMixin:
             text_mask: positions (B, T) of the text that describes the row's images.
             use_fusion: also return match_logits (R, 2), after image_embeds and text_embeds (R, projection).
         """
+        # rows with an image and a text
         per_row = self.count_images(input_ids)  # (B,)
         owner = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(per_row)  # (N,)
         rows = torch.nonzero((per_row > 0) & text_mask.any(1)).flatten()  # (R,)
@@ -125,6 +129,7 @@ class AlignmentMixin:
         shape = (len(input_ids), *image_hidden_states.shape[1:])
         prefix = image_hidden_states.new_zeros(shape).index_add(0, owner, image_hidden_states)[rows]
         prefix = prefix / per_row[rows].view(-1, 1, 1)
+        # both in the shared space
         text, mask = self.get_input_embeddings()(input_ids)[rows], text_mask[rows]  # (R, T, D), (R, T)
         image_embeds = self.alignment.embed_image(prefix.mean(1))
         text_embeds = self.alignment.embed_text(masked_mean(text, mask))

@@ -11,12 +11,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .configuration_microvlm import require
 from .memory_microvlm import MemoryReadout
 
-WRONG_ROWS = (
-    "the memory was read for {} rows, the text has {}: "
-    "batch_repeat_interleave or batch_select_indices the cache along with the text."
-)
 # transformers 5.24 calls the cache `cache`, in calls and in outputs; 5.23 `past_key_values`
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -27,9 +24,15 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     Raises:
         ValueError: it came by both.
     """
-    if past_key_values is not None and cache is not None:
-        raise ValueError("You cannot specify both cache and past_key_values: they are two names of one thing.")
+    both = "You cannot specify both cache and past_key_values: they are two names of one thing."
+    require(past_key_values is None or cache is None, both)
     return cache if past_key_values is None else past_key_values
+
+
+def check_rows(memory: int, text: int) -> None:
+    """Refuse a memory that was read for another number of rows than the text has."""
+    advice = "batch_repeat_interleave or batch_select_indices the cache along with the text."
+    require(memory == text, f"the memory was read for {memory} rows, the text has {text}: {advice}")
 
 
 class GrowingLayer(DynamicLayer):
@@ -74,6 +77,7 @@ class GrowingLayer(DynamicLayer):
         writable = torch.is_inference_mode_enabled() or not self.kept_keys.is_inference()
         if self.length + count <= self.capacity and writable:
             return
+        # longer tensors, with the text so far
         capacity = (self.length + count) * 3 // 2 + 64
         for name in ("kept_keys", "kept_values"):
             old = getattr(self, name)[:, :, : self.length]
@@ -94,6 +98,7 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if self.kept_keys.ndim < 4:
             self.kept_keys, self.kept_values = key_states[:, :, :0], value_states[:, :, :0]
+        # after the text so far
         count = key_states.shape[2]
         self.reserve(count)
         for buffer, new in ((self.kept_keys, key_states), (self.kept_values, value_states)):
@@ -172,6 +177,7 @@ class MemoryCache(Cache):
     def attach(self, readout: MemoryReadout) -> None:
         """Put a read-out of B rows in place of what was attached; with all rows off, attach nothing."""
         self.detach()
+        # rows that are on
         log_gate = readout.log_gate
         on = log_gate > -torch.inf
         if not on.any():
@@ -202,16 +208,15 @@ class MemoryCache(Cache):
         if not self.memory:
             return keys, values
         parts = [part.to(keys.device, keys.dtype) for part in self.memory[layer_idx]]
-        if len(parts[0]) != len(keys):
-            raise ValueError(WRONG_ROWS.format(len(parts[0]), len(keys)))
+        check_rows(len(parts[0]), len(keys))
         return torch.cat([keys, parts[0]], dim=-2), torch.cat([values, parts[1]], dim=-2)
 
     def extend_mask(self, mask: torch.Tensor) -> torch.Tensor:
         """Append the memory's S columns to the text's mask (B, 1, Q, text), boolean or additive."""
         B, S = len(self.log_gate), self.num_memory_tokens
-        if len(mask) not in (1, B):
-            raise ValueError(WRONG_ROWS.format(B, len(mask)))
+        check_rows(B, B if len(mask) == 1 else len(mask))
         mask = mask.expand(B, -1, -1, -1)
+        # the gate as columns, of the mask's kind
         log_gate = self.log_gate.to(mask.device).view(B, 1, 1, 1).expand(-1, 1, mask.shape[2], S)
         if mask.dtype == torch.bool:
             return torch.cat([mask, log_gate > -torch.inf], dim=-1)

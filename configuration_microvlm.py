@@ -39,12 +39,17 @@ LARGEST_SIZE = 2**24  # of one axis of a tensor
 LARGEST_COUNTS = {"num_hidden_layers": 1000, "depth": 1000, "num_labels": 100_000, "num_classes": 100_000}
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 # Fields that `@strict` checks: `name: int = size(default=512)`. No interval holds NaN, an open one no infinity.
 @as_validated_field
 def size(value: int | None) -> None:
     """Check the size of one axis; whether None is allowed is up to the type."""
-    if value is not None and not 1 <= value <= LARGEST_SIZE:
-        raise ValueError(f"Value must be from 1 to {LARGEST_SIZE}, got {value}.")
+    require(value is None or 1 <= value <= LARGEST_SIZE, f"Value must be from 1 to {LARGEST_SIZE}, got {value}.")
 
 
 count = interval(min=0, max=1000)
@@ -55,8 +60,8 @@ not_negative = interval(min=0, exclude_max=True)
 
 def raise_first(problems: Iterator[str]) -> None:
     """Raise a ValueError with the first problem, if there is one."""
-    if problem := next(problems, None):
-        raise ValueError(problem)
+    problem = next(problems, None)
+    require(problem is None, problem)
 
 
 @contextmanager
@@ -240,8 +245,9 @@ class MicroVLMQuantizationConfig(PreTrainedConfig):
     group_size: Literal["tensor", "row"] | int = "tensor"
 
     def validate_group_size(self):
-        if isinstance(self.group_size, int) and self.group_size < 1:
-            raise ValueError(f"group_size must be 'tensor', 'row' or a number of columns, got {self.group_size}.")
+        size = self.group_size
+        known = isinstance(size, str) or size >= 1
+        require(known, f"group_size must be 'tensor', 'row' or a number of columns, got {size}.")
 
 
 @strict

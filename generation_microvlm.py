@@ -83,6 +83,7 @@ class MicroVLMGenerationMixin(GenerationMixin):
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        # read the memory
         if memory is not None:
             pixel_values = kwargs.pop("pixel_values", None)
             input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -108,6 +109,7 @@ class MicroVLMGenerationMixin(GenerationMixin):
         processors = super()._get_logits_processor(
             generation_config, *args, logits_processor=logits_processor, **kwargs
         )
+        # the library's, by those that look tokens up by index
         own = {id(processor) for processor in logits_processor or ()}
         for i, processor in enumerate(processors):
             if id(processor) not in own and type(processor) in INDEXED:
@@ -120,8 +122,10 @@ class MicroVLMGenerationMixin(GenerationMixin):
         readout = model_kwargs.pop("memory_readout", None)
         if readout is None:
             return
+        # one row for each beam
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         readout = readout.repeat_interleave(copies) if copies > 1 else readout
+        # into the cache
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:  # use_cache=False: every step is a whole pass, and needs it again
             model_kwargs["memory_readout"] = readout
@@ -151,6 +155,7 @@ class MicroVLMGenerationMixin(GenerationMixin):
         """Like `super()`; a conversation that continues from its cache takes only images the cache does not hold."""
         for name in ("tokenizer", "assistant_tokenizer"):  # of stop strings: generate() hands them on to the model
             kwargs.pop(name, None)
+        # are there placeholders that the cache holds?
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )

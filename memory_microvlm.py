@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .addressing_microvlm import ADDRESSINGS, KeyOrder
-from .configuration_microvlm import MicroVLMMemoryConfig
+from .configuration_microvlm import MicroVLMMemoryConfig, require
 from .memory_posterior_microvlm import no_autocast
-from .memory_state_microvlm import MemoryRead, MemoryState, require
+from .memory_state_microvlm import MemoryRead, MemoryState
 
 NUM_SCOPE_STATISTICS = 9
 WORD_SHARPNESS = 40.0  # of the address of a question in words

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, initialization as init
 
 from .cache_microvlm import CACHE_NAME, MemoryCache
+from .configuration_microvlm import require
 from .decoder_microvlm import versions
 from .memory_microvlm import (
     EpisodicMemory,
@@ -74,12 +75,10 @@ def init_memory_weights(module: nn.Module, std: float) -> None:
 
 def check_memory_arguments(memory, gate, readout=None) -> None:
     """Refuse a gate without a memory, and a memory next to a read-out of one."""
-    if memory is not None and readout is not None:
-        raise ValueError("You cannot specify both memory and memory_readout at the same time")
-    if memory is None and not (isinstance(gate, str) and gate == "auto"):
-        raise ValueError(
-            "memory_gate is for a memory, which was not given: a cache keeps the one it has, with its gate."
-        )
+    both = "You cannot specify both memory and memory_readout at the same time"
+    require(memory is None or readout is None, both)
+    alone = "memory_gate is for a memory, which was not given: a cache keeps the one it has, with its gate."
+    require(memory is not None or (isinstance(gate, str) and gate == "auto"), alone)
 
 
 def question_mask(attention_mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
@@ -134,8 +133,7 @@ class MemoryReader:
         """
         per_row = self.count_images(input_ids)  # (B,)
         placeholders, images = int(per_row.sum()), 0 if vision_features is None else len(vision_features)
-        if placeholders != images:
-            raise ValueError(f"The text has placeholders for {placeholders} pictures, {images} were given.")
+        require(placeholders == images, f"The text has placeholders for {placeholders} images, {images} were given.")
         # keys of the images, summed over those of a row
         keys = torch.zeros(len(per_row), self.config.memory_config.code_size, device=input_ids.device)  # (B, C)
         if images:
@@ -184,29 +182,28 @@ class MemoryReader:
 
     def _log_gate(self, memory: MemoryState, query: MemoryQuery, scope: torch.Tensor, gate) -> torch.Tensor:
         """Log of the gate (B,), from 0 for on to -inf for off; scope logits (B,)."""
-        B = len(scope)
+        B, queries = len(scope), len(scope) // memory.num_rows  # in all, and to each memory
         if isinstance(gate, (bool, int, float)):  # the same for all rows
             gate = torch.full((B,), float(gate))
+        # weights of the caller, ScopeNet's own, or on and off
         if isinstance(gate, torch.Tensor):
-            if gate.shape != (B,):
-                raise ValueError(f"memory_gate has the shape {tuple(gate.shape)}, expected ({B},).")
+            require(gate.shape == (B,), f"memory_gate has the shape {tuple(gate.shape)}, expected ({B},).")
             gate = gate.to(scope.device, torch.float32)
-            if not bool(((gate >= 0) & (gate <= 1)).all()):
-                raise ValueError("memory_gate must lie between 0 and 1.")
+            require(bool(((gate >= 0) & (gate <= 1)).all()), "memory_gate must lie between 0 and 1.")
             log_gate = gate.log()
-        elif gate not in ("auto", "on", "off"):
-            raise ValueError(f"memory_gate must be 'auto', 'on', 'off' or a tensor, got {gate!r}.")
         elif gate == "auto" and self.training:
             log_gate = F.logsigmoid(scope)
         else:
+            known = gate in ("auto", "on", "off")
+            require(known, f"memory_gate must be 'auto', 'on', 'off' or a tensor, got {gate!r}.")
             on = torch.full_like(scope, gate == "on", dtype=torch.bool)
             if gate == "auto":
                 thresholds = (self.scope_threshold(memory, by_words) for by_words in (True, False))
-                thresholds = (t.to(scope.device).repeat_interleave(B // memory.num_rows) for t in thresholds)
+                thresholds = (t.to(scope.device).repeat_interleave(queries) for t in thresholds)
                 on = scope.sigmoid() >= torch.where(query.by_words, *thresholds)
             log_gate = torch.zeros_like(scope).masked_fill(~on, -torch.inf)
         # an empty memory is off
-        empty = (memory.counts == 0).repeat_interleave(B // memory.num_rows)
+        empty = (memory.counts == 0).repeat_interleave(queries)
         return log_gate.masked_fill(empty.to(log_gate.device), -torch.inf)
 
     @property
@@ -220,18 +217,18 @@ class MemoryReader:
         """Put a read-out into the cache of a pass; returns it, and whether it keeps the text."""
         layers, text_config = self.language_model.layers, self.config.text_config
         checkpointing = self._is_checkpointing
+        if checkpointing:
+            reentrant = any(m._gradient_checkpointing_func.keywords.get("use_reentrant") for m in layers)
+            needs = "gradient checkpointing with a memory needs"
+            require(cache is None, f"{needs} a pass without a cache.")
+            require(not reentrant, f"{needs} use_reentrant=False: all layers share the memory's graph.")
+        # a new cache
         if cache is None:
             use_cache = getattr(text_config, "use_cache", True) if use_cache is None else use_cache
             if use_cache and not checkpointing:
                 return MemoryCache(DynamicCache(config=text_config), readout), True
-            if checkpointing and any(m._gradient_checkpointing_func.keywords.get("use_reentrant") for m in layers):
-                raise ValueError(
-                    "gradient checkpointing with a memory needs use_reentrant=False: "
-                    "all layers share the memory's graph."
-                )
             return MemoryCache.read_only(len(layers), readout), False
-        if checkpointing:
-            raise ValueError("gradient checkpointing with a memory needs a pass without a cache.")
+        # the caller's cache
         if not isinstance(cache, MemoryCache):
             return MemoryCache(cache, readout), use_cache
         cache.attach(readout)
@@ -255,8 +252,8 @@ class MemoryMixin:
     """Make, write, read and change memories: the part of `MicroVLMForConditionalGeneration`."""
 
     def require_memory(self) -> EpisodicMemory:
-        if self.model.memory is None:
-            raise ValueError("this model has no episodic memory: build it with config.use_memory=True.")
+        missing = "this model has no episodic memory: build it with config.use_memory=True."
+        require(self.model.memory is not None, missing)
         return self.model.memory
 
     def train(self, mode: bool = True):
@@ -300,14 +297,11 @@ class MemoryMixin:
         """Refuse what is no memory of this model, or of another number of rows."""
         if not isinstance(memory, MemoryState):
             raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}: load_memory() opens a file.")
-        if memory.fingerprint != (own := self.memory_fingerprint()):
-            raise ValueError(
-                f"the memory was written by another model: its fingerprint is {memory.fingerprint}, this model's {own}."
-            )
-        if batch_size is not None and memory.num_rows not in (1, batch_size):
-            raise ValueError(
-                f"the memory has {memory.num_rows} rows, the batch {batch_size}: they must agree, or be one."
-            )
+        theirs, own, rows = memory.fingerprint, self.memory_fingerprint(), memory.num_rows
+        another = f"the memory was written by another model: its fingerprint is {theirs}, this model's {own}."
+        require(theirs == own, another)
+        fits = batch_size is None or rows in (1, batch_size)
+        require(fits, f"the memory has {rows} rows, the batch {batch_size}: they must agree, or be one.")
 
     def ask_memory(
         self,
@@ -320,10 +314,8 @@ class MemoryMixin:
     ) -> MemoryReadout:
         """Read a memory for B rows, by the encoded images of the batch or the words (B, T) of a row without any."""
         self.require_memory()
-        if input_ids is None:
-            raise ValueError(
-                "reading a memory needs input_ids: inputs_embeds alone do not say which row owns a picture."
-            )
+        no_ids = "reading a memory needs input_ids: inputs_embeds alone do not say which row owns an image."
+        require(input_ids is not None, no_ids)
         self._check_memory(memory, len(input_ids))
         features = None if image is None else image.last_hidden_state  # (N, 1 + patches, vision width)
         query = self.model.get_memory_query(input_ids, attention_mask, features)
@@ -354,18 +346,17 @@ class MemoryMixin:
             ValueError: rows that are no fact, content that is not finite, a memory of another model or that is full.
         """
         B, encoder = len(input_ids), self.require_memory()
-        if self.training:  # the receipts would not know of dropout and noise
-            raise ValueError("write_memory needs the model in evaluation mode: call eval() first.")
+        # dropout and noise would not be in the receipts
+        require(not self.training, "write_memory needs the model in evaluation mode: call eval() first.")
         memory = self.new_memory() if memory is None else memory
         self._check_memory(memory, B)
-        if labels is not None and len(labels) != B:
-            raise ValueError(f"{len(labels)} labels for {B} facts.")
-        if not B:
-            raise ValueError("The batch is empty: input_ids has no rows.")
+        require(labels is None or len(labels) == B, f"{len(labels or [])} labels for {B} facts.")
+        require(B > 0, "The batch is empty: input_ids has no rows.")
+        # words and images
         contents, token_ids = self._encode_words(input_ids, attention_mask)
         keys = encoder.written_keys(*self._encode_images(input_ids, pixel_values, mm_encoder_outputs))
-        if not torch.isfinite(contents).all() or not torch.isfinite(keys).all():
-            raise ValueError("the memory content is not finite: nothing was written.")
+        finite = torch.isfinite(contents).all() and torch.isfinite(keys).all()
+        require(bool(finite), "the memory content is not finite: nothing was written.")
         # all facts to one row, or one to each
         R = memory.num_rows
         names = [""] * B if labels is None else list(labels)
@@ -375,18 +366,18 @@ class MemoryMixin:
 
     def _encode_images(self, input_ids, pixel_values, mm_encoder_outputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys (B, C) of the facts' images, and of their grey copies if the config asks for them."""
-        per_row = self.model.count_images(input_ids)  # (B,)
-        for row, count in enumerate(per_row.tolist()):
-            if count != 1:
-                raise ValueError(f"row {row} has {count} pictures: a fact to write is one picture and its words.")
+        # one image a row
+        for row, count in enumerate(self.model.count_images(input_ids).tolist()):
+            require(count == 1, f"row {row} has {count} images: a fact to write is one image and its words.")
         image, gray = self.model.encode_images(pixel_values, mm_encoder_outputs), None
-        if image is None:
-            raise ValueError("the text has placeholders, but there are no pictures: give pixel_values.")
+        require(image is not None, "the text has placeholders, but there are no images: give pixel_values.")
+        # its grey copy
         if self.config.memory_config.gray_weight:
             if pixel_values is not None:
                 gray = self.model.encode_images(pixel_values.mean(1, keepdim=True).expand_as(pixel_values))
-            elif (gray := mm_encoder_outputs.get("gray")) is None:
-                raise ValueError("mm_encoder_outputs lacks `gray`: a key to write needs the pictures in grey as well.")
+            else:
+                gray = mm_encoder_outputs.get("gray")
+            require(gray is not None, "mm_encoder_outputs lacks `gray`: a key to write needs the images in grey, too.")
         features = (None if encoded is None else encoded.last_hidden_state for encoded in (image, gray))
         return tuple(None if f is None else self.model.get_memory_query(input_ids, None, f).keys for f in features)
 
@@ -398,11 +389,10 @@ class MemoryMixin:
         eos = self.config.text_config.eos_token_id
         eos = eos[0] if isinstance(eos, (list, tuple)) else eos
         room, lengths = L - (eos is not None), words.sum(1)
+        # as many as there is room for
         for row, length in enumerate(lengths.tolist()):
-            if not length:
-                raise ValueError(f"row {row} has no words: a fact to write is one picture and its words.")
-            if length > room:
-                raise ValueError(f"row {row} has {length} tokens of words, at most {room} can be stored.")
+            require(length > 0, f"row {row} has no words: a fact to write is one image and its words.")
+            require(length <= room, f"row {row} has {length} tokens of words, at most {room} can be stored.")
         # words to the front in their order, then the end token, then -1
         order = (~words).long().argsort(dim=1, stable=True)
         packed = F.pad(input_ids.gather(1, order), (0, L))[:, :L]
@@ -446,8 +436,7 @@ class MemoryMixin:
             ValueError: as `write_memory` and `forget`.
         """
         self._check_memory(memory)
-        if len(input_ids) != 1:
-            raise ValueError(f"an item is edited to one sentence, got {len(input_ids)}.")
+        require(len(input_ids) == 1, f"an item is edited to one sentence, got {len(input_ids)}.")
         contents, token_ids = self._encode_words(input_ids, attention_mask)
         return memory.edit(item, contents[0].to(memory.device), label, row, token_ids[0].to(memory.device))
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .configuration_microvlm import require
 from .memory_posterior_microvlm import (
     WRITE_METHODS,
     Posterior,
@@ -35,12 +36,6 @@ FORMAT, FORMAT_VERSION = "microvlm-memory", "1"
 FILE_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 DOWNDATE_NOISE = 1e-3  # below, a down-date loses digits: at 1e-5 the mean is off by 1e-5 after forgetting 296 of 300
 LATEST_TIME = 253402300800.0  # the year 10000, the first that datetime cannot hold
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -523,9 +518,9 @@ def write_file(state: MemoryState, path: str) -> None:
 
 def read_file(path: str | os.PathLike, expected: MemoryState) -> MemoryState:
     """Read and check a file; `expected` is an empty memory of the model."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"memory file {path} does not exist.")
-    state, problem = None, None if os.path.isfile(path) else "it is not a file"
+    state, problem = None, None
+    if os.path.exists(path) and not os.path.isfile(path):
+        problem = "it is not a file"
     if problem is None:
         try:
             with safe_open(path, "pt") as file:

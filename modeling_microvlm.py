@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedModel, TimmWrapperModel, initialization as init
+from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, TimmWrapperModel, initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .alignment_microvlm import AlignmentMixin, MicroVLMAlignment, MicroVLMFusion, contrastive_loss
 from .cache_microvlm import CACHE_NAME, MemoryCache, memory_mask, one_cache, positions_without_padding
-from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, naming_section
+from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, naming_section, require
 from .decoder_microvlm import PackedDecoder
 from .generation_microvlm import MicroVLMGenerationMixin
 from .memory_microvlm import EpisodicMemory, MemoryProjection, MemoryReadout, ScopeNet
@@ -46,8 +46,6 @@ from .memory_mixin_microvlm import (
 from .memory_state_microvlm import MemoryState
 from .quantization_microvlm import PackedEmbedding, register_quantizer, replace_with_ternary
 
-# A decoder whose head does more than one linear map would give wrong logits here, so it is refused.
-UNSUPPORTED_HEAD_ATTRIBUTES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 # What `forward` hands on to the language model and the loss; any other name is a mistake, and is refused.
 FORWARD_KWARGS = TransformersKwargs.__optional_keys__ | {"use_cache", "token_type_ids", "shift_labels", "ignore_index"}
 # What the packed decoder can do without; with any other the plain one runs.
@@ -148,10 +146,12 @@ class MicroVLMAdapter(nn.Module):
         self, patches: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the prefix tokens (N, P, D) and, with `output_attentions`, the attention (N, heads, P, patches)."""
+        # queries and patches by heads
         N, x = patches.shape[0], self.project(patches)
         q, k, v = self.q_proj(self.query_tokens).unsqueeze(0), self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         q, attention = q.expand(N, -1, -1, -1), None  # (N, heads, P, head_dim)
+        # pool
         if output_attentions:
             attention = (q @ k.mT / math.sqrt(self.head_dim)).softmax(-1)
             pooled = attention.to(v.dtype) @ v
@@ -176,6 +176,7 @@ class MicroVLMVisionTower(TimmWrapperModel):
 
     def forward(self, pixel_values: torch.FloatTensor, **kwargs):
         out = super().forward(pixel_values, **kwargs)
+        # the map of a convnet as tokens
         hidden = out[0]  # a tuple without return_dict
         if hidden.ndim == 4:  # (N, width, rows, columns)
             tokens = hidden.flatten(2).mT.contiguous()
@@ -231,37 +232,39 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.in_proj_bias)
 
 
+def check_head(text: PreTrainedConfig) -> None:
+    """Refuse a text model whose head is more than one linear map: it would give wrong logits here."""
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
+        value = getattr(text, name, None)
+        head = f"text model {text.model_type!r} has {name}={value}: its head is more than one linear map"
+        require(value in (None, 1), f"{head}, which MicroVLM does not support.")
+
+
+def check_parts(model: "MicroVLMModel") -> None:
+    """Refuse a vision tower or a language model that does not fit the rest."""
+    expected, width = model.config.adapter_config.vision_hidden_size, model.vision_tower.timm_model.num_features
+    features = f"{model.config.vision_config.architecture} has features of width {width}"
+    require(expected == width, f"adapter_config.vision_hidden_size is {expected}, but {features}.")
+    for name in ("embed_tokens", "layers", "norm"):
+        lacks = f"text model {model.config.text_config.model_type!r} has no {name}"
+        require(hasattr(model.language_model, name), f"{lacks}: MicroVLM takes decoders that are built like Llama.")
+
+
 class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
     """Vision tower, adapter, language model without its head, alignment modules and memory."""
 
     def __init__(self, config: MicroVLMConfig):
         super().__init__(config)
         text, alignment, hidden_size = config.text_config, config.alignment_config, config.text_config.hidden_size
-        for name in UNSUPPORTED_HEAD_ATTRIBUTES:
-            if getattr(text, name, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"text model {text.model_type!r} has {name}={getattr(text, name)}: "
-                    "its head is more than one linear map, which MicroVLM does not support."
-                )
-        # images
+        check_head(text)
+        # images and text
         with naming_section("vision_config"):
             self.vision_tower = MicroVLMVisionTower._from_config(config.vision_config)
-        vision_width = self.vision_tower.timm_model.num_features
-        if vision_width != config.adapter_config.vision_hidden_size:
-            raise ValueError(
-                f"adapter_config.vision_hidden_size is {config.adapter_config.vision_hidden_size}, but "
-                f"{config.vision_config.architecture} has features of width {vision_width}."
-            )
         with naming_section("adapter_config"):
             self.adapter = MicroVLMAdapter(config.adapter_config, hidden_size)
-        # text
         with naming_section("text_config"):
             self.language_model = AutoModel.from_config(text)
-        if missing := [name for name in ("embed_tokens", "layers", "norm") if not hasattr(self.language_model, name)]:
-            raise ValueError(
-                f"text model {text.model_type!r} has no {missing[0]}: "
-                "MicroVLM takes decoders that are built like Llama."
-            )
+        check_parts(self)
         # the shared space, the memory
         self.alignment = MicroVLMAlignment(hidden_size, alignment.projection_size)
         self.fusion = self.memory = self.memory_projection = self.scope = None
@@ -271,6 +274,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         if config.use_memory:
             head_dim = getattr(text, "head_dim", None) or hidden_size // text.num_attention_heads
             kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+            vision_width = config.adapter_config.vision_hidden_size
             self.memory = EpisodicMemory(config.memory_config, vision_width, hidden_size, text.vocab_size)
             self.memory_projection = MemoryProjection(config.memory_config, text.num_hidden_layers, kv_heads, head_dim)
             self.scope = ScopeNet(config.memory_config)
@@ -308,11 +312,10 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
             for name in ("output_attentions", "output_hidden_states")
         )
-        if pixel_values.ndim != 4 or not len(pixel_values):
-            raise ValueError(
-                "pixel_values must have the shape (pictures, channels, height, width), "
-                f"got {tuple(pixel_values.shape)}."
-            )
+        shape = tuple(pixel_values.shape)
+        images = len(shape) == 4 and shape[0] > 0
+        require(images, f"pixel_values must have the shape (images, channels, height, width), got {shape}.")
+        # features of the vision tower, then prefix tokens
         vision = self.vision_tower(
             pixel_values,
             output_attentions=False,  # timm has none
@@ -338,8 +341,9 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         self, pixel_values, mm_encoder_outputs: dict | None = None, output_attentions: bool | None = None
     ) -> MicroVLMImageFeatures | None:
         """Encode the images of a call, or take those that come encoded; None without images."""
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        both = "You cannot specify both pixel_values and mm_encoder_outputs at the same time"
+        require(pixel_values is None or not mm_encoder_outputs, both)
+        # pixels, or features of `get_image_features` or of the vision tower alone
         if pixel_values is not None:
             return self.get_image_features(pixel_values, output_attentions=output_attentions, return_dict=True)
         image = (mm_encoder_outputs or {}).get("image")
@@ -358,18 +362,20 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         Raises:
             ValueError: their number is not the number of prefix tokens in `image_features` (N, P, D) or (N x P, D).
         """
+        # by number, or by the placeholder's embedding
         if input_ids is None:
             token = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
+        # as many as prefix tokens
         if image_features is not None and not torch.compiler.is_compiling():
             count, expected, P = int(mask.sum()), image_features[..., 0].numel(), self.config.num_prefix_tokens
-            if count != expected:
-                raise ValueError(
-                    f"Image features and image tokens do not match: {expected // P} pictures need {expected} "
-                    f"placeholders ({P} each), the text has {count}."
-                )
+            require(
+                count == expected,
+                f"Image features and image tokens do not match: {expected // P} images need {expected} placeholders "
+                f"({P} each), the text has {count}.",
+            )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def count_images(self, input_ids: torch.LongTensor) -> torch.LongTensor:
@@ -377,7 +383,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         P, count = self.config.num_prefix_tokens, (input_ids == self.config.image_token_id).sum(1)
         if not torch.compiler.is_compiling() and bool((count % P).any()):
             row = int((count % P).nonzero()[0])
-            raise ValueError(f"row {row} has {int(count[row])} image placeholders, a picture needs {P}.")
+            raise ValueError(f"row {row} has {int(count[row])} image placeholders, an image needs {P}.")
         return count // P
 
     @can_return_tuple
@@ -423,14 +429,14 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         image: MicroVLMImageFeatures | None,
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """Put the prefix tokens (N, P, D) at their placeholders: embeddings (B, T, D), and these tokens."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        one = (input_ids is None) != (inputs_embeds is None)
+        require(one, "You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if inputs_embeds.shape[0] == 0:
-            raise ValueError("The batch is empty: input_ids has no rows.")
+        require(len(inputs_embeds) > 0, "The batch is empty: input_ids has no rows.")
         if image is None:
             return inputs_embeds, None
+        # prefix tokens in the place of their placeholders
         prefix = torch.stack(tuple(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, prefix)
         if input_ids is not None and image.last_hidden_state is not None:  # not the rest of a prompt cached in part
@@ -439,10 +445,12 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
 
     def decode(self, inputs_embeds, attention_mask, position_ids, cache: Cache | None, **kwargs):
         """Run the language model over (B, T, D); by its packed form where that gives all outputs."""
+        # the packed form, looked at again before a new text
         decoder = self.packed_decoder()
         if decoder is not None and (cache is None or not cache.get_seq_length()):
             decoder = self.packed_decoder(checked=True)
         others = [k for k, v in kwargs.items() if k not in FAST_KWARGS and v is not None and v is not False]
+        # or the plain form, with the memory's columns in its mask
         if decoder is not None and not inputs_embeds.requires_grad and not others:
             kwargs = {"use_cache": kwargs.get("use_cache")}
         else:
@@ -466,6 +474,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         """
         if self.training:
             return None
+        # drop one that is of other weights, make a new one
         if checked and getattr(self, "_decoder", None) is not None and not self._decoder.is_current():
             del self._decoder
         if not hasattr(self, "_decoder"):
@@ -514,8 +523,8 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """Like `super()`; the memory's weights of words follow, 1 for new tokens."""
-        if isinstance(self.get_input_embeddings(), PackedEmbedding):
-            raise ValueError("a packed vocabulary cannot be resized: call dequantize() first.")
+        packed = isinstance(self.get_input_embeddings(), PackedEmbedding)
+        require(not packed, "a packed vocabulary cannot be resized: call dequantize() first.")
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if (memory := self.model.memory) is not None:
             old, size = memory.word_weight, embeddings.num_embeddings
@@ -548,7 +557,8 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
     ) -> MicroVLMCausalLMOutputWithPast:
         """Run one pass; the arguments are described by the class."""
         check_memory_arguments(memory, memory_gate, memory_readout)
-        self.model.check_alignment_arguments(return_alignment, use_fusion)
+        has_images = pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
+        self.model.check_alignment(return_alignment, use_fusion, input_ids, has_images)
         # ask the memory with the images and words of this call
         if memory is not None:
             image = self.model.encode_images(pixel_values, mm_encoder_outputs, kwargs.get("output_attentions"))
@@ -557,6 +567,7 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             pixel_values, mm_encoder_outputs = None, {"image": image}
         if return_alignment == "only":
             return self._align_only(input_ids, pixel_values, mm_encoder_outputs, labels, attention_mask, use_fusion)
+        # one pass of the language model
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -591,8 +602,6 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
     def _align_only(self, input_ids, pixel_values, mm_encoder_outputs, labels, attention_mask, use_fusion):
         """Align images and texts without running the language model."""
         image = self.model.encode_images(pixel_values, mm_encoder_outputs)
-        if image is None:
-            raise ValueError("return_alignment='only' needs pictures: give pixel_values.")
         prefix = torch.stack(tuple(image.pooler_output))  # (N, P, D)
         alignment = self.model.align(input_ids, prefix, labels, attention_mask, use_fusion)
         return MicroVLMCausalLMOutputWithPast(image_hidden_states=prefix, **alignment)

@@ -9,7 +9,7 @@ import base64
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO
@@ -21,7 +21,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, Unpack
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
 DEFAULT_MAX_PIXELS = 64_000_000  # 8000 x 8000
 DOWNLOAD_TIMEOUT = 60  # seconds
@@ -46,18 +46,19 @@ AUTO_MAP = {
 
 
 @contextmanager
-def naming_image(name: str, problem: str) -> Iterator[None]:
-    """Raise what Pillow raises on broken data, which can be anything, as a ValueError that names the image."""
+def naming_image(name: str, problem: str, unknown: Exception | None = None) -> Iterator[None]:
+    """Raise what Pillow raises on broken data, which can be anything, as a ValueError that names the image.
+
+    Args:
+        unknown: raised instead for data in no format that Pillow knows.
+    """
     try:
         yield
     except MemoryError:
         raise
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a picture that Pillow can read.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} is too large for Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
     except Exception as error:
-        raise ValueError(f"{name} {problem}: {str(error) or type(error).__name__}") from error
+        broken = ValueError(f"{name} {problem}: {str(error) or type(error).__name__}")
+        raise (unknown if unknown and isinstance(error, UnidentifiedImageError) else broken) from error
 
 
 def open_image(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -81,54 +82,54 @@ def fetch_image(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS)
     """
     source = os.fspath(source)
     name = source if len(source) <= 200 else f"{source[:60]}... ({len(source)} characters)"
-    data, is_base64 = read_bytes(source, name)
+    # bytes
+    unknown = ValueError(f"{name} is not an image that Pillow can read.")
+    if source.startswith(("http://", "https://", "file://", "data:")):
+        data = download(source, name)
+    elif os.path.isfile(source):
+        data = Path(source).read_bytes()
+    else:  # base64, or the path of a missing file, which may look like it
+        data, unknown = decode_base64(source), FileNotFoundError(f"{name} is not a file.")
     # sizes in an icon
     for match in PNG_HEADER.finditer(data) if data.startswith((b"\0\0\1\0", b"icns")) else ():
-        width, height = (struct.unpack(">I", side)[0] for side in match.groups())
-        if width * height > max_pixels:
-            raise ValueError(f"{name} holds a picture of {width} x {height} pixels, the limit is {max_pixels} in all.")
-    if not data and not is_base64:
-        raise ValueError(f"{name} is empty: it has 0 bytes.")
-    try:
-        with naming_image(name, "cannot be opened"):
-            image = Image.open(BytesIO(data))
-    except ValueError as error:
-        if is_base64 and isinstance(error.__cause__, UnidentifiedImageError):  # a missing file whose path looks like it
-            raise FileNotFoundError(f"{name} is not a file.") from error
-        raise
+        check_size(name, [struct.unpack(">I", side)[0] for side in match.groups()], max_pixels)
+    # header
+    with naming_image(name, "cannot be opened", unknown):
+        image = Image.open(BytesIO(data))
     image.source = name
     return image
 
 
-def read_bytes(source: str, name: str) -> tuple[bytes, bool]:
-    """Read the bytes of an image from a path, URL or base64 text; also, whether it was base64 text."""
-    if source.startswith(("http://", "https://", "file://", "data:")):
-        try:
-            request = Request(source, headers={"User-Agent": "MicroVLM"})  # some sites refuse Python's own
-            with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-                return response.read(), False
-        except (OSError, HTTPException, ValueError) as error:
-            raise OSError(f"{name} cannot be opened: {error}") from error
-    if os.path.isfile(source):
-        return Path(source).read_bytes(), False
+def download(url: str, name: str) -> bytes:
+    """Read a URL; raise an OSError that names it."""
     try:
-        return base64.b64decode("".join(source.split()), validate=True), True
+        request = Request(url, headers={"User-Agent": "MicroVLM"})  # some sites refuse Python's own
+        with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            return response.read()
+    except (OSError, HTTPException, ValueError) as error:
+        raise OSError(f"{name} cannot be opened: {error}") from error
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64; any other text gives no bytes."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
-        raise FileNotFoundError(f"{name} is not a file.") from None
+        return b""
 
 
 def name_of(image: Image.Image) -> str:
     """Name an image by its source."""
-    return getattr(image, "source", None) or getattr(image, "filename", None) or "The picture"
+    return getattr(image, "source", None) or getattr(image, "filename", None) or "The image"
 
 
-def check_size(image: Image.Image, max_pixels: int) -> None:
-    """Raise a ValueError when the header claims no pixels or more than `max_pixels`."""
-    width, height = image.size
+def check_size(name: str, size: Sequence[int], max_pixels: int) -> None:
+    """Raise a ValueError when a header claims no pixels or more than `max_pixels`."""
+    width, height = size
     if not 0 < width * height <= max_pixels:
         raise ValueError(
-            f"{name_of(image)} has {width} x {height} pixels, the limit is {max_pixels} in all: `max_pixels` of the "
-            "image processor."
+            f"{name} has {width} x {height} pixels, the limit is {max_pixels} in all: `max_pixels` of the image "
+            "processor."
         )
 
 
@@ -153,11 +154,13 @@ def to_rgb(image: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Im
     Raises:
         ValueError: no or too many pixels by its header (checked before decoding), or data that cannot be decoded.
     """
-    check_size(image, max_pixels)
+    check_size(name_of(image), image.size, max_pixels)
     with naming_image(name_of(image), "cannot be decoded"):
         image = turn_upright(image)
+        # 16 and 32 bits to 8
         if image.mode == "F" or image.mode.startswith("I"):
             image = Image.fromarray(scale_to_8_bit(np.asarray(image)))
+        # white shows through
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -176,19 +179,18 @@ def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
     by its maximum.
 
     Raises:
-        ValueError: no values, or values that are not finite.
+        ValueError: values that are not finite.
     """
-    if not values.size:
-        raise ValueError("it holds no values.")
-    flat, out = values.reshape(-1), np.empty(values.size, np.uint8)
-    parts = [slice(start, start + 2**20) for start in range(0, flat.size, 2**20)]  # in float64, eight bytes a value
-    if not all(np.isfinite(flat[part]).all() for part in parts):
-        raise ValueError("it holds values that are not finite numbers.")
     # the scale is that of the whole array
-    largest = np.float64(flat.max())
+    largest, smallest = np.float64(values.max()), np.float64(values.min())
+    if not np.isfinite([smallest, largest]).all():
+        raise ValueError("it holds values that are not finite numbers.")
     tops = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
     top = next((top for top in tops if largest <= top), largest)
-    for part in parts:
+    # part by part: in float64 a value takes eight bytes
+    flat, out = values.reshape(-1), np.empty(values.size, np.uint8)
+    for start in range(0, flat.size, 2**20):
+        part = slice(start, start + 2**20)
         out[part] = (flat[part].astype(np.float64).clip(0) / top * 255).round()
     return out.reshape(values.shape)
 
@@ -199,7 +201,7 @@ def check_array(image: np.ndarray | torch.Tensor) -> None:
     numbers = not image.is_complex() if is_tensor else image.dtype.kind in "buif"
     if not numbers or image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(
-            f"an array of {image.dtype} with the shape {tuple(image.shape)} is no picture: it takes whole or real "
+            f"an array of {image.dtype} with the shape {tuple(image.shape)} is no image: it takes whole or real "
             "numbers, (height, width) or three axes, none of them empty."
         )
 
@@ -256,9 +258,6 @@ class MicroVLMImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
     max_pixels = DEFAULT_MAX_PIXELS
 
-    def __init__(self, **kwargs: Unpack[MicroVLMImageProcessorKwargs]):
-        super().__init__(**kwargs)
-
     def fetch_images(self, image_url_or_urls):
         """Open paths, URLs and base64, nested as they are; nothing is decoded before `process_image` checks sizes.
 
@@ -267,14 +266,13 @@ class MicroVLMImageProcessor(TorchvisionBackend):
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             images = [self.fetch_images(x) for x in image_url_or_urls]
-            kinds = {
-                "lists" if isinstance(x, list) else "batches" if getattr(x, "ndim", 3) == 4 else "pictures"
-                for x in images
-            }
-            if len(kinds) > 1:  # transformers would take the rows of an image for images
+            # of one kind: transformers would take the rows of an image for images
+            batches = ("batches" if getattr(x, "ndim", 3) == 4 else "images" for x in images)
+            kinds = {"lists" if isinstance(x, list) else kind for x, kind in zip(images, batches)}
+            if len(kinds) > 1:
                 raise ValueError(
-                    f"`images` has {' and '.join(sorted(kinds))} side by side: give pictures alone, one list of "
-                    "pictures per text, or arrays of several pictures alone."
+                    f"`images` has {' and '.join(sorted(kinds))} side by side: give images alone, one list of images "
+                    "per text, or arrays of several images alone."
                 )
             return images
         if isinstance(image_url_or_urls, (str, os.PathLike)):
@@ -285,14 +283,15 @@ class MicroVLMImageProcessor(TorchvisionBackend):
     def _prepare_images_structure(self, images, expected_ndims=3):
         images = super()._prepare_images_structure(images, expected_ndims)
         if len(images) == 0:
-            raise ValueError("`images` is empty: give at least one picture.")
+            raise ValueError("`images` is empty: give at least one image.")
         return images
 
     def process_image(self, image, do_convert_rgb=None, max_pixels=None, **kwargs) -> torch.Tensor:
         """Convert one image to a tensor (channels, height, width)."""
+        # to 8 bits, or to floats that torchvision resizes
         if isinstance(image, Image.Image):
             max_pixels = max_pixels or self.max_pixels
-            check_size(image, max_pixels)
+            check_size(name_of(image), image.size, max_pixels)
             image = to_rgb(image, max_pixels) if do_convert_rgb else image
         elif isinstance(image, (np.ndarray, torch.Tensor)):
             check_array(image)
@@ -351,7 +350,7 @@ class MicroVLMProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """Open images and wrap a single text; rows without any image (`[]`, `[[], []]`) count as no images."""
         if text is not None and not isinstance(text, (str, list, tuple)):
-            raise TypeError(f"`text` must be a text or a list of texts, got {type(text).__name__}.")
+            text = [text]  # not the keys of a dictionary: `validate_inputs` of `super()` refuses it
         images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if isinstance(images, list) and not any(len(row) if isinstance(row, list) else True for row in images):
             images = None
@@ -359,21 +358,24 @@ class MicroVLMProcessor(ProcessorMixin):
 
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
         super().validate_inputs(images=images, text=text, **kwargs)
-        if text is None:
-            return
-        for number, row in enumerate(text):
+        if problem := next(self.text_problems(images, text), None):
+            raise ValueError(problem)
+
+    def text_problems(self, images, text: list[str] | None) -> Iterator[str]:
+        """Yield what is wrong with texts, and with the images of their rows."""
+        if text is not None and not text:
+            yield "`text` is an empty list: give one text or a list with at least one."
+        for number, row in enumerate(text or []):
             try:
                 row.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"text {number} is not valid Unicode: {error}.") from error
-        if not text:
-            raise ValueError("`text` is an empty list: give one text or a list with at least one.")
-        if isinstance(images, list) and all(isinstance(row, list) for row in images):
+                yield f"text {number} is not valid Unicode: {error}."
+        if text and isinstance(images, list) and all(isinstance(row, list) for row in images):
             placeholders, counts = [row.count(self.image_token) for row in text], [len(row) for row in images]
             if placeholders != counts:
-                raise ValueError(
+                yield (
                     f"The texts have {placeholders} {self.image_token} placeholders, but the rows of `images` hold "
-                    f"{counts} pictures: give one row of pictures per text and one placeholder per picture."
+                    f"{counts} images: give one row of images per text and one placeholder per image."
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:

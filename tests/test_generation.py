@@ -308,7 +308,7 @@ class TestInputs:
         with pytest.raises(ValueError) as error:
             model.generate(**inputs, **GREEDY)
         assert str(error.value) == (
-            f"Image features and image tokens do not match: {number} pictures need {5 * number} placeholders "
+            f"Image features and image tokens do not match: {number} images need {5 * number} placeholders "
             "(5 each), the text has 10."
         )
 

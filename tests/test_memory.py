@@ -32,7 +32,7 @@ MEMORY |= {"key_hidden_size": 32, "scope_hidden_size": 16, "observation_noise": 
 K, C, Z = 16, 32, 6 * 32
 NAN = torch.full((2, 1, K), torch.nan)
 NO_MEMORY = "this model has no episodic memory: build it with config.use_memory=True."
-FACT = "a fact to write is one picture and its words."
+FACT = "a fact to write is one image and its words."
 FULL = "the memory is full: {} items, at most {} fit. Nothing was written."
 
 
@@ -807,7 +807,7 @@ class TestFiles:
     def test_no_such_file(self, tmp_path):
         with pytest.raises(FileNotFoundError) as error:
             self.load(tmp_path / "memory")
-        assert str(error.value) == f"memory file {tmp_path / 'memory'} does not exist."
+        assert str(error.value) == f"No such file or directory: {tmp_path / 'memory'}"
 
     @pytest.mark.parametrize("damage", [slice(0), slice(99), slice(-10), slice(1, None)])
     def test_not_safetensors(self, tmp_path, damage):
@@ -939,7 +939,7 @@ class TestVerbs:
         other = model.write_memory(model.new_memory(2), **given, mm_encoder_outputs=encoded)
         torch.testing.assert_close(other.addresses, state.addresses, **CLOSE)
         del encoded["gray"]
-        with refused("mm_encoder_outputs lacks `gray`: a key to write needs the pictures in grey as well."):
+        with refused("mm_encoder_outputs lacks `gray`: a key to write needs the images in grey, too."):
             model.write_memory(**given, mm_encoder_outputs=encoded)
         plain = memory_model(gray_weight=0.0)
         other = plain.write_memory(plain.new_memory(2), **given, mm_encoder_outputs=encoded)
@@ -1003,10 +1003,10 @@ class TestVerbs:
         [
             ({"input_ids": torch.full((2, 15), IMAGE_ID)}, "row 0 has no words: " + FACT),
             ({"attention_mask": torch.zeros(2, 15)}, "row 0 has no words: " + FACT),
-            ({"input_ids": torch.full((2, 15), 9)}, "row 0 has 0 pictures: " + FACT),
-            ({"input_ids": torch.tensor([[*[IMAGE_ID] * 10, *range(5, 10)]] * 2)}, "row 0 has 2 pictures: " + FACT),
-            ({"pixel_values": None}, "the text has placeholders, but there are no pictures: give pixel_values."),
-            ({"pixel_values": torch.ones(3, 3, 32, 32)}, "The text has placeholders for 2 pictures, 3 were given."),
+            ({"input_ids": torch.full((2, 15), 9)}, "row 0 has 0 images: " + FACT),
+            ({"input_ids": torch.tensor([[*[IMAGE_ID] * 10, *range(5, 10)]] * 2)}, "row 0 has 2 images: " + FACT),
+            ({"pixel_values": None}, "the text has placeholders, but there are no images: give pixel_values."),
+            ({"pixel_values": torch.ones(3, 3, 32, 32)}, "The text has placeholders for 2 images, 3 were given."),
             (tiny_inputs(2, 16), "row 0 has 16 tokens of words, at most 15 can be stored."),
             ({"labels": ["a"]}, "1 labels for 2 facts."),
             (tiny_inputs(3, 10), "the memory has 2 rows, the batch 3: they must agree, or be one."),

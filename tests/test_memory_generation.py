@@ -406,15 +406,15 @@ class TestErrors:
         ({"memory_gate": 2}, BETWEEN),
         ({"memory_gate": "maybe"}, "memory_gate must be 'auto', 'on', 'off' or a tensor, got 'maybe'."),
         ({"rows": 2}, "the memory has 2 rows, the batch 3: they must agree, or be one."),
-        ({"input_ids": torch.full((3, 9), 7)}, "The text has placeholders for 0 pictures, 3 were given."),
-        ({"pixel_values": None}, "The text has placeholders for 3 pictures, 0 were given."),
+        ({"input_ids": torch.full((3, 9), 7)}, "The text has placeholders for 0 images, 3 were given."),
+        ({"pixel_values": None}, "The text has placeholders for 3 images, 0 were given."),
         (
             {"input_ids": None, "inputs_embeds": torch.ones(3, 9, 32), "pixel_values": None},
-            "reading a memory needs input_ids: inputs_embeds alone do not say which row owns a picture.",
+            "reading a memory needs input_ids: inputs_embeds alone do not say which row owns an image.",
         ),
         (
             {"input_ids": None, "inputs_embeds": torch.ones(3, 9, 32)},
-            "reading a memory needs input_ids: inputs_embeds alone do not say which row owns a picture.",
+            "reading a memory needs input_ids: inputs_embeds alone do not say which row owns an image.",
         ),
     ]
 

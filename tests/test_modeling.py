@@ -462,7 +462,7 @@ class TestBadInput:
         model, inputs = tiny_model(), tiny_inputs()
         inputs["pixel_values"] = torch.zeros(pictures, 3, 32, 32)
         message = (
-            f"Image features and image tokens do not match: {pictures} pictures need {5 * pictures} placeholders "
+            f"Image features and image tokens do not match: {pictures} images need {5 * pictures} placeholders "
             "(5 each), the text has 10."
         )
         for module in (model, model.model):
@@ -478,7 +478,7 @@ class TestBadInput:
         with pytest.raises(ValueError) as error:
             tiny_model()(input_ids=torch.tensor([[5, 6, 7]]), pixel_values=torch.zeros(1, 3, 32, 32))
         assert str(error.value) == (
-            "Image features and image tokens do not match: 1 pictures need 5 placeholders (5 each), the text has 0."
+            "Image features and image tokens do not match: 1 images need 5 placeholders (5 each), the text has 0."
         )
 
     @pytest.mark.parametrize("alignment", [False, True, "only"])
@@ -489,7 +489,7 @@ class TestBadInput:
         inputs["input_ids"][1, inputs["input_ids"][1].tolist().index(IMAGE_ID)] = 7
         with pytest.raises(ValueError) as error:
             tiny_model()(**inputs, return_alignment=alignment)
-        assert str(error.value) == "row 0 has 6 image placeholders, a picture needs 5."
+        assert str(error.value) == "row 0 has 6 image placeholders, an image needs 5."
 
     @pytest.mark.parametrize(
         "inputs, message",
@@ -502,15 +502,15 @@ class TestBadInput:
             ({"input_ids": torch.empty(0, 4).long()}, "The batch is empty: input_ids has no rows."),
             (
                 {"input_ids": torch.full((1, 5), IMAGE_ID), "pixel_values": torch.zeros(3, 32, 32)},
-                "pixel_values must have the shape (pictures, channels, height, width), got (3, 32, 32).",
+                "pixel_values must have the shape (images, channels, height, width), got (3, 32, 32).",
             ),
             (
                 {"input_ids": torch.ones(1, 2).long(), "pixel_values": torch.zeros(0, 3, 32, 32)},
-                "pixel_values must have the shape (pictures, channels, height, width), got (0, 3, 32, 32).",
+                "pixel_values must have the shape (images, channels, height, width), got (0, 3, 32, 32).",
             ),
             (
                 {"input_ids": torch.ones(1, 2).long(), "return_alignment": "only"},
-                "return_alignment='only' needs pictures: give pixel_values.",
+                "return_alignment='only' needs images: give pixel_values.",
             ),
             (
                 {
