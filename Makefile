@@ -15,12 +15,12 @@ $(VENV)/.test: $(VENV)/.ready
 	$(PY) -m pip install --quiet --editable ".[test]"
 	touch $@
 
-demo: $(VENV)/.ready  ## environment, captions of the example pictures with the checkpoint in this folder, then facts taught and recalled
+demo: $(VENV)/.ready  ## environment, captions of examples/, then facts taught and recalled
 	$(PY) -m microvlm caption examples
 	$(PY) -m microvlm demo
 
 test: $(VENV)/.test lint  ## everything but the slow checks
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test  ## torch.compile and other checks that take minutes
 	$(PY) -m pytest -m slow
@@ -42,5 +42,5 @@ bench: $(VENV)/.test  ## the measurements that need no more than this folder; be
 	$(PY) -m benchmarks.train_throughput
 	$(PY) -m benchmarks.memory_recall
 
-clean:  ## all that can be made anew; runs/ stays
+clean:  ## all that can be made again; runs/ stays
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
