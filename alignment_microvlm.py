@@ -98,7 +98,7 @@ class AlignmentMixin:
         use_fusion: bool | None,
     ) -> dict[str, torch.Tensor | None]:
         """Name the outputs of `get_alignment` for labelled text (B, T), or without labels for all text."""
-        # words: of the answer alone, without padding
+        # words of the answer alone, without padding
         text_mask = labels != -100 if labels is not None else input_ids != self.config.image_token_id
         if attention_mask is not None:
             text_mask = text_mask & attention_mask.bool()

@@ -79,12 +79,14 @@ def naming_section(section: str) -> Iterator[None]:
 def foreign_problems(values: dict, section: str = "") -> Iterator[str]:
     """Yield what is wrong with values of other libraries that they use before they check them."""
     for name, value in values.items():
+        # objects and types
         if name == "quantization_config":
             if not (value is None or isinstance(value, dict) or hasattr(value, "to_dict")):
                 yield f"{section}{name} must be an object of names and values, got {value!r}."
         elif name == "dtype":
             if not isinstance(value, (str, torch.dtype, type(None))):
                 yield f"{section}{name} must be the name of one, got {value!r}."
+        # sections, and counts
         elif isinstance(value, dict):
             yield from foreign_problems(value, f"{section}{name}.")
         elif name in LARGEST_COUNTS and value is not None:
@@ -185,9 +187,11 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
             self.word_threshold = self.scope_threshold
 
     def problems(self) -> Iterator[str]:
+        # slots
         S = self.num_memory_tokens
         if self.num_content_slots not in (1, S):
             yield f"num_content_slots must be 1 or num_memory_tokens ({S}), got {self.num_content_slots}."
+        # thresholds: a number, or pairs in rising order
         for name in ("scope_threshold", "word_threshold"):
             threshold = getattr(self, name)
             pairs = threshold if isinstance(threshold, list) else [[0, threshold]]
@@ -320,6 +324,7 @@ class MicroVLMConfig(PreTrainedConfig):
             self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
 
     def problems(self) -> Iterator[str]:
+        # parts that fit together
         vision, text = self.vision_config, self.text_config
         if vision.model_type != "timm_wrapper":
             yield f"vision_config.model_type must be 'timm_wrapper' (any timm model), got {vision.model_type!r}."

@@ -145,6 +145,7 @@ class MicroVLMGenerationMixin(GenerationMixin):
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         """Like `super()`; images alone get the default prompt."""
         model_kwargs = {k: v for k, v in model_kwargs.items() if k != "pixel_values" or v is not None}
+        # a prompt for images without any
         text = inputs if inputs is not None else model_kwargs.get("input_ids", model_kwargs.get("inputs_embeds"))
         if text is None and "pixel_values" in model_kwargs:
             pixel_values = model_kwargs["pixel_values"]

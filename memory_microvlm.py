@@ -34,6 +34,7 @@ WORD_SHARPNESS = 40.0  # of the address of a question in words
 def in_float32(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     """Compute `module(*inputs)` in float32, whatever the dtype of its parameters, and without autocast."""
     with no_autocast(inputs[0]):
+        # inputs and weights in float32
         inputs = [x.float() if x.is_floating_point() else x for x in inputs]
         tensors = dict((*module.named_parameters(), *module.named_buffers()))
         tensors = {name: t for name, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32}
@@ -122,6 +123,7 @@ class MemoryContentEncoder(nn.Module):
         return value / value.square().sum(-1, keepdim=True).add(1e-12).sqrt()
 
     def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # where each slot looks, then what it sees there
         L, T = self.position_bias.shape[1], embeddings.shape[1]
         x, value = embeddings * mask.unsqueeze(-1), self.values(embeddings)
         scores = self.slot_queries @ x.mT / math.sqrt(x.shape[-1])  # (N, S, T)
@@ -179,10 +181,12 @@ class EpisodicMemory(nn.Module):
 
     def prepared(self) -> torch.Tensor:
         """Prepare M_ref for its addressing, float32; without gradient only once for the same M_ref."""
+        # what it depends on
         config, reference = self.config, self.reference
         version = None if reference.is_inference() else reference._version
         options = config.addressing, config.address_ridge, config.ben_cohen_steps
         key = (*options, reference.data_ptr(), version, reference.device)
+        # the last one, or a new one
         if not torch.is_grad_enabled() and self._prepared[0] == key:
             return self._prepared[1]
         prepared = ADDRESSINGS[config.addressing].prepare(reference.float(), config)
@@ -245,6 +249,7 @@ class EpisodicMemory(nn.Module):
             words: (R, Q, T, C), unit length.
             weights: (R, Q, T).
         """
+        # cosines of all words with all slots, the best slot of each sentence, the mean over the words
         R, Q, T, C = words.shape
         slots = F.normalize(state.contents.float().view(R, -1, C), dim=-1)  # (R, N S, C)
         with no_autocast(words):
@@ -288,12 +293,14 @@ class EpisodicMemory(nn.Module):
             self.order is None or active is None or bool(active.all()),
             "with ordering='lstm' every row's episode must be of the same length.",
         )
+        # addresses, and noisy copies in training
         device, observed = state.device, None
         addresses = self.address(self.ordered(keys))
         if self.training:
             noise = math.sqrt(self.config.observation_noise / contents.shape[-1])
             noisy = self.sample(addresses), contents + noise * torch.randn_like(contents)
             observed = tuple(t.to(device) for t in noisy)
+        # on the state's device
         active, token_ids = (None if t is None else t.to(device) for t in (active, token_ids))
         method = method or self.config.write_method
         return state.write(addresses.to(device), contents.to(device), labels, active, method, observed, token_ids)
@@ -307,6 +314,7 @@ class EpisodicMemory(nn.Module):
         Returns:
             the answer, and the addresses of the queries (R, B / R, K).
         """
+        # images: the address of their key
         R, C = state.num_rows, query.keys.shape[-1]
         addresses = self.address(self.ordered(query.keys.view(-1, 1, C))).view(R, -1, self.config.num_slots)
         sampled = (self.sample(addresses) if self.training else addresses).to(state.device)
@@ -337,6 +345,7 @@ class MemoryProjection(nn.Module):
         super().__init__()
         self.num_slots, self.num_tokens = config.num_content_slots, config.num_memory_tokens
         self.shape = (num_layers, 2, num_heads, head_dim)
+        # through a smaller width if the config has one
         per_token = math.prod(self.shape)
         out = per_token * (self.num_tokens // self.num_slots)
         self.down = None
@@ -352,6 +361,7 @@ class MemoryProjection(nn.Module):
         x = content.view(B, self.num_slots, -1)
         # the scale of a read falls with the load; an empty slot stays small next to the others
         x = x / (x.square().mean((1, 2), keepdim=True) + 1e-8).sqrt()
+        # S tokens, then their layers and heads
         x = self.up(x if self.down is None else self.down(x))
         x = x.view(B, self.num_tokens, -1) + self.token_bias
         return x.view(B, self.num_tokens, *self.shape).permute(0, 2, 3, 4, 1, 5)
@@ -389,6 +399,7 @@ def scope_threshold(threshold: float | list[list[float]], facts: torch.Tensor) -
     """
     if isinstance(threshold, float):
         return torch.full(facts.shape, threshold, device=facts.device)
+    # the two pairs around each memory's number of facts, and the place between them
     table = torch.tensor(threshold, dtype=torch.float64, device=facts.device)
     x, y, at = table[:, 0].log1p(), table[:, 1].logit(), facts.double().log1p()
     right = torch.searchsorted(x, at).clamp(1, len(x) - 1) if len(x) > 1 else torch.zeros_like(facts)

@@ -107,10 +107,9 @@ class MemoryReader:
     def get_text_mask(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
         """Mask (B, T) of words: no padding, placeholders or control tokens of the prompt.
 
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, T), or (B, past + T) with what a cache holds.
+        The attention mask is (B, T), or (B, past + T) with what a cache holds.
         """
+        # control tokens
         text = self.config.text_config
         control = {self.config.image_token_id, *(self.config.default_prompt_ids or [])}
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -127,9 +126,7 @@ class MemoryReader:
     ) -> MemoryQuery:
         """Make the query of B rows: the mean key of a row's images, or its words without any.
 
-        Args:
-            input_ids: (B, T).
-            vision_features: of all images, (N, 1 + patches, vision width).
+        The text is (B, T), the features of all images (N, 1 + patches, vision width).
         """
         per_row = self.count_images(input_ids)  # (B,)
         placeholders, images = int(per_row.sum()), 0 if vision_features is None else len(vision_features)
@@ -262,11 +259,11 @@ class MemoryMixin:
         return super().train(mode)
 
     def memory_fingerprint(self) -> str:
-        """Digest of all that makes addresses and contents.
+        """Digest all that makes addresses and contents: a memory is of models with the same digest.
 
-        A memory can be used with a model of the same fingerprint only. The decoder's layers are not in it:
-        fine-tuning them leaves stored memories readable.
+        The decoder's layers are not in it: fine-tuning them leaves stored memories readable.
         """
+        # keys, contents and words
         memory = self.require_memory()
         modules = {"memory": memory, "vision_tower": self.model.vision_tower}
         tensors = {f"{part}.{n}": t for part, m in modules.items() for n, t in m.state_dict(keep_vars=True).items()}
@@ -385,6 +382,7 @@ class MemoryMixin:
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Contents (B, S x C) of the rows' words and an end token; and these tokens (B, L), then -1."""
+        # room for words and an end token
         words, L = self.model.get_text_mask(input_ids, attention_mask), self.config.memory_config.max_content_tokens
         eos = self.config.text_config.eos_token_id
         eos = eos[0] if isinstance(eos, (list, tuple)) else eos
@@ -411,11 +409,7 @@ class MemoryMixin:
     def forget(self, memory: MemoryState, item: int | str, row: int | None = None) -> MemoryState:
         """Return the memory as if an item had never been written.
 
-        Args:
-            item: a number in `memory.describe()`, or a label.
-
-        Raises:
-            ValueError: a memory of another model, or an item that is not in it.
+        `item` is a number in `memory.describe()`, or a label; a ValueError if it is not there.
         """
         self._check_memory(memory)
         return memory.forget(item, row)
@@ -430,11 +424,7 @@ class MemoryMixin:
         label: str = "",
         attention_mask: torch.Tensor | None = None,
     ) -> MemoryState:
-        """Put other words (1, T) and another label under the address of an item.
-
-        Raises:
-            ValueError: as `write_memory` and `forget`.
-        """
+        """Put other words (1, T) and another label under the address of an item; refuses as `write_memory`."""
         self._check_memory(memory)
         require(len(input_ids) == 1, f"an item is edited to one sentence, got {len(input_ids)}.")
         contents, token_ids = self._encode_words(input_ids, attention_mask)

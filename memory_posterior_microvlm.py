@@ -33,10 +33,12 @@ def sherman_morrison(mean, covariance, log_det, address, content, noise, sign=1.
         sign: 1 to write, -1 to take the same observation out, 0 to leave the row; a number or (R,).
     """
     sign = torch.as_tensor(sign, dtype=mean.dtype, device=mean.device).expand(len(mean))
+    # gain and error of the observation
     w_sigma = torch.einsum("rk,rkl->rl", address, covariance)
     s = (w_sigma * address).sum(-1) + torch.where(sign == 0, torch.ones_like(sign), sign) * noise  # (R,)
     gain = w_sigma / s.unsqueeze(-1) * sign.abs().unsqueeze(-1)
     error = content - torch.einsum("rk,rkz->rz", address, mean)
+    # mean, covariance, log determinant
     mean = mean + gain.unsqueeze(-1) * error.unsqueeze(1)
     covariance = covariance - gain.unsqueeze(-1) * w_sigma.unsqueeze(1)
     covariance = (covariance + covariance.mT) / 2
@@ -68,10 +70,12 @@ def direct_write(mean, covariance, log_det, addresses, contents, noise, active=N
     """
     if active is not None:  # an observation at address zero changes nothing
         addresses = addresses * active.unsqueeze(-1)
+    # gain of all observations
     w_sigma = addresses @ covariance  # (R, N, K)
     gram = w_sigma @ addresses.mT + noise * torch.eye(addresses.shape[1], dtype=mean.dtype, device=mean.device)
     factor = torch.linalg.cholesky(gram)
     gain = torch.cholesky_solve(w_sigma, factor).mT  # (R, K, N)
+    # mean, covariance, log determinant
     mean = mean + gain @ (contents - addresses @ mean)
     covariance = covariance - gain @ w_sigma
     covariance = (covariance + covariance.mT) / 2
@@ -138,11 +142,13 @@ def read_statistics(similarity, variance, active, num_slots: int, by_words=None)
         active: (R, N), whether a place holds an item.
         by_words: (R, Q, 1) or None.
     """
+    # similarities: the best, their mean and spread
     K, count = num_slots, active.sum(1).to(similarity.dtype).view(-1, 1, 1)
     top = F.pad(similarity, (0, 3)).topk(3, dim=-1).values  # with zeros, however many places are empty
     mean = similarity.sum(-1, keepdim=True) / count.clamp(min=1)
     spread = ((similarity - mean) * active.unsqueeze(1)).square().sum(-1, keepdim=True) / count.clamp(min=1)
     spread = (spread + 1e-6).sqrt()
+    # how full the memory is, and the kind of question
     load = torch.cat([(1 + count).log() / math.log(1 + K), count / K], -1).expand(*similarity.shape[:2], 2)
     kind = torch.zeros_like(mean) if by_words is None else by_words.to(similarity.dtype)
     return torch.cat([top, mean, spread, variance.unsqueeze(-1), load, kind], -1)

@@ -166,6 +166,7 @@ class MemoryRows:
         """
         lines = []
         for row in range(self.num_rows):
+            # how many, then each
             places = self.places(row)
             items = f"{len(places)} item{'' if len(places) == 1 else 's'} of at most {self.max_items}"
             lines.append(f"memory {row}: {items}" if self.num_rows > 1 else f"memory: {items}")
@@ -183,9 +184,11 @@ class MemoryRows:
         Raises:
             ValueError: no such item, the label is stored more than once, or `row` is missing.
         """
+        # row
         R, row = self.num_rows, 0 if row is None and self.num_rows == 1 else row
         require(row is not None, f"the memory has {R} rows: say in which one with row=.")
         require(0 <= row < R, f"row {row} is not in this memory, which has {R}.")
+        # place, by label or by number
         places = self.places(row)
         if isinstance(item, str):
             matches = [place for place in places if self.labels[row][place] == item]
@@ -228,6 +231,7 @@ class MemoryRows:
         require(len(states) > 0, "stack needs at least one memory.")
         for state in states[1:]:
             check_kin(states[0], state)
+        # receipts of the same number of places
         N = max(state.active.shape[1] for state in states)
         tensors = {}
         for name in MemoryRows.TENSORS:
@@ -382,6 +386,7 @@ class MemoryState(MemoryRows):
         with no_autocast(w):
             similarity = self.similarity(w) if similarity is None else similarity.to(w.dtype)
             variance = ((w @ self.covariance) * w).sum(-1)
+            # the address to read at, what lies there, and from which items it comes
             at = self.draw(similarity, sharpness) if sharpness > 0 else w
             content = at @ self.mean
             shares = at @ self.covariance @ self.addresses.to(w.dtype).mT / self.noise
@@ -424,7 +429,7 @@ class MemoryState(MemoryRows):
         return state._compact()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, under a temporary name first; a link stays a link to the new file."""
+        """Write one safetensors file, whole or not at all; a link stays a link to the new file."""
         write_file(self, os.path.realpath(path))
 
     @classmethod
@@ -445,6 +450,7 @@ class MemoryState(MemoryRows):
 
 def describe_item(state: MemoryState, row: int, place: int, processor=None) -> str:
     """Describe an item by its label, its sentence and its time."""
+    # label, sentence and time
     when = datetime.fromtimestamp(float(state.times[row, place]), UTC)
     label, ids = state.labels[row][place], state.token_ids[row, place]
     ids = ids[ids >= 0].tolist()
@@ -457,16 +463,19 @@ def describe_item(state: MemoryState, row: int, place: int, processor=None) -> s
 
 def check_episode(state: MemoryState, shape: tuple, addresses, contents, labels, active, token_ids) -> None:
     """Raise a ValueError unless an episode of (R, N) items fits into a state."""
+    # shapes
     (R, N), (K, Z), L = shape, state.mean.shape[1:], state.token_ids.shape[2]
     require(
         addresses.shape == (R, N, K) and contents.shape == (R, N, Z),
         f"a memory of {R} rows, {K} slots and content size {Z} takes addresses ({R}, N, {K}) and contents "
         f"({R}, N, {Z}), got {tuple(addresses.shape)} and {tuple(contents.shape)}.",
     )
+    # values
     require(bool(torch.isfinite(addresses).all()), "memory addresses are not finite: nothing was written.")
     require(bool(torch.isfinite(contents).all()), "memory contents are not finite: nothing was written.")
     fullest, most = int((state.counts + active.sum(1)).max()), state.max_items
     require(fullest <= most, f"the memory is full: {fullest} items, at most {most} fit. Nothing was written.")
+    # names and sentences
     require(are_labels(labels, R, N), f"labels must be {R} lists of {N} texts.")
     ids = tuple(token_ids.shape)
     require(ids == (R, N, L), f"token_ids must have the shape {(R, N, L)}, got {ids}.")
@@ -474,12 +483,8 @@ def check_episode(state: MemoryState, shape: tuple, addresses, contents, labels,
 
 def are_labels(labels, rows: int, items: int) -> bool:
     """Whether `labels` is a list of R lists of N texts."""
-    if not isinstance(labels, list) or len(labels) != rows:
-        return False
-    return all(
-        isinstance(row, (list, tuple)) and len(row) == items and all(isinstance(label, str) for label in row)
-        for row in labels
-    )
+    lists = isinstance(labels, list) and len(labels) == rows and all(isinstance(row, (list, tuple)) for row in labels)
+    return lists and all(len(row) == items and all(isinstance(label, str) for label in row) for row in labels)
 
 
 def check_kin(state: MemoryState, other: MemoryState) -> None:
@@ -504,6 +509,7 @@ def write_file(state: MemoryState, path: str) -> None:
         "max_items": str(state.max_items),
     }
     tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in state.TENSORS}
+    # a new file, then its name
     temporary = f"{path}.{os.getpid()}.part"
     try:
         with open(temporary, "wb") as file:
@@ -518,22 +524,21 @@ def write_file(state: MemoryState, path: str) -> None:
 
 def read_file(path: str | os.PathLike, expected: MemoryState) -> MemoryState:
     """Read and check a file; `expected` is an empty memory of the model."""
-    state, problem = None, None
-    if os.path.exists(path) and not os.path.isfile(path):
-        problem = "it is not a file"
-    if problem is None:
-        try:
-            with safe_open(path, "pt") as file:
-                # the header first: no tensor is read of a file that does not fit
-                problem = next(header_problems(file, expected), None)
-                if problem is None:
-                    state = state_of(file, expected)
-                    problem = next(content_problems(state, expected), None)
-        except SafetensorError as error:
-            problem = f"it is not a whole safetensors file ({error})"
-        except (ValueError, RecursionError) as error:
-            problem = f"its metadata cannot be read ({error})"
-    require(problem is None, f"memory file {path} is refused: {problem}.")
+    refused = f"memory file {path} is refused"
+    require(os.path.isfile(path) or not os.path.exists(path), f"{refused}: it is not a file.")
+    state = None
+    try:
+        with safe_open(path, "pt") as file:
+            # the header first: no tensor is read of a file that does not fit
+            problem = next(header_problems(file, expected), None)
+            if problem is None:
+                state = state_of(file, expected)
+                problem = next(content_problems(state, expected), None)
+    except SafetensorError as error:
+        problem = f"it is not a whole safetensors file ({error})"
+    except (ValueError, RecursionError) as error:
+        problem = f"its metadata cannot be read ({error})"
+    require(problem is None, f"{refused}: {problem}.")
     return replace(state, max_items=expected.max_items)
 
 
@@ -541,6 +546,7 @@ def header_problems(file, expected: MemoryState) -> Iterator[str]:
     """Yield why the header of an open file does not fit a model: format, fingerprint, names, types and shapes."""
     metadata = file.metadata() or {}
     version, fingerprint = metadata.get("version"), metadata.get("fingerprint")
+    # of this format and this model
     if metadata.get("format") != FORMAT:
         yield "it is not a memory of MicroVLM"
     if version != FORMAT_VERSION:
@@ -557,6 +563,7 @@ def header_problems(file, expected: MemoryState) -> Iterator[str]:
         yield "it has no rows"
     if N > 4 * expected.max_items:
         yield f"it holds {N} places, more than a memory of {expected.max_items} items needs"
+    # type and shape of each tensor
     for name in MemoryState.TENSORS:
         like, tensor = getattr(expected, name), file.get_slice(name)
         lead = (R, N) if name in MemoryState.RECEIPTS else (R,)
@@ -584,6 +591,7 @@ def content_problems(state: MemoryState, expected: MemoryState) -> Iterator[str]
         tensor = getattr(state, name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             yield f"{name} has values that are not finite"
+    # metadata
     R, N = state.active.shape
     if not are_labels(state.labels, R, N):
         yield f"its labels are not {R} lists of {N} texts"
@@ -594,6 +602,7 @@ def content_problems(state: MemoryState, expected: MemoryState) -> Iterator[str]
         yield "it has impossible token ids"
     if bool(((state.times < 0) | (state.times >= LATEST_TIME)).any()):
         yield "an item was written at an impossible time"
+    # items, and the posterior that they give
     fullest = int(state.counts.max())
     if fullest > min(expected.max_items, state.max_items):
         yield f"a row holds {fullest} items, at most {expected.max_items} fit"

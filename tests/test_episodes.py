@@ -461,7 +461,7 @@ def test_teach_adds_lists_asks_and_forgets(shop, tmp_path, capsys):
     [
         (("forget", "{file}", "7"), "item 7 is not in the memory, which holds 1."),
         (("add", "{file}", "{missing}", "a square"), "missing.png"),
-        (("list", "{missing}"), "does not exist"),
+        (("list", "{missing}"), "No such file or directory: {missing}"),
         (("list", "{picture}"), "is refused: it is not a whole safetensors file"),
         (("ask", "{rows}", "{picture}"), "rows.safetensors holds 2 memories; here it is one."),
         (("add", "{rows}", "{picture}", "a square"), "rows.safetensors holds 2 memories; here it is one."),
@@ -476,7 +476,7 @@ def test_teach_names_what_is_wrong_and_keeps_the_file(shop, tmp_path, capsys, wo
     names["rows"] = tmp_path / "rows.safetensors"
     load(tmp_path / "model")[0].new_memory(2).save(names["rows"])
     assert shop(*(w.format(**names) for w in words)) == 1
-    assert message in capsys.readouterr().err and file.read_bytes() == before
+    assert message.format(**names) in capsys.readouterr().err and file.read_bytes() == before
 
 
 def test_a_file_by_two_names_has_one_lock(shop, tmp_path, capsys):
