@@ -502,7 +502,7 @@ def test_repository_template_is_nanos():
     for wrong in ({"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
         with pytest.raises(Exception, match="got (system|video)"):
             render([wrong])
-    assert chat_template_for(SimpleNamespace(chat_template=template)) == template  # knows pictures already
+    assert chat_template_for(SimpleNamespace(chat_template=template)) == template  # knows images already
 
 
 @pytest.mark.parametrize("variant", ["m", "v"])
@@ -666,18 +666,24 @@ def edited(source: Path, target: Path, **changes) -> str:
         (lambda s, t: str(t / "nowhere"), "neither a folder on this machine nor a Hub id"),
         (lambda s, t: "owner/never-downloaded", "cannot be had from the Hub"),
         (lambda s, t: str(t), "no config.json"),
-        (lambda s, t: str(s / "qwen2"), "no 'architecture', so this is no timm model"),
-        (lambda s, t: edited(s / "vision", t / "v", architecture="deit_gigantic"), "no architecture 'deit_gigantic'"),
+        (lambda s, t: str(s / "qwen2"), "no timm model of architecture '': Unknown model"),
+        (
+            lambda s, t: edited(s / "vision", t / "v", architecture="deit_gigantic"),
+            "architecture 'deit_gigantic': Unknown model",
+        ),
         (
             lambda s, t: edited(s / "vision", t / "v", architecture="swin_tiny_patch4_window7_224"),
             "neither a vision transformer",
         ),
         (
             lambda s, t: edited(s / "vision", t / "v", architecture="deit_small_patch16_224"),
-            "not those of .* another shape",
+            "deit_small_patch16_224': .* size mismatch for",
         ),
-        (lambda s, t: edited(s / "vision", t / "v", model_args={"depth": 11}), "12 tensors do not belong there"),
-        (lambda s, t: edited(s / "vision", t / "v", model_args={"depth": 13}), "12 tensors are missing"),
+        (
+            lambda s, t: edited(s / "vision", t / "v", model_args={"depth": 11}),
+            'Unexpected key.*"blocks.11.norm1.weight"',
+        ),
+        (lambda s, t: edited(s / "vision", t / "v", model_args={"depth": 13}), 'Missing key.*"blocks.12.norm1.weight"'),
     ],
 )
 def test_wrong_vision_parts_are_refused(sources, tmp_path, make, message):
@@ -712,13 +718,13 @@ PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantizati
         (lambda s, t: str(t), "cannot be read as a text model"),
         (
             lambda s, t: edited(s / "llama", t / "x", model_type="vit"),
-            "family 'vit', which is no causal language model",
+            "cannot be read as a text model: Unrecognized configuration class .*ViTConfig",
         ),
         (
             lambda s, t: edited(s / "qwen2", t / "x", quantization_config={"quant_method": "gptq", "bits": 4}),
             "quant_method 'gptq'",
         ),
-        (lambda s, t: foreign_family(s / "llama", t / "x"), "family 'gpt2', whose tensors are not laid out"),
+        (lambda s, t: foreign_family(s / "llama", t / "x"), "family 'gpt2' has tensors that are not laid out"),
         (lambda s, t: incomplete(s / "qwen2", t / "x"), "lacks 1 of its tensors, such as model.layers.1.mlp.up_proj"),
         (
             lambda s, t: edited(
@@ -735,7 +741,10 @@ def test_wrong_text_parts_are_refused(sources, tmp_path, make, message):
         load_text(make(sources, tmp_path))
 
 
-@pytest.mark.parametrize(("variant", "message"), [("v", "text model of width 896, got 64"), ("xl", "Variants: m, ")])
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [("v", "text model of width 896 and .*, got a text model of width 64 "), ("xl", "Variants: m, ")],
+)
 def test_variant_for_other_parts_is_refused(sources, tmp_path, variant, message):
     with pytest.raises(ValueError, match=message):
         compose(str(sources / "vision"), str(sources / "qwen2"), tmp_path / "out", variant=variant)

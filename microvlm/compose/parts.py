@@ -15,7 +15,7 @@ VISION_PREFIX, TEXT_PREFIX = "model.vision_tower.timm_model.", "model.language_m
 
 
 def is_local(source: str, flag: str) -> bool:
-    """Whether `source` is on disk; if not it must look like a Hub id.
+    """Tell whether `source` is on disk; if not it must look like a Hub id.
 
     Raises:
         ValueError: it is neither.
@@ -28,7 +28,7 @@ def is_local(source: str, flag: str) -> bool:
 
 
 def fetch(source: str, name: str, revision: str | None) -> Path | None:
-    """One file of a local folder or of a Hub repo, None when the repo does not have it.
+    """Find a file of a folder or Hub repo, None if absent.
 
     Raises:
         ValueError: the repo cannot be reached and is not cached.
@@ -42,12 +42,12 @@ def fetch(source: str, name: str, revision: str | None) -> Path | None:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
             return None
         at = f" at revision {revision}" if revision else ""
-        raise ValueError(
-            f"--vision {source!r}{at} is no local folder and cannot be had from the Hub: {error}"
-        ) from error
+        message = f"--vision {source!r}{at} is no local folder and cannot be had from the Hub: {error}"
+        raise ValueError(message) from error
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read a weight file, safetensors or torch's."""
     if path.suffix == ".safetensors":
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)

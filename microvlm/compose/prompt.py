@@ -4,10 +4,7 @@ import copy
 
 import torch
 from PIL import Image
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.image_utils import PILImageResampling
 
 from ..model import MicroVLMImageProcessor, MicroVLMProcessor
@@ -48,19 +45,19 @@ PLAIN_CHAT_TEMPLATE = """\
 
 
 def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own template, or a plain one, behind a prelude that flattens pictures and texts into strings."""
+    """Put a prelude that joins images and texts before the tokenizer's template."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
             raise ValueError(f"--text: of the chat templates {sorted(template)} none is called 'default'.")
         template = template["default"]
     if template and IMAGE_TOKEN in template:
-        return template  # it knows pictures already
+        return template  # it knows images already
     return FLATTEN_MESSAGES + (template or PLAIN_CHAT_TEMPLATE)
 
 
 def build_processor(vision: VisionPart, tokenizer: PreTrainedTokenizerBase, num_prefix_tokens: int):
-    """Image processor as the vision tower was trained, and the tokenizer, with the chat template in both."""
+    """Join the tokenizer with an image processor as the vision tower was trained."""
     height, width = vision.image_size
     image_processor = MicroVLMImageProcessor(
         size={"height": height, "width": width},
@@ -79,21 +76,21 @@ def build_processor(vision: VisionPart, tokenizer: PreTrainedTokenizerBase, num_
 
 
 def default_prompt(processor, chat: bool) -> list[int]:
-    """Ids of the prompt for a picture alone, its placeholders as one: a request in the chat format, or the picture."""
-    picture = Image.new("RGB", (8, 8))
+    """Make the prompt for an image alone, with one placeholder."""
+    image = Image.new("RGB", (8, 8))
     if chat:
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": REQUEST}]
+        content = [{"type": "image", "image": image}, {"type": "text", "text": REQUEST}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
         )
     else:
-        inputs = processor(text=IMAGE_TOKEN, images=picture)
+        inputs = processor(text=IMAGE_TOKEN, images=image)
     ids = [int(i) for i in torch.as_tensor(inputs["input_ids"]).flatten()]
     return [t for i, t in enumerate(ids) if t != processor.image_token_id or i == 0 or ids[i - 1] != t]
 
 
 def build_generation_config(text: TextPart, image_token_id: int) -> GenerationConfig:
-    """The text model's, which never generates the placeholder and knows how to stop and to pad."""
+    """Extend the text model's config: no placeholder is generated; it stops and pads."""
     generation = copy.deepcopy(text.model.generation_config)
     generation._from_model_config = False
     generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), image_token_id})

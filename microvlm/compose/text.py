@@ -1,12 +1,12 @@
 """Open a language model and its tokenizer as a part of a composed checkpoint."""
 
 import re
+import textwrap
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AddedToken,
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,10 +28,10 @@ class TextPart:
 
     Args:
         model: computes the logits that the composed model has to match.
-        weights: what the composed model stores, under the names of the text model; without `lm_head.weight` when tied.
+        weights: of the composed model, under the names of the text model; without `lm_head.weight` when tied.
         dtype: of the composed checkpoint.
         qat: the entries of `qat_config` with which `weights` compute what `model` does.
-        layout: what was found, for people.
+        layout: of the source, for people.
     """
 
     model: PreTrainedModel
@@ -40,6 +40,11 @@ class TextPart:
     dtype: torch.dtype
     qat: dict
     layout: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Count the rows of the embedding."""
+        return len(self.weights["model.embed_tokens.weight"])
 
 
 def load_text(
@@ -58,54 +63,55 @@ def load_text(
             than BitNet's.
     """
     is_local(source, "--text")
-    where = {"revision": revision or "main", "trust_remote_code": False}
-    if gguf_file is not None:
-        where["gguf_file"] = gguf_file
     try:
-        config = AutoConfig.from_pretrained(source, **where)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **where)
+        model, tokenizer, info = open_model(source, revision or "main", gguf_file, dtype)
+        incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if incomplete:
+            raise ValueError(f"it lacks {len(incomplete)} of its tensors, such as {incomplete[0]}. Is it complete?")
+        # weights as the composed model computes with them
+        dtype, weights = dtype or model.dtype, dict(model.state_dict())
+        qat, layout = unpack_bitnet(model, weights)
+        if model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        check_names(model, weights)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--text {source!r} cannot be read as a text model of transformers: {error}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"--text {source!r} is of the family {config.model_type!r}, which is no causal language model. "
-            "Expected one such as 'qwen2', 'bitnet' or 'llama'."
-        )
-    stored = getattr(config, "quantization_config", None) or {}
-    method = (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method")
-    if gguf_file is not None:
-        where["quantization_config"] = GgufConfig(dequantize=True)
-    elif method not in (None, "bitnet"):
-        raise ValueError(
-            f"--text {source!r} is stored with quant_method {method!r}. Expected plain weights or BitNet's; "
-            "quantise the composed checkpoint instead."
-        )
-    # packed layers compute in the dtype of their scales only
-    load_dtype = "auto" if dtype is None or method == "bitnet" else dtype
-    with torch.compiler.set_stance("force_eager"):  # BitNet's layers in transformers need a C++ compiler otherwise
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **where)
-    incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if incomplete:
-        raise ValueError(
-            f"--text {source!r} lacks {len(incomplete)} of its tensors, such as {incomplete[0]}: "
-            "is the download complete?"
-        )
-    dtype = dtype or model.dtype
-    weights = dict(model.state_dict())
-    qat, layout = unpack_bitnet(model, weights, source)
-    if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    check_names(model, weights, source)
-    layout = f"{config.model_type}, {layout}" + (f" ({gguf_file}, dequantised)" if gguf_file else "")
+        reason = textwrap.shorten(str(error), 500)
+        raise ValueError(f"--text {source!r} cannot be read as a text model: {reason}") from error
+    layout = f"{model.config.model_type}, {layout}" + (f" ({gguf_file}, dequantised)" if gguf_file else "")
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     return TextPart(model.eval(), tokenizer, weights, dtype, qat, layout)
 
 
-def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: str) -> tuple[dict, str]:
+def open_model(source: str, revision: str, gguf_file: str | None, dtype: torch.dtype | None):
+    """Open model, tokenizer and loading info with transformers.
+
+    Raises:
+        ValueError: another quantisation than BitNet's.
+    """
+    where = {"revision": revision, "trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
+    config = AutoConfig.from_pretrained(source, **where)
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **where)
+    stored = getattr(config, "quantization_config", None) or {}
+    method = (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method")
+    if gguf_file:
+        where["quantization_config"] = GgufConfig(dequantize=True)
+    elif method not in (None, "bitnet"):
+        raise ValueError(
+            f"it is stored with quant_method {method!r}. Expected plain weights or BitNet's; "
+            "quantise the composed checkpoint instead."
+        )
+    # packed layers compute in the dtype of their scales only
+    dtype = "auto" if dtype is None or method == "bitnet" else dtype
+    with torch.compiler.set_stance("force_eager"):  # BitNet's layers in transformers need a C++ compiler otherwise
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
+    return model, tokenizer, info
+
+
+def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> tuple[dict, str]:
     """Replace packed BitNet weights in `weights` by plain ones, float32.
 
     Returns:
-        The `qat_config` entries, and the layout found.
+        The `qat_config` entries, and the layout in words.
 
     Raises:
         ValueError: a layout that `TernaryLinear` cannot compute.
@@ -117,70 +123,75 @@ def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor], sour
     projections = {n for n in linears if re.fullmatch(TERNARY_MODULES, n.replace("model.", "language_model.", 1))}
     if projections != set(bit_linears):
         raise ValueError(
-            f"--text {source!r}: BitNet's quantisation is expected on all projections of the decoder layers and on "
-            f"nothing else, but {min(projections ^ set(bit_linears))} is an exception."
+            "BitNet's quantisation is expected on all projections of the decoder layers and on nothing else, "
+            f"but {min(projections ^ set(bit_linears))} is an exception."
         )
-    if any(m.rms_norm is not None for m in bit_linears.values()):
-        raise ValueError(f"--text {source!r} has use_rms_norm set in its quantization_config, which is not supported.")
     online = getattr(next(iter(bit_linears.values())), "online_quant", False)
     generator = torch.Generator().manual_seed(0)
     for name, module in bit_linears.items():
-        with torch.compiler.set_stance("force_eager"), torch.no_grad():
-            if isinstance(module, BitLinear):  # y = (x W) / scale
-                weight = unpack_weights(module.weight, dtype=torch.float32) / module.weight_scale.float()
-            elif online:  # y = x round(W)
-                weight = module.weight.float()
-            else:  # y = (x W) scale
-                weight = module.weight.float() * module.weight_scale.float()
-            dtype = module.dtype if isinstance(module, BitLinear) else module.weight.dtype
-            x = torch.randn(4, module.in_features, generator=generator).to(dtype)
-            expected = module(x)
-            used = fake_ternary(weight.to(dtype)) if online else weight.to(dtype)
-            given = nn.functional.linear(fake_quantize_activation(x, 8), used, module.bias)
-        error = ((given - expected).float().norm() / expected.float().norm()).item()
+        weight, error = unpack_layer(module, online, generator)
         if not error <= LAYER_TOLERANCE:
-            raise ValueError(
-                f"--text {source!r}: {name} computes something else once unpacked, by {error:.2e} of its norm."
-            )
+            raise ValueError(f"{name} computes something else once unpacked, by {error:.2e} of its norm.")
         weights[f"{name}.weight"] = weight
         weights.pop(f"{name}.weight_scale", None)
-    qat = {
-        "ternary_modules": [TERNARY_MODULES],
-        "ternary_weights": "absmean" if online else "none",
-        "activation_bits": 8,
-    }
+    rounding = "absmean" if online else "none"
+    qat = {"ternary_modules": [TERNARY_MODULES], "ternary_weights": rounding, "activation_bits": 8}
     return qat, "latent weights, rounded online" if online else "packed ternary weights, unpacked"
 
 
-def check_names(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Raise ValueError unless the weights are a decoder `model.*` and one linear head, in floating point."""
-    foreign = [n for n in weights if not n.startswith("model.") and n != "lm_head.weight"]
-    head = model.get_output_embeddings()
-    if "model.embed_tokens.weight" not in weights or foreign or type(head) is not nn.Linear:
+@torch.no_grad()
+def unpack_layer(module: nn.Module, online: bool, generator: torch.Generator) -> tuple[torch.Tensor, float]:
+    """Unpack the weight of a BitNet layer, float32.
+
+    Returns:
+        The weight, and the relative error of what it computes.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        if isinstance(module, BitLinear):  # y = (x W) / scale
+            weight = unpack_weights(module.weight, dtype=torch.float32) / module.weight_scale.float()
+        elif online:  # y = x round(W)
+            weight = module.weight.float()
+        else:  # y = (x W) scale
+            weight = module.weight.float() * module.weight_scale.float()
+        dtype = module.dtype if isinstance(module, BitLinear) else module.weight.dtype
+        # not of unit size: a layer with a norm inside (use_rms_norm) is seen
+        x = 4 * torch.randn(4, module.in_features, generator=generator).to(dtype)
+        expected = module(x)
+        plain = fake_ternary(weight.to(dtype)) if online else weight.to(dtype)
+        result = nn.functional.linear(fake_quantize_activation(x, 8), plain, module.bias)
+    return weight, ((result - expected).float().norm() / expected.float().norm()).item()
+
+
+def check_names(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse weights that are not a decoder `model.*` and one linear head."""
+    foreign = [
+        name
+        for name, tensor in weights.items()
+        if not (name.startswith("model.") or name == "lm_head.weight") or not tensor.is_floating_point()
+    ]
+    if "model.embed_tokens.weight" not in weights or foreign or type(model.get_output_embeddings()) is not nn.Linear:
         raise ValueError(
-            f"--text {source!r} is of the family {model.config.model_type!r}, whose tensors are not laid out as "
-            f"'model.embed_tokens', 'model.layers' and 'lm_head'{f' (found {foreign[0]!r})' if foreign else ''}. "
+            f"its family {model.config.model_type!r} has tensors that are not laid out as 'model.embed_tokens', "
+            f"'model.layers' and 'lm_head' in floating point{f' (found {foreign[0]!r})' if foreign else ''}. "
             "Expected a text model such as 'qwen2', 'bitnet' or 'llama'."
         )
-    odd = [n for n, t in weights.items() if not t.is_floating_point()]
-    if odd:
-        raise ValueError(f"--text {source!r}: {odd[0]} is stored as {weights[odd[0]].dtype}, expected floating point.")
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add `<image>`; pad with the end-of-text token if there is no pad token. Returns the id of `<image>`."""
+def add_image_token(text: TextPart) -> int:
+    """Add `<image>` to tokenizer and, without a spare row, to the embedding; return its id.
+
+    New rows are the mean of the old ones. Without a pad token the end-of-text token pads.
+    """
+    tokenizer, weights = text.tokenizer, text.weights
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("--text: the tokenizer has neither a pad token nor an end-of-text token.")
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-
-
-def grow_vocabulary(weights: dict[str, torch.Tensor], rows: int) -> None:
-    """Give embedding and (when not tied) head `rows` rows, in place; new rows are the mean of the old ones."""
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    missing = image_token_id + 1 - text.vocab_size
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in weights and len(weights[name]) < rows:
-            old = weights[name]
-            mean = old.float().mean(0, keepdim=True).to(old.dtype)
-            weights[name] = torch.cat([old, mean.expand(rows - len(old), -1)])
+        if name in weights and missing > 0:
+            mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
+            weights[name] = torch.cat([weights[name], mean.expand(missing, -1)])
+    return image_token_id

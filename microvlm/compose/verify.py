@@ -17,7 +17,7 @@ LAYER_TOLERANCE, LOGITS_TOLERANCE = 0.01, 0.25
 
 @torch.inference_mode()
 def text_logits(model: PreTrainedModel, vocab_size: int) -> torch.Tensor:
-    """Logits of two rows of random tokens."""
+    """Compute logits of two rows of random tokens."""
     ids = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.compiler.set_stance("force_eager"):
         return model(input_ids=ids, use_cache=False).logits.float()
@@ -28,7 +28,7 @@ def verify(folder: Path, weights: dict[str, torch.Tensor], logits: torch.Tensor,
 
     Args:
         folder: the written checkpoint.
-        weights: what it must hold beside new modules, by full name, in its dtype.
+        weights: that it must hold next to new modules, by full name, in its dtype.
         logits: of `text_logits` on the plain text model (2, T, V).
         exact: whether the logits must be equal bit by bit.
 
@@ -38,31 +38,33 @@ def verify(folder: Path, weights: dict[str, torch.Tensor], logits: torch.Tensor,
     Raises:
         ValueError: a difference.
     """
-    missing = dict.fromkeys(weights)
+    problems, missing = [], dict.fromkeys(weights)
+    # the tensors in the files
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name in missing:
-                    if not torch.equal(file.get_tensor(name), weights[name]):
-                        raise ValueError(f"verification: {name} in the written checkpoint is not equal to its source.")
-                    del missing[name]
+            for name in missing.keys() & set(file.keys()):
+                if not torch.equal(file.get_tensor(name), weights[name]):
+                    problems.append(f"{name} in the written checkpoint is not equal to its source.")
+                del missing[name]
     if missing:
-        raise ValueError(f"verification: {len(missing)} tensors were not written, such as {next(iter(missing))}.")
-    counts = Counter("vision" if name.startswith(VISION_PREFIX) else "text" for name in weights)
-    lines = [f"{part}: {n} tensors equal to the source" for part, n in sorted(counts.items(), reverse=True)]
-
+        problems.append(f"{len(missing)} tensors were not written, such as {next(iter(missing))}.")
+    # the model they make
     model, info = MicroVLMForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise ValueError(f"verification: the written checkpoint does not fit its own config: {info}")
-    lines.append("the folder loads without missing or unexpected keys")
+        problems.append(f"the written checkpoint does not fit its own config: {info}")
+    # what it says without an image
     vocab_size = logits.shape[-1]
     difference = text_logits(model, vocab_size)[..., :vocab_size] - logits
     error = (difference.norm() / logits.norm()).item()
     if not error <= (0 if exact else LOGITS_TOLERANCE):
         allowed = "they must be equal bit by bit" if exact else f"allowed is {LOGITS_TOLERANCE}"
-        raise ValueError(
-            f"verification: the logits differ from the text model's by {error:.2e} of their norm; {allowed}."
-        )
-    verdict = "equal bit by bit" if error == 0 else f"differ by {error:.1e} of their norm"
-    lines.append(f"text logits {tuple(logits.shape)}: {verdict}")
-    return lines
+        problems.append(f"the logits differ from the text model's by {error:.2e} of their norm; {allowed}.")
+    if problems:
+        raise ValueError(f"verification: {' '.join(problems)}")
+    counts = Counter("vision" if name.startswith(VISION_PREFIX) else "text" for name in weights)
+    return [
+        *(f"{part}: {n} tensors equal to the source" for part, n in sorted(counts.items(), reverse=True)),
+        "the folder loads without missing or unexpected keys",
+        f"text logits {tuple(logits.shape)}: "
+        + ("equal bit by bit" if error == 0 else f"differ by {error:.1e} of their norm"),
+    ]
