@@ -10,7 +10,10 @@ import torch.nn.functional as F
 def random_affine(
     n: int, degrees: float, shift: float, scale: float, aspect: float = 0.15, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Draw maps (n, 2, 3) from crop to image: rotation, shift, zoom and stretch, coordinates in [-1, 1]."""
+    """Draw maps (n, 2, 3) from crop to image.
+
+    They rotate, shift, zoom and stretch, in coordinates of [-1, 1].
+    """
 
     def uniform(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=generator) * 2 - 1
@@ -25,7 +28,7 @@ def random_affine(
 
 
 def warp(images: torch.Tensor, theta: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Sample crops (B, C, *size) of images (B, C, H, W) under maps (B, 2, 3).
+    """Sample crops of images (B, C, H, W) under maps (B, 2, 3).
 
     Outside an image its border goes on.
     """
@@ -34,7 +37,7 @@ def warp(images: torch.Tensor, theta: torch.Tensor, size: tuple[int, int]) -> to
 
 
 def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Change colours, ground and noise of images (B, 3, H, W) in [0, 1], and erase a patch."""
+    """Change colours, erase a patch and add noise in images (B, 3, H, W)."""
     B, _, H, W = x.shape
 
     def rand(*size: int) -> torch.Tensor:
@@ -58,7 +61,7 @@ def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator |
 
 
 def change_style(x: torch.Tensor, share: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Outline a share of the images (B, 3, H, W) in [0, 1], and blur an equal share.
+    """Outline a share of the images (B, 3, H, W) and blur an equal share.
 
     A quarter of the outlined ones are bare lines on white.
     """
@@ -74,7 +77,7 @@ def change_style(x: torch.Tensor, share: float, generator: torch.Generator | Non
 def image_augmentation(
     degrees: float = 10, shift: float = 0.1, scale: float = 0.2, color: float = 0.25, style: float = 0.0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make a function that augments a batch of images (B, 3, H, W) in [0, 1].
+    """Make a function that augments images (B, 3, H, W) in [0, 1].
 
     It draws small affine maps and changes of style and colour. It never flips: captions say left and right.
     """

@@ -62,7 +62,7 @@ class CaptionCollator:
         self.counts[2] = epoch
 
     def read(self, row: dict) -> tuple[torch.Tensor, str] | None:
-        """Decode image and caption of a row and count it; None if it cannot be read.
+        """Decode and count a row; return None if it cannot be read.
 
         Raises:
             RuntimeError: too many rows cannot be read.
@@ -142,7 +142,7 @@ class CaptionCollator:
 
 
 class FeatureCollator(CaptionCollator):
-    """Build batches from kept features of a frozen vision tower, another view of an image every epoch.
+    """Build batches from cached vision features, another view of an image every epoch.
 
     Args:
         features: (views, rows, tokens, width), from `cache_vision_features`; a row's index is its `feature_row`.

@@ -41,7 +41,7 @@ VOWELS = "a e i o u ai ea ie oo".split()
 
 
 def make_names(number: int, seed: int = 0) -> list[str]:
-    """Make up different pronounceable names; a longer list of a seed begins with the shorter one."""
+    """Make up different pronounceable names; a longer list begins with the shorter one."""
     draw, names = random.Random(seed), {}
     while len(names) < number:
         name = "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(draw.choice((1, 2, 2, 3))))
@@ -101,7 +101,7 @@ class ImageEpisodeCollator(CaptionCollator):
 
 
 class Fact(NamedTuple):
-    """A sentence about an image: its tokens with the end token, and the noun in it."""
+    """A sentence about an image: tokens with the end token, and its noun."""
 
     tokens: list[int]
     noun: str
@@ -145,7 +145,7 @@ class Storyteller:
         return (draw.choice(self.nouns) if kind > OWN_NOUN else self.nouns[row]).split()
 
     def fact(self, row: int, draw: random.Random) -> Fact:
-        """Draw a fact about an image; too long for the memory, its noun keeps only its last words."""
+        """Draw a fact about an image; a long noun keeps only its last words."""
         name, form = draw.choice(self.names), draw.choice(FACTS)
         words = self.words(row, draw)
         while True:
@@ -216,7 +216,7 @@ class Support(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A row of a batch: its prompt, its answer, the image (view, row) in the prompt, and whether a memory knows it."""
+    """A row of a batch; `image` is (view, row), `known` whether a memory has the answer."""
 
     prompt: list[int]
     answer: list[int]

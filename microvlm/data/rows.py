@@ -99,7 +99,7 @@ def without_copyleft(rows: Dataset, source: str) -> Dataset:
 
 
 def named_columns(rows, source: str):
-    """Name the image column of a data set or stream `image`, undecoded, and its text column `caption`.
+    """Name the columns of a data set or stream `image`, undecoded, and `caption`.
 
     Raises:
         ValueError: it has no such column; the message names `source`.
@@ -120,7 +120,7 @@ def named_columns(rows, source: str):
 
 
 def load_files(folder: str) -> Dataset:
-    """Load images with their caption in a text file of the same name, img2dataset's `files` output.
+    """Load images with captions in text files of the same name, as img2dataset writes them.
 
     Raises:
         FileNotFoundError: no image has one.

@@ -18,7 +18,7 @@ STREAM_FORMATS = {frozenset({".tar"}): "webdataset", frozenset({".parquet"}): "p
 
 
 def is_hub_dataset(path: str) -> bool:
-    """Tell whether a path is a data set's id, `owner/name`, and no file or folder of this machine."""
+    """Tell whether a path is a Hub id, `owner/name`, and nothing on this machine."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not (Path(path).suffix in FILES or Path(path).exists())
 
 
@@ -53,9 +53,9 @@ def take_rows(stream: IterableDataset, limit: int) -> Dataset:
 
 @dataclass(eq=False, repr=False)
 class CaptionStream(torch.utils.data.IterableDataset):
-    """Read the rows of shards over and over, in an order of the seed that can be resumed after any row.
+    """Read the rows of shards over and over, resumable after any row.
 
-    The readers, loader workers of all ranks, share the shards: every epoch draws their order, and reader r of R takes
+    The order depends on the seed alone. The readers, loader workers of all ranks, share the shards: every epoch draws their order, and reader r of R takes
     each R-th. A reader shuffles blocks of `shuffle_buffer` rows within an epoch. A row carries its `epoch` and its
     `cursor` (worker, epoch, shard, row, taken): where its block began, and how many rows of the block were taken.
 
@@ -124,7 +124,7 @@ class CaptionStream(torch.utils.data.IterableDataset):
             ) from error
 
     def _read(self, reader, readers, epoch, place, row, taken) -> Iterator[tuple[dict, int, tuple[int, int, int, int]]]:
-        """Read the rows of a reader, each with its epoch and the place to go on from."""
+        """Read a reader's rows, each with its epoch and the place to resume from."""
         while True:
             order = random.Random(f"{self.seed} {epoch}").sample(range(self.num_shards), self.num_shards)
             order = order[reader::readers]
@@ -144,7 +144,7 @@ class CaptionStream(torch.utils.data.IterableDataset):
             taken = 0
 
     def _shuffled(self, block, reader, start, taken, end):
-        """Give the rows of a block in the order of seed and place, after the first `taken`."""
+        """Shuffle a block by seed and place; give its rows after the first `taken`."""
         draw = random.Random(f"{self.seed} {reader} {start}")
         order = list(range(len(block)))
         if self.group_size > 1:
