@@ -34,7 +34,7 @@ from microvlm.train.setup import (
 from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
 
 STOPPED = 143  # exit code after SIGTERM, as a shell gives it
-KINDS = {"distill": distill_vision.main, "text": pretrain_text.main}  # recipes of other models' training
+KINDS = {"distill": distill_vision.main, "text": pretrain_text.main}  # recipes of the parts, by `kind`
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,8 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     # recipe
-    if (kind := read_recipe(options.recipe).get("kind")) in KINDS:
-        return KINDS[kind](arguments)
+    values = read_recipe(options.recipe, options.set)
+    if values.get("kind") in KINDS:
+        return KINDS[values["kind"]](values)
     recipe = load_recipe(options.recipe, options.set)
     args = training_arguments(recipe)
     checkpoint = check_output(recipe, args, options.resume)

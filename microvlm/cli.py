@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, BadParameter, Context, Exit, Option, Typer
+from typer import Argument, BadParameter, Exit, Option, Typer
 
 from .files import ROOT
 
@@ -315,14 +315,13 @@ def push(
     """Push a finished run to the Hub."""
 
 
-OWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-@app.command("calibrate", context_settings=OWN_OPTIONS)
-@app.command("calibrate-temperature", context_settings=OWN_OPTIONS)
-@app.command("distill-vision", context_settings=OWN_OPTIONS)
-@app.command("pretrain-text", context_settings=OWN_OPTIONS)
-@exit_codes()
-def run_training_tool(context: Context):
-    """Run a tool of microvlm/train."""
-    import_module(f".train.{context.info_name.replace('-', '_')}", __package__).main(context.args)
+@command(app, "train.calibrate:main")
+def calibrate(
+    checkpoint: Checkpoint,
+    out: Annotated[str, Argument(metavar="OUT", help="a folder that does not exist")],
+    data: Annotated[str, Option(help="images with captions that the model was not trained on")],
+    false_alarms: Annotated[float, Option(min=0, max=1, help="share of the unrelated images that may pass")] = 0.015,
+    look_alikes: Annotated[float, Option(min=0, max=1, help="share of the look-alikes that may pass")] = 1.0,
+    only: Annotated[Literal["temperature", "scope"] | None, Option(help="default: both")] = None,
+):
+    """Choose temperature and scope thresholds on images outside training."""

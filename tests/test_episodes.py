@@ -375,10 +375,12 @@ def test_thresholds_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     rows = pairs(concept=things, caption=[f"A {thing}." for thing in things])
     data = str(write_parquet(tmp_path / "rows.parquet", rows))
     found = []
-    for shares in (("1", "1"), ("0", "1"), ("1", "0")):
-        options = ["--data", data, "--false-alarms", shares[0], "--look-alikes", shares[1]]
-        calibrate.main([str(tmp_path / "model"), *options])
-        found.append(json.loads((tmp_path / "model/config.json").read_text())["memory_config"]["scope_threshold"])
+    before = load_file(tmp_path / "model/model.safetensors")
+    for shares in ("11", "01", "10"):
+        calibrate.main(str(tmp_path / "model"), tmp_path / shares, data, *map(float, shares), only="scope")
+        found.append(json.loads((tmp_path / shares / "config.json").read_text())["memory_config"]["scope_threshold"])
+        after = load_file(tmp_path / shares / "model.safetensors")
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 4 |"))][:2]
         for column, share in zip((-2, -1), shares):  # what of the unrelated and of the look-alikes passes
             on = {line.strip("| ").split(" | ")[column] for line in lines}
@@ -393,15 +395,18 @@ def test_thresholds_of_a_small_memory(tmp_path, monkeypatch, slots):
     things = ["cat", "dog", "bell", "hat", "cart", "house", "tower", "box"]
     rows = pairs(concept=things, caption=[f"A {thing}." for thing in things])
     data = str(write_parquet(tmp_path / "rows.parquet", rows))
-    calibrate.main([str(tmp_path / "model"), "--data", data])
-    config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    calibrate.main(str(tmp_path / "model"), tmp_path / "out", data)
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert [size for size, _ in config.memory_config.scope_threshold] == [1, slots]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "model.language_model.norm.weight"
+    }
 
-    written = (tmp_path / "model/config.json").read_bytes()
     monkeypatch.setattr("microvlm.train.calibrate.lowest_threshold", lambda *_: -1.0)
     with pytest.raises(ValueError, match="scope_threshold"):
-        calibrate.main([str(tmp_path / "model"), "--data", data])
-    assert (tmp_path / "model/config.json").read_bytes() == written
+        calibrate.main(str(tmp_path / "model"), tmp_path / "refused", data)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_the_benchmark_runs_and_counts(tmp_path):

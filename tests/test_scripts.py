@@ -1,4 +1,4 @@
-"""Publishing a checkpoint, distilling a tower, calibrating: each changes what it says and nothing else."""
+"""Publishing a checkpoint, training the parts, calibrating: each changes what it says and nothing else."""
 
 import json
 import os
@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
 from toy_data import pairs, same_state, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+import train_hf
 from microvlm.data.collators import CaptionCollator
 from microvlm.data.rows import load_rows
 from microvlm.evaluate.language import teacher_forced
 from microvlm.model import PackedConfig, load_plain
 from microvlm.pack import pack
-from microvlm.train import calibrate_temperature, distill_vision
+from microvlm.train import calibrate, distill_vision, pretrain_text
 
 
 def changed(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
@@ -133,29 +134,27 @@ def test_distillation_begins_from_a_packed_tower(packed_checkpoint):
 
 
 def test_a_distillation_that_goes_on_keeps_its_log(tmp_path, monkeypatch, capsys):
+    """nano's recipe, small."""
     use_cache(monkeypatch, tmp_path / "cache")
     data = write_parquet(tmp_path / "rows.parquet", pairs(concept=list("aabbccdd"), licence=["MIT"] * 8))
-    recipe = {"output_dir": str(tmp_path / "out"), "train_file": str(data), "validation_file": str(data)}
-    recipe |= {"seed": 0, "picture_size": 32, "drop_path": 0.0, "weight_decay": 0.0, "batch_size": 2}
-    recipe |= {"learning_rate": 1e-4, "warmup_steps": 1, "save_steps": 1}
-    recipe["weights"] = {"dense": 1.0, "pooled": 1.0, "concept": 1.0, "words": 1.0}
-    features = torch.randn(8, 320, 2, 2).half(), torch.randn(8, 1280).half()
+    features = torch.randn(12, 320, 2, 2).half(), torch.randn(12, 1280).half()
     monkeypatch.setattr(distill_vision, "cached_teacher_features", lambda *_: features)
+    small = {"output_dir": tmp_path / "out", "image_size": 32, "batch_size": 2, "warmup_steps": 1, "compile": "false"}
+    small |= {f"{name}_file": data for name in ("train", "unlabelled", "validation")} | {"unlabelled_rows": 4}
 
-    def run(steps: int) -> list[int]:
-        recipe["phases"] = [{"steps": steps, "size": 32}]
-        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-        distill_vision.main([str(tmp_path / "recipe.yaml")])
+    def run(steps: int, save_steps: int = 1) -> list[int]:
+        changes = small | {"save_steps": save_steps, "phases": f"[{{steps: {steps}, size: 32}}]"}
+        options = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+        train_hf.main([str(ROOT / "recipes/nano/vision.yaml"), *options])
         return [entry["step"] for entry in json.loads((tmp_path / "out/log.json").read_text())]
 
     assert run(2) == [1, 2]
     assert run(2) == [1, 2]  # nothing is left to do
     assert run(3) == [1, 2, 3]
-    recipe["save_steps"] = 100
     state = torch.load(tmp_path / "out/state.pt", weights_only=True)
     torch.save(state | {"step": 98}, tmp_path / "out/state.pt")
     capsys.readouterr()
-    assert run(100) == [1, 2, 3, 100]
+    assert run(100, save_steps=100) == [1, 2, 3, 100]
     dense = float(re.search(r"^step 100/100 .* dense ([\d.]+) ", capsys.readouterr().out, re.MULTILINE)[1])
     assert 0.1 < dense < 10  # smooth L1 of standardised targets, a mean over the two steps since
 
@@ -168,7 +167,40 @@ def test_a_student_changes_nothing_outside_itself():
     assert timm.create_model("deit_tiny_patch16_224").blocks[0].attn.fused_attn == bool(fused)
 
 
-# --- calibrate_temperature.py
+# --- pretrain_text.py
+
+
+def test_synsets_become_sentences():
+    line = '02084071 05 n 03 dog 0 domestic_dog 0 Canis_familiaris(a) 0 001 @ 1 n 0 | a domestic animal; "the dog barked"  '
+    text = pretrain_text.synset_text(line, "noun")
+    assert text == "A dog. A domestic animal. Also: domestic dog, Canis familiaris. The dog barked."
+    assert pretrain_text.synset_text("1 00 v 01 Ask 0 000 | inquire ", "verb") == "Ask. Inquire."
+
+
+def test_a_language_model_learns_glosses_and_captions(tmp_path, monkeypatch):
+    """nano's recipe, small: what it leaves opens in transformers and has nano's tokens."""
+    use_cache(monkeypatch, tmp_path / "cache")
+    data = write_parquet(tmp_path / "rows.parquet", pairs(licence=["MIT"] * 8))
+    for part in ("noun", "verb", "adj", "adv"):
+        lines = ["  1 the licence", *(f"{i} 05 n 01 thing_{i} 0 000 | it is {part} number {i}" for i in range(300))]
+        (tmp_path / f"data.{part}").write_text("\n".join(lines))
+    out, changes = (
+        tmp_path / "out",
+        {"wordnet_dir": tmp_path, "captions_file": data, "vocab_size": 320, "block_size": 16},
+    )
+    changes |= {"model.hidden_size": 32, "model.intermediate_size": 32, "model.num_hidden_layers": 1}
+    changes |= {"training.output_dir": out, "training.max_steps": 1, "training.per_device_train_batch_size": 2}
+    options = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+    with torch.compiler.set_stance("force_eager"):
+        train_hf.main([str(ROOT / "recipes/nano/text.yaml"), *options])
+        model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == pretrain_text.SPECIAL_TOKENS and len(tokenizer) == 320
+    assert tokenizer.padding_side == "left" and tokenizer.chat_template == (ROOT / "chat_template.jinja").read_text()
+    assert model.config.vocab_size == 320 and model.config.quantization_config.quantization_mode == "online"
+
+
+# --- calibrate.py
 
 
 def test_temperature_of_least_loss():
@@ -179,7 +211,7 @@ def test_temperature_of_least_loss():
     targets = torch.multinomial((logits / 2.5).softmax(-1), 1, generator=generator)[:, 0]
     grid = torch.linspace(2, 3, 2001, dtype=torch.float64)
     nats = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
-    found = calibrate_temperature.best_temperature(logits.float(), targets)
+    found = calibrate.best_temperature(logits.float(), targets)
     assert abs(found - float(grid[nats.argmin()])) < 1e-3 and abs(found - 2.5) < 0.1
 
 
@@ -187,8 +219,8 @@ def test_a_calibrated_checkpoint_divides_its_logits(tmp_path, capsys):
     """The shipped model on pictures it does not know, where it is too sure: less loss, the same words."""
     rows = load_rows(str(ROOT / "data/mini/validation.parquet")).select(range(12))
     rows.to_parquet(tmp_path / "rows.parquet")
-    arguments = [str(ROOT), str(tmp_path / "out"), "--data", str(tmp_path / "rows.parquet")]
-    calibrate_temperature.main(arguments)
+    arguments = str(ROOT), str(tmp_path / "out"), str(tmp_path / "rows.parquet")
+    calibrate.main(*arguments, only="temperature")
     said = capsys.readouterr().out
     temperature = float(re.search(r"^temperature ([\d.]+):", said)[1])
     before, after = load_plain(ROOT).eval(), load_plain(tmp_path / "out").eval()
@@ -202,5 +234,5 @@ def test_a_calibrated_checkpoint_divides_its_logits(tmp_path, capsys):
             logits.append(model(**batch).logits)
     torch.testing.assert_close(logits[1] * temperature, logits[0], rtol=1e-3, atol=1e-3)
     assert f": {losses[0]:.4f} -> {losses[1]:.4f} nats a token" in said and losses[1] < losses[0] - 0.01
-    with pytest.raises(SystemExit, match="exists"):
-        calibrate_temperature.main(arguments)
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        calibrate.main(*arguments)

@@ -1,78 +1,142 @@
-"""Choose thresholds and temperature on images outside training."""
+"""Choose temperature and thresholds of a checkpoint on images outside training."""
 
-import argparse
-import copy
-import json
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import AutoProcessor
 
 from ..data.rows import load_rows
 from ..evaluate.bench import Bench
-from ..files import atomic_file
+from ..evaluate.language import reference_batches
+from ..files import atomic_folder, check_out
 from ..metrics import auroc, equal_error_rate
+from ..model import load_plain
 from ..tables import markdown_table
+from .setup import change_config
 
-MOST = 5000  # scores for the equal error rate
+MOST_SCORES = 5000  # for the equal error rate
+COLUMNS = ("facts", "threshold", "unrelated", "AUROC", "EER", "written: on", "unrelated: on", "look-alikes: on")
+
+
+@torch.no_grad()
+def reference_logits(model, processor, rows: Dataset, batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute logits (N, V) of every token of the reference captions, and the tokens (N,)."""
+    logits, targets = [], []
+    for batch, length in reference_batches(model, processor, rows, batch_size):
+        labels = batch.pop("labels")[:, -length:]
+        answers = labels != -100
+        logits.append(model(**batch, logits_to_keep=length + 1).logits[:, :-1][answers])
+        targets.append(labels[answers])
+    return torch.cat(logits), torch.cat(targets)
+
+
+def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Find the T of least cross-entropy of `logits / T` (N, V) with `targets` (N,).
+
+    It is convex in 1 / T.
+    """
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_scale], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits * log_scale.exp().float(), targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return float((-log_scale.detach()).exp())
+
+
+def calibrate_temperature(model, processor, rows: Dataset) -> None:
+    """Divide the decoder's last norm by the best temperature (arXiv 1706.04599), in place."""
+    logits, targets = reference_logits(model, processor, rows)
+    temperature = best_temperature(logits, targets)
+    before, after = (float(F.cross_entropy(logits / t, targets)) for t in (1.0, temperature))
+    with torch.no_grad():
+        model.model.language_model.norm.weight /= temperature
+    print(f"temperature {temperature:.4f}: {before:.4f} -> {after:.4f} nats a token over {len(targets)} tokens")
 
 
 def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Scope probabilities of written, of unrelated and of look-alike pictures, and of questions about the first two, over several
-    memories of `size` facts; no look-alikes where the memories leave none.
+    """Collect scope probabilities of what memories of `size` facts hold and do not hold.
+
+    Returns:
+        `images`: of written, of unrelated and of look-alike ones; `words`: of questions about the first two.
+
+    Raises:
+        ValueError: too few images to leave unrelated ones.
     """
-    found = {"pictures": ([], [], []), "words": ([], [])}
+    parts = {"images": ([], [], []), "words": ([], [])}
     for _ in range(memories):
-        pictures = bench.choose(size)
-        memory = bench.teach([pictures], [bench.facts(bench.draw.sample(bench.names["new"], size), pictures)])
-        asked = pictures, *bench.unwritten(pictures)
-        for kind, views in (("pictures", (1, 0, 0)), ("words", (None, None))):
-            for part, view, indices in zip(found[kind], views, asked):
+        written = bench.choose(size)
+        facts = bench.facts(bench.draw.sample(bench.names["new"], size), written)
+        memory = bench.teach([written], [facts])
+        queries = written, *bench.unwritten(written)
+        for kind, views in (("images", (1, 0, 0)), ("words", (None, None))):
+            for part, view, indices in zip(parts[kind], views, queries):
                 if indices:
                     part.append(bench.scope(view, indices, memory))
-    if not found["pictures"][1]:
+    if not parts["images"][1]:
         raise ValueError(f"no picture is unrelated to {size} facts: give more pictures.")
-    return {kind: tuple(torch.cat(part) if part else torch.empty(0) for part in parts) for kind, parts in found.items()}
+    return {k: tuple(torch.cat(part) if part else torch.empty(0) for part in v) for k, v in parts.items()}
 
 
 def lowest_threshold(negative: torch.Tensor, false_alarms: float) -> float:
-    """The lowest probability that at most this share of the negatives reaches; with a share of 1 the lowest there is."""
+    """Find the lowest probability that at most this share of the negatives reaches."""
     allowed = int(false_alarms * len(negative))
     value = float(negative.sort(descending=True).values[allowed]) if allowed < len(negative) else 0.0
     return round(min(max(value + 1e-4, 1e-4), 1 - 1e-4), 4)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--data", required=True, help="pictures that the model was not trained on")
-    parser.add_argument("--false-alarms", type=float, default=0.015, help="share of the unrelated that may pass")
-    parser.add_argument("--look-alikes", type=float, default=1.0, help="share of the look-alikes that may pass; 1, any")
-    options = parser.parse_args(arguments)
-    model = AutoModelForImageTextToText.from_pretrained(
-        options.checkpoint, trust_remote_code=True, dtype=torch.float32
-    ).eval()
-    bench = Bench(
-        model, AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True), load_rows(options.data)
-    )
+def calibrate_scope(model, processor, rows: Dataset, false_alarms: float, look_alikes: float) -> None:
+    """Set the thresholds of ScopeNet for several sizes of memory, in the model's config."""
+    bench = Bench(model, processor, rows)
     slots = model.config.memory_config.num_slots
     sizes = [size for size in sorted({1, 4, 16, 64, slots}) if size <= slots and size < len(bench.captions)]
-    found = {size: scores(bench, size, max(16, 256 // size)) for size in sizes}
-    path = Path(options.checkpoint) / "config.json"
-    config = json.loads(path.read_text())
-    for kind, name in (("pictures", "scope_threshold"), ("words", "word_threshold")):
+    by_size = {size: scores(bench, size, max(16, 256 // size)) for size in sizes}
+    for kind, name in (("images", "scope_threshold"), ("words", "word_threshold")):
         lines = []
         for size in sizes:
-            positive, negative, *alike = found[size][kind]
-            allowed = zip((negative, *alike), (options.false_alarms, options.look_alikes))
-            threshold = max(lowest_threshold(x, share) for x, share in allowed if len(x))
-            on = [float((x >= threshold).float().mean()) if len(x) else None for x in (positive, negative, *alike)]
-            quality = auroc(positive, negative), equal_error_rate(positive[:MOST], negative[:MOST])
-            lines.append([size, threshold, len(negative), *quality, *on])
-        columns = ["facts", "threshold", "unrelated", "AUROC", "EER", "written: on", "unrelated: on", "look-alikes: on"]
-        columns = columns[: len(lines[0])]
-        print(f"Asked by {kind}.\n\n{markdown_table(columns, lines)}\n")
-        config["memory_config"][name] = [line[:2] for line in lines]
-    type(model.config).from_dict(copy.deepcopy(config))  # raises where it would not open again
-    with atomic_file(str(path), "w") as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            positive, *negatives = by_size[size][kind]
+            # no more of either sort of negatives may pass
+            shares = [(x, share) for x, share in zip(negatives, (false_alarms, look_alikes)) if len(x)]
+            threshold = max(lowest_threshold(x, share) for x, share in shares)
+            on = [float((x >= threshold).float().mean()) if len(x) else None for x in (positive, *negatives)]
+            error = equal_error_rate(positive[:MOST_SCORES], negatives[0][:MOST_SCORES])
+            lines.append([size, threshold, len(negatives[0]), auroc(positive, negatives[0]), error, *on])
+        print(f"Asked by {kind}.\n\n{markdown_table(list(COLUMNS[: len(lines[0])]), lines)}\n")
+        model.config = change_config(model.config, {f"memory_config.{name}": [line[:2] for line in lines]})
+
+
+def main(
+    checkpoint: str,
+    out: str | Path,
+    data: str,
+    false_alarms: float = 0.015,
+    look_alikes: float = 1.0,
+    only: Literal["temperature", "scope"] | None = None,
+) -> None:
+    """Write a copy of a checkpoint, unpacked in float32, with its temperature and thresholds chosen.
+
+    Args:
+        data: images with captions that the model was not trained on.
+        false_alarms: share of the unrelated images that may pass ScopeNet.
+        look_alikes: share of the look-alikes that may pass; 1: any.
+        only: calibrate the temperature or the thresholds alone.
+    """
+    out = Path(out)
+    check_out(out, False, [checkpoint])
+    model, rows = load_plain(checkpoint).eval(), load_rows(data)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    if only != "scope":
+        calibrate_temperature(model, processor, rows)
+    if only != "temperature" and (model.model.memory is not None or only == "scope"):
+        calibrate_scope(model, processor, rows, false_alarms, look_alikes)
+    # written whole or not at all
+    with atomic_folder(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)

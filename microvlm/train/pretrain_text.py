@@ -1,55 +1,52 @@
-"""Pre-train a tokenizer and a small BitNet decoder on text."""
+"""Pre-train a tokenizer and a small BitNet decoder on text.
 
-import argparse
+The text is WordNet's glosses and image captions. A recipe of `kind: text` has the options, see recipes/nano/text.yaml.
+"""
+
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, BitNetConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from ..data.rows import load_rows
+from ..files import ROOT
 from ..model import replace_with_ternary
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"]
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def article(noun: str) -> str:
-    return f"{'An' if noun[0].lower() in 'aeiou' else 'A'} {noun}"
+HELD_OUT = 1000  # glosses to evaluate on
 
 
 def wordnet_documents(folder: str) -> list[str]:
-    """One text per synset: its lemmas, gloss and examples, in a few shapes of sentence."""
+    """Read one text per synset: lemmas, gloss and examples."""
     documents = []
     for part in ("noun", "verb", "adj", "adv"):
-        for line in (Path(folder) / f"data.{part}").read_text().splitlines():
-            if line.startswith("  "):  # the licence header
-                continue
-            fields, _, gloss = line.partition(" | ")
-            fields = fields.split(" ")
-            lemmas = [re.sub(r"\(.*\)", "", w).replace("_", " ") for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
-            definition, *examples = re.split(r'; (?=")', gloss.strip())
-            head = article(lemmas[0]) if part == "noun" and lemmas[0].islower() else lemmas[0].capitalize()
-            text = f"{head}. {definition.strip().capitalize()}."
-            if len(lemmas) > 1:
-                text += f" Also: {', '.join(lemmas[1:])}."
-            for example in examples:
-                example = example.strip('" ')
-                if example:
-                    text += f" {example[0].upper()}{example[1:]}."
-            documents.append(text)
+        lines = (Path(folder) / f"data.{part}").read_text().splitlines()
+        documents += [synset_text(line, part) for line in lines if not line.startswith("  ")]  # the licence header
     return documents
 
 
-def caption_documents(path: str) -> list[str]:
-    return list(load_rows(path, exclude_copyleft=True)["caption"])
+def synset_text(line: str, part: str) -> str:
+    """Write a line of WordNet's data files as sentences."""
+    fields, _, gloss = line.partition(" | ")
+    fields = fields.split(" ")
+    lemmas = [re.sub(r"\(.*\)", "", w).replace("_", " ") for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+    definition, *examples = re.split(r'; (?=")', gloss.strip())
+    head = lemmas[0].capitalize()
+    if part == "noun" and lemmas[0].islower():
+        head = f"{'An' if lemmas[0][0] in 'aeiou' else 'A'} {lemmas[0]}"
+    sentences = [f"{head}. {definition.strip().capitalize()}."]
+    if len(lemmas) > 1:
+        sentences.append(f"Also: {', '.join(lemmas[1:])}.")
+    examples = [example.strip('" ') for example in examples]
+    return " ".join(sentences + [f"{example[0].upper()}{example[1:]}." for example in examples if example])
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; padding on the left, as generation wants it."""
+    """Train byte-level BPE; padding on the left, as generation wants it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,71 +62,60 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         pad_token="<|pad|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>", "<image>"],
+        additional_special_tokens=SPECIAL_TOKENS[2:],
         padding_side="left",
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, documents: list[str], block: int) -> torch.Tensor:
-    """All documents end to end in blocks (N, block)."""
+def blocks(tokenizer: PreTrainedTokenizerFast, documents: list[str], size: int) -> list[dict[str, torch.Tensor]]:
+    """Cut documents, end to end, into blocks of `size` tokens for `Trainer`."""
     ids = [i for text in tokenizer(documents)["input_ids"] for i in text]
-    count = len(ids) // block
-    return torch.tensor(ids[: count * block], dtype=torch.long).view(count, block)
+    ids = torch.tensor(ids[: len(ids) // size * size], dtype=torch.long).view(-1, size)
+    return [{"input_ids": block, "labels": block} for block in ids]
 
 
-class Blocks(torch.utils.data.Dataset):
-    def __init__(self, ids: torch.Tensor):
-        self.ids = ids
+def read_texts(recipe: dict[str, Any]) -> tuple[PreTrainedTokenizerFast, list, list]:
+    """Train a tokenizer on a recipe's texts and cut them into blocks."""
+    draw, repeats, size = random.Random(recipe["training"]["seed"]), recipe["caption_repeats"], recipe["block_size"]
+    glosses = wordnet_documents(recipe["wordnet_dir"])
+    captions = list(load_rows(recipe["captions_file"], exclude_copyleft=True)["caption"])
+    # hold some glosses out
+    draw.shuffle(glosses)
+    held_out, glosses = glosses[:HELD_OUT], glosses[HELD_OUT:]
+    tokenizer = train_tokenizer(glosses + captions * repeats, recipe["vocab_size"])
+    # captions are answers to an empty request, as in nano's default prompt
+    chats = [f"<|user|><|assistant|>{caption}<|endoftext|>" for caption in captions]
+    documents = [f"{gloss}<|endoftext|>" for gloss in glosses] + chats * repeats
+    draw.shuffle(documents)
+    train = blocks(tokenizer, documents, size)
+    print(f"{len(documents)} documents, {len(train) * size} tokens, vocabulary {len(tokenizer)}", flush=True)
+    return tokenizer, train, blocks(tokenizer, [f"{gloss}<|endoftext|>" for gloss in held_out], size)
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[i], "labels": self.ids[i]}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="YAML file, see recipes/nano_text.yaml")
-    recipe = yaml.safe_load(Path(parser.parse_args(arguments).recipe).read_text())
-    rng = random.Random(recipe["training"]["seed"])
-
-    glosses, captions = wordnet_documents(recipe["wordnet_dir"]), caption_documents(recipe["captions_file"])
-    rng.shuffle(glosses)
-    held_out, glosses = glosses[:1000], glosses[1000:]
-    tokenizer = train_tokenizer(glosses + captions * recipe["caption_repeats"], recipe["vocab_size"])
-    chats = [f"<|user|><|assistant|>{c}<|endoftext|>" for c in captions]
-    documents = [f"{g}<|endoftext|>" for g in glosses] + chats * recipe["caption_repeats"]
-    rng.shuffle(documents)
-    train = pack(tokenizer, documents, recipe["block_size"])
-    validation = pack(tokenizer, [f"{g}<|endoftext|>" for g in held_out], recipe["block_size"])
-    print(f"{len(documents)} documents, {train.numel()} tokens, vocabulary {len(tokenizer)}", flush=True)
-
-    special = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
-    config = BitNetConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=special["<|endoftext|>"],
-        eos_token_id=special["<|endoftext|>"],
-        pad_token_id=special["<|pad|>"],
-        tie_word_embeddings=True,
-        **recipe["model"],
-    )
-    torch.manual_seed(recipe["training"]["seed"])
+def build_model(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, Any]):
+    """Make a BitNet decoder with random weights, its linears ternary."""
+    end, pad = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>"])
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad}
+    config = BitNetConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **ids, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     replace_with_ternary(model, [r"model\.layers\..*_proj"])
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**recipe["training"]),
-        train_dataset=Blocks(train),
-        eval_dataset=Blocks(validation),
-    )
+    return model
+
+
+def main(recipe: dict[str, Any]) -> None:
+    """Train tokenizer and decoder of a recipe."""
+    tokenizer, train, validation = read_texts(recipe)
+    torch.manual_seed(recipe["training"]["seed"])
+    model = build_model(tokenizer, recipe["model"])
+    args = TrainingArguments(**recipe["training"])
+    trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
     trainer.train()
     print(trainer.evaluate(), flush=True)
-    # saved in the layout of microsoft/bitnet-b1.58-2B-4T-bf16: latent weights that transformers' AutoBitLinear rounds as well
-    config.quantization_config = {
+    # saved as microsoft/bitnet-b1.58-2B-4T-bf16 is: latent weights that transformers' AutoBitLinear rounds as well
+    model.config.quantization_config = {
         "quant_method": "bitnet",
         "linear_class": "autobitlinear",
         "quantization_mode": "online",
