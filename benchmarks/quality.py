@@ -1,9 +1,9 @@
 """What fewer bits cost a text model: perplexity and caption scores beside bytes, for one checkpoint and for the same after quantisation-aware training.
 
-    python -m benchmarks.quality runs/microvlm-v-135m_stage2 --trained runs/microvlm-v-135m_ternary --data data/pictures/validation_seen.parquet
+    python -m benchmarks.quality runs/v-135m/stage2 --trained runs/v-135m/ternary --data data/pictures/validation_seen.parquet
 
 Every row is written to the disk and opened again. Perplexity is of the captions' tokens behind their pictures. "same" is the share of captions equal to
-bf16's. Numbers: greedy captions, `score` of microvlm evaluate. NF4 is bitsandbytes, of vision tower and decoder, as in the *_qlora recipes.
+bf16's. Numbers: greedy captions, `score` of microvlm evaluate. NF4 is bitsandbytes, of vision tower and decoder, as in recipes/v/stage1.yaml.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def variants(trained: bool) -> dict[str, tuple[bool, dict | str | None]]:
         out |= {
             "decoder ternary, trained": (True, TERNARY),
             "decoder ternary, trained; vocabulary int8": (True, TERNARY | INT8),
-            "decoder ternary, trained; the rest as recipes/pack_v.yaml": (True, everything),
+            "decoder ternary, trained; the rest as recipes/v/pack.yaml": (True, everything),
         }
     return out
 

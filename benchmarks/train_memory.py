@@ -1,7 +1,7 @@
 """What a training step needs on a GPU, by arithmetic: memory, FLOPs, traffic between ranks. Nothing is run on a GPU, nothing is timed.
 
     python -m benchmarks.train_memory
-    python -m benchmarks.train_memory recipes/microvlm-m_stage1.yaml --gpu A100 --utilisation 0.3 --caption-words 20.2 16.3
+    python -m benchmarks.train_memory recipes/m/stage1.yaml --gpu A100 --utilisation 0.3 --caption-words 20.2 16.3
 
 One row per recipe: which parameters train, the micro-batch, accumulation, episodes and NF4 are read from it. Notable:
 
@@ -35,14 +35,16 @@ from benchmarks.parameters import ROOT, MicroVLMConfig, build_on_meta, load_conf
 from microvlm.train.recipe import load_recipe
 from microvlm.train.setup import change_config, check_patterns, unquantized_modules
 
-RECIPES = (
-    "microvlm-v_stage1",
-    "microvlm-v_stage1_qlora",
-    "microvlm-v_stage2",
-    "microvlm-v_stage2_qlora",
-    "microvlm-m_stage1",
-    "microvlm-m_stage1_qlora",
-    "microvlm-m_stage2",
+NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: %s}"
+TERNARY_NF4 = [NF4 % "false", "config.qat_config.ternary_modules=null"]
+RECIPES = (  # with what is set
+    ("v/stage1", []),
+    ("v/stage1", [NF4 % "true"]),
+    ("v/stage2", []),
+    ("v/stage2", [NF4 % "true"]),
+    ("m/stage1", []),
+    ("m/stage1", TERNARY_NF4),
+    ("m/stage2", []),
 )
 GB = 1e9
 
@@ -177,13 +179,12 @@ def layer_number(name: str) -> int | None:
 class Plan:
     """A recipe, its model's parameters, and what follows from them."""
 
-    def __init__(self, path: Path, options: argparse.Namespace):
-        recipe = load_recipe(str(path))
-        self.name, self.options = path.stem, options
-        variant = re.match(r"microvlm-[mv]", path.stem)
-        if variant is None:
-            raise ValueError(f"{path.name}: recipes of M and V are named microvlm-m_... and microvlm-v_...")
-        config = change_config(load_config(ROOT / "configs" / f"{variant[0]}.json"), recipe.config)
+    def __init__(self, path: Path, overrides: list[str], options: argparse.Namespace):
+        recipe, variant = load_recipe(path, overrides), path.parent.name
+        self.name, self.options = f"{variant}/{path.stem}" + " NF4" * (recipe.quantization is not None), options
+        if variant not in ("m", "v"):
+            raise ValueError(f"{path}: recipes of M and V are in recipes/m and recipes/v.")
+        config = change_config(load_config(ROOT / "configs" / f"microvlm-{variant}.json"), recipe.config)
         self.config, self.text = config, config.text_config
         self.trainable = options.trainable or recipe.trainable
         training = recipe.training
@@ -411,7 +412,8 @@ def traffic_rows(plans: list[Plan], ranks: tuple[int, ...], network: float) -> s
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", type=Path, default=[ROOT / "recipes" / f"{r}.yaml" for r in RECIPES])
+    parser.add_argument("recipes", nargs="*", type=Path, help="default: those of V and M, and with NF4")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipes")
     parser.add_argument("--batch-size", type=int, help="rows of a micro-batch; default: the recipe's")
     parser.add_argument("--trainable", nargs="+", metavar="REGEX", help="default: the recipe's; .* for everything")
     parser.add_argument("--prompt-tokens", type=int, default=24, help="of the prompt without the picture")
@@ -429,7 +431,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    plans = [Plan(path, options) for path in options.recipes]
+    recipes = [(path, []) for path in options.recipes] or [
+        (ROOT / f"recipes/{r}.yaml", changes) for r, changes in RECIPES
+    ]
+    plans = [Plan(path, changes + options.set, options) for path, changes in recipes]
     tables = {
         "Parameters, and what does not grow with the batch (GB of 10^9 bytes)": parameter_rows(plans),
         "What a micro-batch keeps for backward": activation_rows(plans),

@@ -562,7 +562,7 @@ def test_smollm2_in_llama_cpp(tmp_path, dtype, tolerance):
     pytest.importorskip("llama_cpp")
     source = os.environ.get("MICROVLM_V_135M", str(ROOT / "runs" / "microvlm-v-135m"))
     if not os.path.exists(source):
-        pytest.skip("compose runs/microvlm-v-135m first (docs/training.md), or name it in MICROVLM_V_135M")
+        pytest.skip("compose runs/v-135m/start first (docs/training.md), or name it in MICROVLM_V_135M")
     out = export_gguf(source, tmp_path / "out.gguf", dtype)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     texts = ["The capital of France is", "<|im_start|>user\nName 3 colours.<|im_end|>\n<|im_start|>assistant\n"]

@@ -18,7 +18,7 @@ def test_a_table_of_bytes_and_scores(tmp_path, monkeypatch, capsys):
     )
     data = write_parquet(tmp_path / "data.parquet", pairs(style=["flat"] * 8))
     chosen = quality.variants(True)
-    assert chosen.pop("decoder ternary, trained; the rest as recipes/pack_v.yaml")[0]  # names parts that the toy lacks
+    assert chosen.pop("decoder ternary, trained; the rest as recipes/v/pack.yaml")[0]  # names parts that the toy lacks
     assert chosen.pop("NF4")[1] == "nf4"  # takes rows divisible by 32
     monkeypatch.setattr(quality, "variants", lambda trained: chosen)
     arguments = [str(start), "--trained", str(trained), "--data", str(data), "--counts", str(data)]

@@ -24,7 +24,7 @@ from microvlm.data.collators import CaptionCollator
 from microvlm.train.checkpoints import checkpoints, is_complete, newest_complete
 from train_hf import STOPPED, main
 
-CONFIGS = sorted(ROOT.glob("configs/accelerate/*.yaml"))
+CONFIGS = sorted(ROOT.glob("recipes/accelerate/*.yaml"))
 MEMORY = {"num_slots": 16, "code_size": 32, "num_memory_tokens": 4, "num_content_slots": 4}
 MEMORY |= {
     "max_content_tokens": 16,
@@ -116,7 +116,7 @@ class Runs:
         """Both ranks train all recipes of `together` and `resume`, in their order, in one launch."""
         file = self.folder / "jobs.json"
         file.write_text(json.dumps(self.jobs))
-        command = ["accelerate.commands.launch", "--config_file", ROOT / f"configs/accelerate/{config}.yaml"]
+        command = ["accelerate.commands.launch", "--config_file", ROOT / f"recipes/accelerate/{config}.yaml"]
         finish(launch(self.folder, *command, "--num_processes", 2, ROOT / "tests/rank_jobs.py", file))
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
@@ -356,7 +356,7 @@ def test_configs_open(path):
 
 @pytest.mark.slow
 def test_sharded_training_is_the_same(tmp_path, monkeypatch):
-    """FSDP through configs/accelerate/fsdp.yaml, made to run on CPUs: the weights of one process, in a checkpoint that loads and goes on."""
+    """FSDP through recipes/accelerate/fsdp.yaml, made to run on CPUs: the weights of one process, in a checkpoint that loads and goes on."""
     use_cache(monkeypatch, tmp_path / "cache")
     runs = Runs(tmp_path)
     runs.alone("whole", training=SGD | {"per_device_train_batch_size": 4})

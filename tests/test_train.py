@@ -52,8 +52,12 @@ from microvlm.train.setup import (
 from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
 from train_hf import KINDS, main
 
-RECIPES = [*sorted(ROOT.glob("recipes/*stage*.yaml")), ROOT / "recipes/finetune.yaml"]
-FAMILIES = ("microvlm-m", "microvlm-v", "nano")
+RECIPES = {  # of a family's models, by name
+    path.relative_to(ROOT / "recipes").with_suffix("").as_posix(): path
+    for path in [*sorted(ROOT.glob("recipes/*/*.yaml")), ROOT / "recipes/finetune.yaml"]
+    if re.search("^trainable:", path.read_text(), re.MULTILINE)
+}
+FAMILIES = ("m", "v", "nano")
 MINIMAL = {"model": "m", "trainable": ["adapter"], "data": {"train": "d"}, "training": {"output_dir": "o"}}
 
 
@@ -373,13 +377,13 @@ def test_recipes_of_other_kinds_go_to_their_own_training(tmp_path, monkeypatch):
     path = tmp_path / "recipe.yaml"
     path.write_text("kind: distill\nphases: []\n")
     main([str(path), "--set", "seed=1"])
-    assert calls == [[str(path), "--set", "seed=1"]]
+    assert calls == [{"kind": "distill", "phases": [], "seed": 1}]
     with pytest.raises(ValueError, match="^unknown key in .*: kind. Known: "):
         main([write_recipe(tmp_path, kind="vision")])
 
 
 def test_a_recipe_is_what_it_writes(tmp_path):
-    for path in RECIPES:
+    for path in RECIPES.values():
         recipe = load_recipe(path)
         (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_dict(recipe)))
         assert load_recipe(tmp_path / "again.yaml") == recipe
@@ -424,9 +428,9 @@ def test_numbers_without_a_point_are_numbers(tmp_path):
 
 def recipe_model(name: str, recipe: Recipe) -> MicroVLMForConditionalGeneration:
     """The model a recipe trains, without its weights."""
-    family = next((family for family in FAMILIES if name.startswith(family)), None)
-    assert family, f"{name} is of none of the families {', '.join(FAMILIES)}"
-    config = MicroVLMConfig.from_json_file(str(ROOT / "configs" / f"microvlm-{family.removeprefix('microvlm-')}.json"))
+    family = re.match("[a-z]+", name.replace("finetune", "nano"))[0]
+    assert family in FAMILIES, f"{name} is of none of the families {', '.join(FAMILIES)}"
+    config = MicroVLMConfig.from_json_file(str(ROOT / "configs" / f"microvlm-{family}.json"))
     if "135m" in name:  # the same around SmolLM2-135M
         text = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
         text |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49153}
@@ -437,30 +441,41 @@ def recipe_model(name: str, recipe: Recipe) -> MicroVLMForConditionalGeneration:
         return MicroVLMForConditionalGeneration(change_config(config, recipe.config))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_stage_recipe_fits_its_model(path, tmp_path):
-    recipe = load_recipe(str(path))
+def nf4(name: str) -> list[str]:
+    """What the first lines of a recipe say to set for NF4."""
+    return [
+        option.replace("'", "")
+        for option in re.findall(r"--set ((?:quantization|config)\S*(?: .*)?)", RECIPES[name].read_text())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "quantized"), [*((name, False) for name in RECIPES), *((f"{name}/stage1", True) for name in "mv")]
+)
+def test_every_recipe_fits_its_model(name, quantized, tmp_path):
+    recipe = load_recipe(RECIPES[name], nf4(name) if quantized else [])
     training = {"report_to": "none"} | recipe.training | {"output_dir": str(tmp_path)}
     TrainingArguments(**{k: v for k, v in training.items() if k not in ("bf16", "fp16")}, bf16=False, fp16=False)
-    model = recipe_model(path.stem.replace("finetune", "nano"), recipe)
+    model = recipe_model(name, recipe)
     set_trainable(model, recipe.trainable)
     check_patterns("learning_rates", recipe.learning_rates, model)
     assert any(p.requires_grad for p in model.parameters())
-    for name in recipe.learning_rates:
-        assert any(re.search(name, n) and p.requires_grad for n, p in model.named_parameters()), f"{name} is frozen"
-    if recipe.quantization is not None:
+    for pattern in recipe.learning_rates:
+        trains = (p.requires_grad for n, p in model.named_parameters() if re.search(pattern, n))
+        assert any(trains), f"{pattern} is frozen"
+    assert (recipe.quantization is not None) == quantized
+    if quantized:
         assert BitsAndBytesConfig(**recipe.quantization).quantization_method() == "nf4"
         skip = set(unquantized_modules(model, recipe.trainable))
         linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        for name, module in linear.items():
-            assert (name in skip) >= module.weight.requires_grad, f"{name} trains in 4 bits"
+        for part, module in linear.items():
+            assert (part in skip) >= module.weight.requires_grad, f"{part} trains in 4 bits"
         quantised = [n for n in linear if n not in skip]
         assert {n.split(".")[1] for n in quantised} == {"vision_tower", "language_model"}
     if episodes := recipe.data.episodes:
         assert recipe.training["per_device_train_batch_size"] % (episodes.size or episodes.groups) == 0
         assert model.config.use_memory
-    if path.stem.startswith("microvlm"):
-        assert recipe.training["output_dir"] == f"runs/{path.stem}"
+    assert recipe.training["output_dir"] == f"runs/{name}"
 
 
 SEED_TRAINING = {  # of the source documents
@@ -478,9 +493,8 @@ SEED_TRAINING = {  # of the source documents
 
 
 def test_the_seeds_numbers():
-    recipes = {path.stem: load_recipe(str(path)) for path in RECIPES}
-    m1, m2, v1, v2 = (recipes[f"microvlm-{k}"] for k in ("m_stage1", "m_stage2", "v_stage1", "v_stage2"))
-    for recipe in (m1, v1, recipes["microvlm-m_stage1_qlora"], recipes["microvlm-v_stage1_qlora"]):
+    m1, m2, v1, v2 = (load_recipe(RECIPES[name]) for name in ("m/stage1", "m/stage2", "v/stage1", "v/stage2"))
+    for recipe in (m1, v1):
         assert {k: recipe.training[k] for k in SEED_TRAINING} == SEED_TRAINING
     for recipe in (m1, m2, v1, v2):
         assert recipe.data.limit == 110_002 and recipe.data.validation_limit == 5_789
@@ -509,7 +523,7 @@ def blocks(parameters: dict, prefix: str) -> set[int]:
 
 
 def test_what_the_seeds_freeze():
-    parameters = trains("microvlm-m_stage1")
+    parameters = trains("m/stage1")
     assert blocks(parameters, r"model\.vision_tower\.timm_model\.blocks\.") == {8, 9, 10, 11}
     assert blocks(parameters, r"model\.language_model\.layers\.") == {26, 27, 28, 29}
     words = parameters["model.language_model.embed_tokens.weight"][1]
@@ -517,23 +531,20 @@ def test_what_the_seeds_freeze():
     assert (
         0.13 < training / whole < 0.15 < training / (whole - words) < 0.20
     )  # the seed's 15 to 20 %, the vocabulary apart
-    parameters = trains("microvlm-v_stage1")
+    parameters = trains("v/stage1")
     assert {name.split(".")[1] for name, (on, _) in parameters.items() if on} == {"adapter", "alignment"}
-    parameters = trains("microvlm-v_stage2")
+    parameters = trains("v/stage2")
     assert blocks(parameters, r"model\.language_model\.layers\.") == {20, 21, 22, 23}
     assert not any(on for name, (on, _) in parameters.items() if "vision_tower" in name)
-    assert blocks(trains("microvlm-m_stage2"), r"model\.language_model\.layers\.") == {26, 27, 28, 29}
+    assert blocks(trains("m/stage2"), r"model\.language_model\.layers\.") == {26, 27, 28, 29}
 
 
 def test_stage_2_starts_where_a_stage_1_ends():
-    recipes = {path.stem: load_recipe(str(path)) for path in RECIPES}
-    ends = {recipe.training["output_dir"] for name, recipe in recipes.items() if "stage1" in name}
-    starts = {name: recipe.model for name, recipe in recipes.items() if "stage2" in name and "nano" not in name}
-    assert starts and set(starts.values()) <= ends
-
-
-def test_there_are_recipes():
-    assert RECIPES
+    recipes = {name: load_recipe(path) for name, path in RECIPES.items()}
+    for name, start in (("m", "stage1"), ("v", "stage1"), ("v-135m", "stage1"), ("v-135m", "stage2")):
+        after = {"stage1": "stage2", "stage2": "ternary"}[start]
+        assert recipes[f"{name}/{after}"].model == recipes[f"{name}/{start}"].training["output_dir"]
+    assert recipes["nano/memory"].model == recipes["nano/captions"].training["output_dir"]
 
 
 # --- what trains

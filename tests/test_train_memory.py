@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import train_memory
 from benchmarks.parameters import MicroVLMForConditionalGeneration
 
-RECIPE = ROOT / "recipes" / "microvlm-v_stage1.yaml"
+RECIPE = ROOT / "recipes/v/stage1.yaml"
 
 
 @pytest.mark.parametrize("trains,row,once", [(False, 0, 2 * 48 * 32), (True, 2 * 48, 2 * 48 * 32)])
@@ -44,7 +44,7 @@ def test_parts_add_up_to_what_a_real_pass_keeps(text, trainable):
 
 
 def test_a_plan_by_hand():
-    plan = train_memory.Plan(RECIPE, train_memory.parse(["--prompt-tokens", "20"]))
+    plan = train_memory.Plan(RECIPE, [], train_memory.parse(["--prompt-tokens", "20"]))
     assert plan.parameters == 504_276_800 and plan.trained == 4_719_616 and plan.nf4 == 0
     assert plan.fixed() == {
         "weights": 4 * plan.parameters,
@@ -70,4 +70,4 @@ def test_a_plan_by_hand():
 def test_tables(capsys):
     train_memory.main([str(RECIPE), "--gpu", "A100"])
     out = capsys.readouterr().out
-    assert out.count("| microvlm-v_stage1 |") == 5 and "| A100 |" in out
+    assert out.count("| v/stage1 |") == 5 and "| A100 |" in out

@@ -20,7 +20,7 @@ Notable:
 - Quantised GGUFs are made by llama.cpp's own quantizer, with its choices: a tied head becomes Q6_K, or Q8_0 where 256 does not divide the
   width; TQ2_0 and TQ1_0 become Q4_0 where 256 does not divide a row. "+head" forces the type on the head too. The formats column says
   what a file holds. "1024" is V with a hidden size of 1024 and 16 heads, which llama.cpp can pack whole.
-- NF4 is bitsandbytes as in the *_qlora recipes (vision tower and language model, double quantisation), opened from a folder that holds it.
+- NF4 is bitsandbytes as in recipes/v/stage1.yaml (vision tower and language model, double quantisation), opened from a folder that holds it.
   On processors with AVX512-BF16 its first pass repacks the weights, which the turn that does not count has done.
 - Load: once, from a folder just written, so from the page cache, after torch and transformers are imported.
 - Bytes on disk: *.safetensors, or the GGUF; no tokenizer, no code.

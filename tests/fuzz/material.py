@@ -251,7 +251,7 @@ def packed_nano(folder: Path) -> Path:
     if "quantization_config" in json.loads((ROOT / "config.json").read_text()):
         return ROOT
     model = MicroVLMForConditionalGeneration.from_pretrained(ROOT, dtype=torch.float32).eval()
-    recipe = load_pack_recipe(str(ROOT / "recipes/pack_nano.yaml"), [])
+    recipe = load_pack_recipe(str(ROOT / "recipes/nano/pack.yaml"), [])
     pack(model, PackedConfig(recipe["modules"]))
     model.to(getattr(torch, recipe["dtype"])).save_pretrained(folder / "nano")
     return folder / "nano"
