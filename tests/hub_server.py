@@ -1,8 +1,11 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1, for tests with the real client libraries.
 
-It speaks the Hub's HTTP interface as far as huggingface_hub 2.4 needs it to create repos and branches, commit (inline and LFS
-files, deletions), list, look up and download with ranges, and to stream data sets. It does not speak xet: clients run with
-HF_HUB_DISABLE_XET=1, see `Hub.environment`. As on the Hub, a private repo does not exist for who may not read it, a large file is
+It speaks the Hub's HTTP interface as far as huggingface_hub 2.4 needs it to create repos and branches, commit (inline
+and LFS
+files, deletions), list, look up and download with ranges, and to stream data sets. It does not speak xet: clients run
+with
+HF_HUB_DISABLE_XET=1, see `Hub.environment`. As on the Hub, a private repo does not exist for who may not read it, a
+large file is
 redirected to another host, and what is unchanged is not committed again. Bodies are kept on disk, by their sha256.
 
     pytest_plugins = ["hub_server"]

@@ -2,8 +2,10 @@
 
     torchrun --nproc_per_node 2 tests/rank_jobs.py jobs.json
 
-A job has a `name`, the `argv` of `train_hf.main`, and perhaps `stop`: [rank, checkpoint], a rank that gets SIGTERM as soon as that
-checkpoint is complete, or `poison`: [rank, n], a rank whose n-th batch is of pictures that are not numbers. Every rank leaves NAME_rankR.json beside jobs.json: how the job ended, a digest of the rank's weights after
+A job has a `name`, the `argv` of `train_hf.main`, and perhaps `stop`: [rank, checkpoint], a rank that gets SIGTERM as
+soon as that
+checkpoint is complete, or `poison`: [rank, n], a rank whose n-th batch is of pictures that are not numbers. Every
+rank leaves NAME_rankR.json beside jobs.json: how the job ended, a digest of the rank's weights after
 training, and the rows of its batches.
 """
 

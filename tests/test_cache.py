@@ -1,4 +1,5 @@
-"""GrowingLayer holds what transformers' DynamicLayer does, whatever is done to it; a packed model decodes with every kind of cache."""
+"""GrowingLayer holds what transformers' DynamicLayer does, whatever is done to it; a packed model decodes with every
+kind of cache."""
 
 import copy
 import random

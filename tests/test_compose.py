@@ -593,7 +593,8 @@ def convnet(sources, tmp_path):
 
 
 def test_a_convnet_is_a_vision_tower(convnet, tmp_path):
-    """Places of the last map are the patches; frozen, its running statistics stay; what is composed saves, loads and remembers."""
+    """Places of the last map are the patches; frozen, its running statistics stay; what is composed saves, loads and
+    remembers."""
     convnet, folder = convnet
     model = MicroVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     side = convnet.default_cfg["input_size"][-1]

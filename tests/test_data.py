@@ -520,7 +520,10 @@ def test_vision_cache(processor, tmp_path, toy_tower, monkeypatch):
     tower, folder = toy_tower, str(tmp_path / "features")
     tower.register_module("statistics", torch.nn.BatchNorm2d(2))  # its count of batches is a scalar, as a convnet's
     rows = memory_rows([*pairs(3), truncated(3), *pairs(8)[4:]])
-    make = lambda: CaptionCollator(processor, PROMPT, augment=image_augmentation(), max_unreadable_share=1.0)  # noqa: E731
+
+    def make():
+        return CaptionCollator(processor, PROMPT, augment=image_augmentation(), max_unreadable_share=1.0)
+
     features, kept = cache_vision_features(tower, make(), rows, 2, folder, "t")
     assert features.dtype == torch.bfloat16 and features.shape == (2, 7, 17, 24)
     assert kept["caption"] == [rows[i]["caption"] for i in (0, 1, 2, 4, 5, 6, 7)] and "image" not in kept.column_names

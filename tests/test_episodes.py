@@ -1,4 +1,5 @@
-"""Teaching the memory: episodes, its training run, the threshold, the recall benchmark and microvlm memory, on toy data."""
+"""Teaching the memory: episodes, its training run, the threshold, the recall benchmark and microvlm memory, on toy
+data."""
 
 import json
 import math

@@ -192,11 +192,13 @@ def test_yardstick_copies_the_caption_of_the_closest_picture(monkeypatch, tmp_pa
         assert json.loads(json_file.read_text())[str(data)]["nearest_neighbour"]["exact"] == exact
 
 
-# ------------------------------------------------------------------------------------------------------ scores against references
+# ------------------------------------------------------------------------------------------------------ scores
+# against references
 
 
 def test_bleu_and_rouge_by_hand():
-    """Two pairs; corpus counts: 6 of 6 words, 3 of 4 pairs of words, 1 of 2 triples; candidates have 6 words, references 7."""
+    """Two pairs; corpus counts: 6 of 6 words, 3 of 4 pairs of words, 1 of 2 triples; candidates have 6 words,
+    references 7."""
     scores = ngram_scores(["A red square!", "blue big disc"], ["a red square on", "big disc blue"])
     brevity = math.exp(1 - 7 / 6)
     precision = (6 / 6, 3 / 4, 1 / 2, 1e-15 / 1e-9)  # no four words in a row: 0 of 0, as pycocoevalcap smooths it
@@ -287,7 +289,8 @@ def test_retrieval_among_few_pictures_says_what_is_trivial(number):
 
 
 def test_scope_curve_holds_auroc_and_equal_error_rate():
-    """The area under the report's curve is the benchmark's AUROC, its crossing with the other diagonal the equal error rate."""
+    """The area under the report's curve is the benchmark's AUROC, its crossing with the other diagonal the equal
+    error rate."""
     known, unrelated = torch.tensor([0.9, 0.8, 0.8, 0.3]), torch.tensor([0.1, 0.3, 0.5, 0.85])
     x, y = roc(known, unrelated)
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1) and x == sorted(x) and y == sorted(y)
@@ -347,7 +350,8 @@ def some(*metrics: str) -> EvaluateOptions:
 
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory):
-    """Everything, on two sets, by a model with a memory: the folder with scores.json, scores.md, report.html, README.md."""
+    """Everything, on two sets, by a model with a memory: the folder with scores.json, scores.md, report.html,
+    README.md."""
     folder = tmp_path_factory.mktemp("full")
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_cache(monkeypatch, folder / "cache")
@@ -705,7 +709,8 @@ def test_a_data_set_of_the_hub_may_have_a_dot_in_its_name(monkeypatch, tmp_path)
             open_rows(name, 3)
 
 
-# ------------------------------------------------------------------------------------------------------ ended in the middle
+# ------------------------------------------------------------------------------------------------------ ended in the
+# middle
 
 
 @pytest.mark.parametrize("how", ["bad row", "interrupt"])
@@ -742,7 +747,8 @@ def test_what_was_measured_is_written_when_a_later_set_fails(monkeypatch, tmp_pa
     assert value == pytest.approx(perplexity)
 
 
-# ------------------------------------------------------------------------------------------------------ no number came out
+# ------------------------------------------------------------------------------------------------------ no number
+# came out
 
 
 def test_a_result_that_is_not_finite_is_none_with_its_reason(monkeypatch, tmp_path):

@@ -534,7 +534,8 @@ def test_llama_cpp_computes_the_same(tmp_path, text, qat, kwargs):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f32", "tq2_0"])
 def test_nano_in_llama_cpp(tmp_path, dtype):
-    """Released llama.cpp applies SiLU in BitNet's feed-forward; LLAMA_CPP_RELU2=1: this one is changed (docs/export.md)."""
+    """Released llama.cpp applies SiLU in BitNet's feed-forward; LLAMA_CPP_RELU2=1: this one is changed
+    (docs/export.md)."""
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
     with pytest.raises(

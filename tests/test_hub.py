@@ -1,4 +1,5 @@
-"""The model card, what a complete repo is, and pushes to a stand-in for the Hub by the real client, in processes of its own."""
+"""The model card, what a complete repo is, and pushes to a stand-in for the Hub by the real client, in processes of
+its own."""
 
 import json
 import math

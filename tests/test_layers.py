@@ -1,4 +1,5 @@
-"""Imports point downwards: no file imports a layer above its own, siblings of the fourth layer do not meet, no circle."""
+"""Imports point downwards: no file imports a layer above its own, siblings of the fourth layer do not meet, no
+circle."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -1,4 +1,5 @@
-"""The adapter for lmms-eval: from requests to captions with a real model, and a run of the harness itself where it is installed."""
+"""The adapter for lmms-eval: from requests to captions with a real model, and a run of the harness itself where it is
+installed."""
 
 import importlib.util
 import json

@@ -333,7 +333,8 @@ class TestEpisodicMemory:
 
     @torch.no_grad()
     def test_words_are_matched_with_stored_sentences(self, model):
-        """The weighted mean over a question's words of the largest cosine with a content slot, against a loop in float64."""
+        """The weighted mean over a question's words of the largest cosine with a content slot, against a loop in
+        float64."""
         memory = model.model.memory
         contents, words = torch.randn(2, 3, Z), F.normalize(torch.randn(2, 2, 4, C), dim=-1)
         weights = torch.rand(2, 2, 4)
@@ -548,7 +549,8 @@ class TestState:
         assert not torch.allclose(sharp.content, plain.content, atol=1e-3)
 
     def test_a_sharp_read_finds_the_nearest_fact(self):
-        """With little noise a query near a stored address brings that item's content alone, the linear read a mixture."""
+        """With little noise a query near a stored address brings that item's content alone, the linear read a
+        mixture."""
         w, z = observations(1, 12)
         state = new_state(1, noise=1e-4).write(w, z)
         near = F.normalize(w + 0.25 * observations(1, 12, seed=1)[0], dim=-1)
@@ -678,7 +680,10 @@ class TestState:
         state.times[:] = 86400.0
         when = "(written 1970-01-02 00:00:00 UTC)"
         assert state.describe() == f"memory: 2 items of at most 64\n  0. '0-0-0': 3 tokens {when}\n  1. 5 tokens {when}"
-        words = lambda ids, skip_special_tokens=False: " ".join(str(i) for i in ids if i or not skip_special_tokens)  # noqa: E731
+
+        def words(ids, skip_special_tokens=False):
+            return " ".join(str(i) for i in ids if i or not skip_special_tokens)
+
         spell = SimpleNamespace(decode=words)  # 0 is special
         lines = f"  0. '0-0-0': '1 2' {when}\n  1. '5 6 7 8 9' {when}"
         assert state.describe(spell) == f"memory: 2 items of at most 64\n{lines}"

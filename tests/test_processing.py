@@ -1,4 +1,5 @@
-"""The processor keeps the contracts of transformers, and no picture, however broken, ends in anything but pixels or a clear error."""
+"""The processor keeps the contracts of transformers, and no picture, however broken, ends in anything but pixels or a
+clear error."""
 
 import base64
 import io

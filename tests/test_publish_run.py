@@ -1,4 +1,5 @@
-"""A run whose every save is a complete repo, pushed to the stand-in for the Hub as it goes; and one that trains on a stream from there."""
+"""A run whose every save is a complete repo, pushed to the stand-in for the Hub as it goes; and one that trains on a
+stream from there."""
 
 import json
 import subprocess
@@ -72,7 +73,8 @@ def test_a_token_is_not_published(run, tmp_path):  # noqa: F811
 
 
 def test_trains_on_a_stream_from_the_hub(run, hub, tmp_path):  # noqa: F811
-    """As the CC12M recipes do: shards of the same layout under the same names, by address; and the whole data set by its id."""
+    """As the CC12M recipes do: shards of the same layout under the same names, by address; and the whole data set by
+    its id."""
     rows, shards = pairs(), {}
     for shard in range(3):
         path = write_tar(

@@ -330,7 +330,8 @@ def metrics(entry: dict) -> dict:
 
 @pytest.mark.parametrize("one,two,step", [("whole", "wide", 2), ("one_7", "two_7", 0), ("one_5", "two_5", 0)])
 def test_two_ranks_measure_what_one_does(one, two, step, runs):
-    """Of 7 or 5 rows in batches of 2, two ranks fill up the last round with rows they have had: these must not count twice."""
+    """Of 7 or 5 rows in batches of 2, two ranks fill up the last round with rows they have had: these must not count
+    twice."""
     a, b = (metrics(runs.evaluation(name, step)) for name in (one, two))
     assert a.keys() == b.keys() and {"eval_lm_loss", "eval_perplexity", "eval_text_to_image_recall_at_1"} <= a.keys()
     assert a["eval_text_to_image_recall_at_1"] < 1
@@ -356,7 +357,8 @@ def test_configs_open(path):
 
 @pytest.mark.slow
 def test_sharded_training_is_the_same(tmp_path, monkeypatch):
-    """FSDP through recipes/accelerate/fsdp.yaml, made to run on CPUs: the weights of one process, in a checkpoint that loads and goes on."""
+    """FSDP through recipes/accelerate/fsdp.yaml, made to run on CPUs: the weights of one process, in a checkpoint
+    that loads and goes on."""
     use_cache(monkeypatch, tmp_path / "cache")
     runs = Runs(tmp_path)
     runs.alone("whole", training=SGD | {"per_device_train_batch_size": 4})

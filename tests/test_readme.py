@@ -1,4 +1,5 @@
-"""What README.md and docs say to type works: the tour runs, other commands have the options they name, links lead somewhere."""
+"""What README.md and docs say to type works: the tour runs, other commands have the options they name, links lead
+somewhere."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The files that a Hub repo publishes: what they import, and that importing and using them touches nothing of the machine."""
+"""The files that a Hub repo publishes: what they import, and that importing and using them touches nothing of the
+machine."""
 
 import ast
 import json
@@ -79,7 +80,8 @@ def dotted(node: ast.expr, names: dict[str, str]) -> str:
 
 
 def run_at_import(tree: ast.Module) -> list[ast.AST]:
-    """Every node that runs when the file is imported: module and class bodies, decorators, defaults, annotations, and the bodies
+    """Every node that runs when the file is imported: module and class bodies, decorators, defaults, annotations, and
+    the bodies
     of the file's own functions and methods that any of these name."""
     functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
     classes = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}

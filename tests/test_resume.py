@@ -1,4 +1,5 @@
-"""A run that is killed, stopped or interrupted while it writes goes on bit for bit; a loss that is not finite changes nothing."""
+"""A run that is killed, stopped or interrupted while it writes goes on bit for bit; a loss that is not finite changes
+nothing."""
 
 import json
 import os

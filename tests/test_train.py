@@ -142,7 +142,8 @@ def test_processes_that_would_train_alone_are_refused(run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("batch,steps", [(4, 1), (2, 2), (1, 4)])
 def test_distillation_by_hand(tmp_path, rows, batch, steps):
-    """The KL divergence from the teacher, in float64, over all the step's tokens, however they come; and its gradient."""
+    """The KL divergence from the teacher, in float64, over all the step's tokens, however they come; and its
+    gradient."""
     torch.manual_seed(1)
     teacher, T = toy_model("llama"), 2.0
     model = toy_model()
@@ -893,7 +894,8 @@ def quantised_run(run: dict, tmp_path) -> dict:
 
 
 def test_training_beside_4_bits(run, tmp_path):
-    """Evaluation before a step must not cost its gradients; what is quantised stays; the output opens as it is and goes on exactly."""
+    """Evaluation before a step must not cost its gradients; what is quantised stays; the output opens as it is and
+    goes on exactly."""
     run = quantised_run(run, tmp_path)
     recipe, out = write_recipe(tmp_path, **run), tmp_path / "out"
     main([recipe, "--set", "training.eval_on_start=true"])

@@ -1,4 +1,5 @@
-"""Metrics against a count by hand, curves, logs, the best checkpoint, and runs that teach the memory from pictures as they come."""
+"""Metrics against a count by hand, curves, logs, the best checkpoint, and runs that teach the memory from pictures as
+they come."""
 
 import json
 import math

@@ -55,7 +55,8 @@ def take_rows(stream: IterableDataset, limit: int) -> Dataset:
 class CaptionStream(torch.utils.data.IterableDataset):
     """Read the rows of shards over and over, resumable after any row.
 
-    The order depends on the seed alone. The readers, loader workers of all ranks, share the shards: every epoch draws their order, and reader r of R takes
+    The order depends on the seed alone. The readers, loader workers of all ranks, share the shards: every epoch draws
+    their order, and reader r of R takes
     each R-th. A reader shuffles blocks of `shuffle_buffer` rows within an epoch. A row carries its `epoch` and its
     `cursor` (worker, epoch, shard, row, taken): where its block began, and how many rows of the block were taken.
 
