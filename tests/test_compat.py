@@ -76,7 +76,7 @@ def test_the_range_is_the_same_everywhere(tmp_path):
 def test_only_what_differs_is_run(monkeypatch, capsys):
     ran = []
     installed = Version(version("transformers"))
-    monkeypatch.setattr(compat, "run", lambda wanted, expected: ran.append(wanted) or wanted != "5.998.0")
+    monkeypatch.setattr(compat, "run", lambda number, expected: ran.append(number) or number != "5.998.0")
     monkeypatch.setattr(compat, "use", lambda path: {})
     (lowest,) = (s.version for s in compat.supported() if s.operator == ">=")
     differs = [lowest] if Version(lowest) != installed else []
@@ -109,7 +109,7 @@ def test_an_overlay_comes_first(monkeypatch, tmp_path):
 
 def test_differences_are_named():
     said, expected = {"caption": "A cat.", "transformers": "5.23.0"}, {"caption": "A cat.", "transformers": "5.24.0"}
-    assert compat.differs(said, expected, "5.23") is None
-    assert compat.differs(said, expected, "5.22.0") == "it ran with 5.23.0."
+    assert compat.difference(said, expected, "5.23") is None
+    assert compat.difference(said, expected, "5.22.0") == "it ran with 5.23.0."
     message = "caption is 'A dog.', with the installed version 'A cat.'."
-    assert compat.differs(said | {"caption": "A dog."}, expected, "5.23.0") == message
+    assert compat.difference(said | {"caption": "A dog."}, expected, "5.23.0") == message

@@ -1,4 +1,4 @@
-"""tools/build_icons.py: which icon becomes a picture of what, and which must not become one, because a model is judged by it."""
+"""tools/build_icons.py: which icon becomes an image of what, and which is left out, because it judges a model."""
 
 import io
 import json
@@ -79,17 +79,17 @@ def test_words_of_a_name(name, words):
         ("A 3d model of a red apple.", "A red apple."),
         ("A 3d model of an apple.", "An apple."),
         ("A 3d model of scissors.", "A picture of scissors."),
-        ("A cat beside A 3d model of a dog.", "A cat beside A 3d model of a dog."),
+        ("A cat next to A 3d model of a dog.", "A cat next to A 3d model of a dog."),
     ],
 )
 def test_captions_without_their_style(caption, expected):
-    assert build_icons.plain(caption) == expected
+    assert build_icons.without_style(caption) == expected
 
 
 def test_emojis_by_any_of_their_names(tmp_path):
     write_packages(tmp_path, {})
     names = build_icons.emoji_names(tmp_path)
-    found = {
+    codes = {
         "grinning-face": GRIN,
         "Grinning Face": GRIN,
         "kitty": CAT,  # shortcodes, one or several
@@ -102,7 +102,7 @@ def test_emojis_by_any_of_their_names(tmp_path):
         "flag-for-france": FRANCE,
         "nobody": None,
     }
-    assert {name: build_icons.code_of(name, names, country=False) for name in found} == found
+    assert {name: build_icons.code_of(name, names, country=False) for name in codes} == codes
     countries = {"fr": FRANCE, "fra": None, "FR": None, "dog": None}
     assert {name: build_icons.code_of(name, names, country=True) for name in countries} == countries
 
@@ -124,7 +124,7 @@ def test_only_rows_that_are_not_copyleft_give_words():
         ("art/none", "openclipart", "Public Domain", "Something.", ""),
     ]
     train = Dataset.from_list([dict(zip(columns, row)) | {"image": "none"} for row in rows])
-    by_emoji, by_words = build_icons.known_concepts(train)
+    by_emoji, by_words = build_icons.concepts_of(train)
     assert by_emoji == {CAT: ("A cat.", "cat"), "2602": ("An umbrella.", "umbrella"), "1f638": ("A white cat.", "cat")}
     assert by_words == {
         frozenset({"cat"}): ("A white cat.", "cat"),  # said twice, whatever the style
@@ -140,10 +140,10 @@ def test_only_rows_that_are_not_copyleft_give_words():
 def icons_of(tmp_path, monkeypatch):
     """Rows of icons whose body is their name."""
 
-    def rows(sets: dict[str, IconSet], judged: set[str] = frozenset(), **names: list[str]) -> list[dict]:
+    def rows(sets: dict[str, IconSet], judging: set[str] = frozenset(), **names: list[str]) -> list[dict]:
         monkeypatch.setattr(build_icons, "SETS", sets)
         write_packages(tmp_path, {source: {name: f"<g>{name}</g>" for name in names[source]} for source in sets})
-        return build_icons.icons_of(tmp_path, BY_EMOJI, BY_WORDS, judged)
+        return build_icons.icons_of(tmp_path, BY_EMOJI, BY_WORDS, judging)
 
     return rows
 
@@ -155,8 +155,8 @@ def test_icons_take_the_words_of_what_they_show(icons_of):
         faces=["grinning-face", "cat", "kitty", "cat-2", "umbrella", "nobody"],
         things=["dog-hot-fill", "hot-dogs-fill", "hot-dog", "zeppelin-fill", "zeppelins-fill", "zeppelin", "dog-fill"],
     )
-    said = [(row["id"], row["caption"], row["concept"], row["name"]) for row in rows]
-    assert said == [
+    words = [(row["id"], row["caption"], row["concept"], row["name"]) for row in rows]
+    assert words == [
         ("faces/grinning-face", "A grinning face.", "face", "grinning-face"),
         ("faces/cat", "A cat.", "cat", "cat"),
         ("things/dog-hot-fill", "A hot dog.", "hot dog", "dog-hot"),
@@ -182,8 +182,8 @@ def test_flags_are_countries(icons_of):
 
 
 def test_an_artists_other_drawing_of_a_judged_emoji_is_left_out(icons_of):
-    judged = {f"noto-emoji/{DOG}", f"twemoji/{BIRD}", f"noto-emoji-old/x-{CAT}"}
-    rows = icons_of(SETS, judged, faces=["dog", "bird", "cat"], things=[])
+    judging = {f"noto-emoji/{DOG}", f"twemoji/{BIRD}", f"noto-emoji-old/x-{CAT}"}
+    rows = icons_of(SETS, judging, faces=["dog", "bird", "cat"], things=[])
     assert [row["id"] for row in rows] == ["faces/bird", "faces/cat"]
 
 
@@ -211,7 +211,7 @@ def build(monkeypatch, *arguments) -> None:
 
 
 def test_what_judges_stays_unseen(tmp_path, monkeypatch, capsys):
-    """No look-alike of a picture of either judging file, and, without words, none that is named like a concept of the first."""
+    """No look-alike of an image of either judging file; without words, none named like a concept of the first."""
     pytest.importorskip("resvg_py")
     use_cache(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(build_icons, "SETS", SETS)
@@ -230,11 +230,10 @@ def test_what_judges_stays_unseen(tmp_path, monkeypatch, capsys):
     }
     write_packages(tmp_path, bodies)
 
-    def rows(name: str, *found: tuple[str, str, bytes]):
+    def rows(name: str, *images: tuple[str, str, bytes]):
         columns = {"caption": "A thing.", "licence": "MIT", "style": "flat", "source": "noto-emoji"}
-        pictures = [{"image": {"bytes": picture, "path": None}} for *_, picture in found]
-        made = [p | columns | {"id": i, "concept": concept} for p, (i, concept, _) in zip(pictures, found)]
-        return write_parquet(tmp_path / name, made)
+        table = [columns | {"image": {"bytes": b, "path": None}, "id": i, "concept": c} for i, c, b in images]
+        return write_parquet(tmp_path / name, table)
 
     def drawn(body: str) -> bytes:
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 20">{body}</svg>'
@@ -265,10 +264,15 @@ def test_what_judges_stays_unseen(tmp_path, monkeypatch, capsys):
     assert named["caption"] == ["A thing."] * 3 and named["licence"] == ["MIT", "MIT", "CC0-1.0"]
     assert nameless["id"] == ["things/zeppelin-cat-fill", "things/lighthouse-fill", "things/old-fill"]
     assert set(nameless["caption"]) | set(nameless["concept"]) == {""}
-    for line in ("2 blank", "faces: 1 look like a picture", "things: 1 look like a picture", f"3 rows in {unlabelled}"):
+    for line in (
+        "things: 2 blank",
+        "faces: 1 look like an image",
+        "things: 1 look like an image",
+        f"3 rows in {unlabelled}",
+    ):
         assert line in printed, printed
-    picture = build_icons.PILImage.open(io.BytesIO(named[1]["image"]["bytes"]))
-    assert picture.size == (256, 256) and picture.format == "WEBP"
+    image = build_icons.PILImage.open(io.BytesIO(named[1]["image"]["bytes"]))
+    assert image.size == (256, 256) and image.format == "WEBP"
 
     unlabelled.unlink()
     build(monkeypatch, *options, "--similarity", "1.1")  # nothing is that similar

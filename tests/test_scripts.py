@@ -66,10 +66,14 @@ def test_some_weights_alone_are_published(tmp_path, monkeypatch):
     for path in tmp_path.glob("*/*.safetensors"):
         save_file({k: t.bfloat16() for k, t in load_file(path).items()}, path, metadata={"format": "pt"})
     (tmp_path / "target/config.json").write_text((tmp_path / "target/config.json").read_text() + "\n")
-    read = lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")}  # noqa: E731
-    new, before, untouched = load_file(tmp_path / "new/model.safetensors"), None, read("target")
 
-    call = lambda only: publish.main([*(str(tmp_path / n) for n in ("new", "target")), "--only", only])  # noqa: E731
+    def read(name: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")}
+
+    def call(only: str) -> None:
+        publish.main([str(tmp_path / "new"), str(tmp_path / "target"), "--only", only])
+
+    new, untouched = load_file(tmp_path / "new/model.safetensors"), read("target")
     with pytest.raises(SystemExit, match="^not published: no weight matches 'nothing'.$"):
         call("nothing")
     before = load_file(tmp_path / "target/model.safetensors")
@@ -81,9 +85,9 @@ def test_some_weights_alone_are_published(tmp_path, monkeypatch):
     assert all(after[name].equal(new[name]) for name in changed)
     same = untouched.keys() - {"model.safetensors"}
     assert read("target").keys() == untouched.keys() and all(read("target")[n] == untouched[n] for n in same)
-    other = {**before, "more": torch.ones(1)}
+    other = {**before, "new": torch.ones(1)}
     save_file(other, tmp_path / "target/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match="^not published: more is not of one shape and type in both checkpoints.$"):
+    with pytest.raises(SystemExit, match="^not published: new is not of one shape and type in both checkpoints.$"):
         call("memory_projection")
     with pytest.raises(SystemExit, match="^not published: .*nowhere is not a folder.$"):
         publish.main([str(tmp_path / "new"), str(tmp_path / "nowhere")])
@@ -95,7 +99,10 @@ def test_a_checkpoint_is_published_whole_or_not_at_all(tmp_path, monkeypatch, ca
     target.mkdir()
     (target / "config.json").write_text("the one before")
     (target / "mine.txt").write_text("stays")
-    read = lambda: {path.name: path.read_bytes() for path in target.iterdir()}  # noqa: E731
+
+    def read() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in target.iterdir()}
+
     before, replace, renamed = read(), os.replace, []
 
     def failing(source, place):

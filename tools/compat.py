@@ -1,14 +1,14 @@
-"""Run the fast tests with the other supported versions of transformers: the lowest and the newest that there is.
+"""Run the fast tests with the lowest and the newest supported version of transformers.
 
     python tools/compat.py              # what `make compat` does
     python tools/compat.py 5.23.0       # with a version of your choice
 
-The range is the one of pyproject.toml; `TRANSFORMERS` in configuration_microvlm.py has to say the same. Of its two ends those are run that
-differ from the installed version, which `make test` has run. A version is put into `build/compat/transformers-X.Y.Z` with `pip install
---target`, and comes first on PYTHONPATH; everything else is the installed environment. First the shipped checkpoint is used (captions, a
-taught fact, pipeline, a saved copy), and has to say what it says with the installed version; then `TESTS` run, without the slow ones.
+- The range is that of pyproject.toml; `TRANSFORMERS` in configuration_microvlm.py has to say the same. The installed
+  version is left out: `make test` has run with it.
+- A version lies in `build/compat/transformers-X.Y.Z` (`pip install --target`) and comes first on PYTHONPATH.
+- The shipped checkpoint has to say with it what it says with the installed version; then `TESTS` run.
 
-Exit code: 0, all passed or nothing differs; 1, something failed; 2, the ranges do not agree or pip cannot find a version.
+Exit code: 0, all passed or nothing differs; 1, something failed; 2, the ranges differ or pip cannot find a version.
 """
 
 import argparse
@@ -28,17 +28,11 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from release import FILES, ReleaseError, code_files, load
 
-ROOT = Path(__file__).resolve().parents[1]
+from microvlm.files import ROOT
 
 FOLDER = ROOT / "build" / "compat"
-TESTS = (
-    "tests/test_modeling.py",
-    "tests/test_processing.py",
-    "tests/test_generation.py",
-    "tests/test_memory_generation.py",
-    "tests/test_cache.py",
-    "tests/test_export.py",
-)
+TESTS = [f"tests/test_{name}.py" for name in ("modeling", "processing", "generation", "memory_generation")]
+TESTS += ["tests/test_cache.py", "tests/test_export.py"]
 
 
 class CompatError(Exception):
@@ -46,25 +40,25 @@ class CompatError(Exception):
 
 
 def supported(root: Path = ROOT) -> SpecifierSet:
-    """The range of transformers in pyproject.toml, as `>=A,<B`.
+    """Read the range of transformers in pyproject.toml, as `>=A,<B`.
 
     Raises:
-        CompatError: the remote code says another range, or the range has no lowest version.
+        CompatError: the remote code says another range.
     """
     dependencies = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
-    (found,) = (r.specifier for r in map(Requirement, dependencies) if r.name == "transformers")
+    (specifier,) = (r.specifier for r in map(Requirement, dependencies) if r.name == "transformers")
     ranges = {}
     for node in ast.parse((root / "configuration_microvlm.py").read_text()).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "TRANSFORMERS":
             ranges = dict(zip((">=", "<"), ast.literal_eval(node.value)))
-    if {s.operator: s.version for s in found} != ranges:
-        raise CompatError(f"pyproject.toml says transformers{found}, configuration_microvlm.py {ranges}.")
-    return found
+    if {s.operator: s.version for s in specifier} != ranges:
+        raise CompatError(f"pyproject.toml says transformers{specifier}, configuration_microvlm.py {ranges}.")
+    return specifier
 
 
-def newest(wanted: SpecifierSet) -> str | None:
-    """The newest version in a range that pip can find; None: pip cannot look."""
-    done = pip("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", f"transformers{wanted}")
+def newest(specifier: SpecifierSet) -> str | None:
+    """Find the newest version in a range with pip; None: pip cannot look."""
+    done = pip("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", f"transformers{specifier}")
     return json.loads(done.stdout)["install"][0]["metadata"]["version"] if done.returncode == 0 else None
 
 
@@ -73,25 +67,29 @@ def pip(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def overlay(wanted: str) -> Path:
-    """A folder that holds a version of transformers and nothing else; it stays for the next run.
+def overlay(number: str) -> Path:
+    """Install one version of transformers into a folder, which stays for the next run.
 
     Raises:
         CompatError: pip's last line.
     """
-    folder = FOLDER / f"transformers-{wanted}"
+    folder = FOLDER / f"transformers-{number}"
     if not folder.is_dir():
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
-            done = pip("--quiet", "--no-deps", "--target", f"{temporary}/new", f"transformers=={wanted}")
+            done = pip("--quiet", "--no-deps", "--target", f"{temporary}/new", f"transformers=={number}")
             if done.returncode:
-                raise CompatError(f"transformers {wanted}: {done.stderr.strip().splitlines()[-1]}")
+                raise CompatError(f"transformers {number}: {done.stderr.strip().splitlines()[-1]}")
             os.replace(f"{temporary}/new", folder)
     return folder
 
 
 def use(path: Path | None) -> dict:
-    """What the shipped checkpoint says, with what is at `path` first on PYTHONPATH. Raises ReleaseError."""
+    """Use the shipped checkpoint with `path` first on PYTHONPATH; returns what it says.
+
+    Raises:
+        ReleaseError: it does not load.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "checkpoint")
         for name in {*FILES, *code_files(ROOT)}:
@@ -100,30 +98,27 @@ def use(path: Path | None) -> dict:
         return load(folder, sys.executable, Path(scratch), {"PYTHONPATH": str(path)} if path else {})
 
 
-def differs(said: dict, expected: dict, wanted: str) -> str | None:
-    """In words, how what `use` gave with version `wanted` is not what it gave with the installed one; None: it is."""
-    if Version(said["transformers"]) != Version(wanted):
-        return f"it ran with {said['transformers']}."
-    changed = [name for name in expected if name != "transformers" and said.get(name) != expected[name]]
-    return (
-        f"{changed[0]} is {said.get(changed[0])!r}, with the installed version {expected[changed[0]]!r}."
-        if changed
-        else None
-    )
+def difference(answers: dict, expected: dict, number: str) -> str | None:
+    """Say how the answers of `use` with a version differ from the installed one's; None: they do not."""
+    if Version(answers["transformers"]) != Version(number):
+        return f"it ran with {answers['transformers']}."
+    for name, value in expected.items():
+        if name != "transformers" and answers.get(name) != value:
+            return f"{name} is {answers.get(name)!r}, with the installed version {value!r}."
+    return None
 
 
-def run(wanted: str, expected: dict) -> bool:
-    """Use the checkpoint, then run the tests, with a version; whether all went well."""
-    folder = overlay(wanted)
+def run(number: str, expected: dict) -> bool:
+    """Use the checkpoint, then run the tests, with a version; returns whether all went well."""
+    folder = overlay(number)
     try:
-        said = use(folder)
+        problem = difference(use(folder), expected, number)
     except ReleaseError as error:
-        print(f"transformers {wanted}: {error}", flush=True)
+        problem = str(error)
+    if problem:
+        print(f"transformers {number}: {problem}", flush=True)
         return False
-    if difference := differs(said, expected, wanted):
-        print(f"transformers {wanted}: {difference}", flush=True)
-        return False
-    print(f"transformers {wanted}: the checkpoint says the same; the tests:", flush=True)
+    print(f"transformers {number}: the checkpoint says the same; the tests:", flush=True)
     command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *TESTS]
     environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
@@ -133,27 +128,30 @@ def version_number(text: str) -> str:
     return str(Version(text))
 
 
+def versions_of(specifier: SpecifierSet, installed: str) -> list[str]:
+    """Find both ends of the range, and print them."""
+    (lowest,) = (s.version for s in specifier if s.operator == ">=")
+    highest = newest(specifier)
+    ends = f"lowest {lowest}, newest {highest or 'unknown, pip cannot look'}, installed {installed}"
+    print(f"transformers{specifier}: {ends}.")
+    return [lowest] + ([highest] if highest else [])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", type=version_number, help="default: the ends of the supported range")
     options = parser.parse_args(argv)
-    installed, chosen = version("transformers"), options.versions
+    installed = version("transformers")
     try:
-        wanted = supported()
-        if not chosen:
-            (lowest,) = (s.version for s in wanted if s.operator == ">=")
-            highest = newest(wanted)
-            print(
-                f"transformers{wanted}: lowest {lowest}, newest {highest or 'unknown, pip cannot look'}, installed {installed}."
-            )
-            chosen = [v for v in (lowest, highest) if v is not None]
+        specifier = supported()
+        numbers = options.versions or versions_of(specifier, installed)
         # 5.23 and 5.23.0 are one version
-        chosen = sorted({Version(v): v for v in chosen if Version(v) != Version(installed)}.values(), key=Version)
-        if not chosen:
+        numbers = sorted({Version(v): v for v in numbers if Version(v) != Version(installed)}.values(), key=Version)
+        if not numbers:
             print("Nothing differs from the installed version, with which `make test` has run: nothing to do.")
             return 0
         expected = use(None)
-        return 0 if all([run(v, expected) for v in chosen]) else 1
+        return 0 if all([run(number, expected) for number in numbers]) else 1
     except (CompatError, ReleaseError) as error:
         print(error, file=sys.stderr)
         return 2

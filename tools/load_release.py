@@ -10,21 +10,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+import transformers
+from transformers import AutoModel, AutoProcessor, pipeline
+
+PROMPT, FACT = "<|user|><image><|assistant|>", "This is Bimo the swan."
+IMAGES = ("examples/chipmunk.png", "examples/swan.png")  # to caption, and to teach
+
 
 def refuse_network(event: str, arguments: tuple) -> None:
     """Raise RuntimeError when something connects."""
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise RuntimeError(f"the network was used while loading: {event} {arguments[-1]}")
-
-
-sys.addaudithook(refuse_network)
-
-import torch  # noqa: E402  the hook comes first
-import transformers  # noqa: E402
-from transformers import AutoModel, AutoProcessor, pipeline  # noqa: E402
-
-PROMPT, FACT = "<|user|><image><|assistant|>", "This is Bimo the swan."
-IMAGES = ("examples/chipmunk.png", "examples/swan.png")  # to caption, and to teach
 
 
 def caption(model, processor, image: Path, **kwargs) -> str:
@@ -65,10 +62,12 @@ def check_saved_copy(model, processor, image: Path, expected: str) -> None:
 
 
 def main() -> None:
+    sys.addaudithook(refuse_network)
     folder = Path(sys.argv[1])
     known, taught = (folder / name for name in IMAGES)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    # a caption, then the ways to use the release
     text = caption(model, processor, known)
     if not text.strip():
         sys.exit(f"the caption of {known.name} is empty")
