@@ -1,15 +1,15 @@
-"""LoRA with PEFT: low-rank branches beside the decoder's linear layers, and the whole adapter, train.
+"""Fine-tune with PEFT's LoRA: branches of the decoder's linear layers, and the whole adapter.
 
     python examples/finetune_lora.py --max-steps 40 --output runs/finetune_lora
 
-Needs finetune_trainer.py beside it, and peft. The output folder holds the trained part only and loads onto its base:
+Needs finetune_trainer.py and peft. The output folder holds only what was trained, and loads onto its base:
 
     model = AutoModelForImageTextToText.from_pretrained("MODEL", trust_remote_code=True, dtype=torch.float32)
     model = model.dequantize(torch.float32)  # if it is packed, as nano is
     model.load_adapter("runs/finetune_lora")
 
-A branch can be added to the weights if the layer is plain, as in V; OUTPUT/merged is then a whole checkpoint. nano's and M's
-decoders are ternary: a layer rounds its weights in every pass and would round the branch away, so there it stays a branch.
+A branch can be added to a plain weight, as in V; then OUTPUT/merged is a whole checkpoint. Ternary layers (nano, M)
+round their weights in every pass and would round the branch away: there it stays a branch.
 """
 
 from pathlib import Path
@@ -26,16 +26,17 @@ def logits_of(model, batch) -> torch.Tensor:
 
 
 def save_and_check(trainer, output: str, base, merge_base) -> None:
-    """Save adapter and processor and load them onto `base`; add the branches to `merge_base` and save that if it is plain."""
+    """Save adapter and processor and load them onto `base`; save a merged `merge_base` if it is plain."""
     device, processor = trainer.model.device, trainer.processing_class
     rows = trainer.eval_dataset.select(range(min(8, len(trainer.eval_dataset))))
     batch = trainer.data_collator(list(rows)).to(device)
     logits = logits_of(trainer.model, batch)
+    # the branches alone
     trainer.model.save_pretrained(output)
     processor.save_pretrained(output)
     loaded = PeftModel.from_pretrained(base, output).to(device)
     print(f"saved: {output}; loaded again, the logits are equal: {torch.equal(logits_of(loaded, batch), logits)}")
-
+    # added to the weights
     merged = PeftModel.from_pretrained(merge_base, output).merge_and_unload().to(device)
     moved = (logits_of(merged, batch) - logits).abs().max().item()
     if merged.config.qat_config.ternary_modules:

@@ -1,16 +1,15 @@
-"""QLoRA with bitsandbytes and PEFT: the frozen base in 4 bits (NF4), LoRA branches and the adapter in float32, also on a CPU.
+"""Fine-tune in QLoRA's way: the frozen base in 4 bits (NF4), LoRA branches and adapter in float32.
 
     python examples/finetune_qlora.py --max-steps 40 --output runs/finetune_qlora
-    python examples/finetune_qlora.py --model runs/microvlm-v --data my/captions --answer "{caption}"
+    python examples/finetune_qlora.py --model runs/v/stage2 --data my/captions --answer "{caption}"
 
-Needs finetune_trainer.py and finetune_lora.py beside it, peft and bitsandbytes. Made for V, whose decoder of plain linear
-layers has nearly all parameters: it goes to 4 bits; head, adapter, alignment, memory and the vision tower, whose features are
-the memory's addresses, stay as they are. Ternary layers (nano, M) are not plain, bitsandbytes leaves them: with nano only the
-vision tower goes to 4 bits, which shows the way and saves little.
+Needs finetune_trainer.py, finetune_lora.py, peft and bitsandbytes; it also runs on a CPU. Made for V, whose decoder of
+plain linear layers goes to 4 bits. The vision tower stays: its features are the memory's addresses. bitsandbytes leaves
+ternary layers: with nano only the vision tower goes to 4 bits, which saves little.
 
-The branches were trained beside the *rounded* base: load OUTPUT onto the same base in 4 bits. OUTPUT/merged (V) is the rounded
-base in float32 with the branches added: a whole checkpoint that computes what was trained, without peft and bitsandbytes.
-Adding them in 4 bits (merge_and_unload on the 4-bit model) would round them away: they are smaller than a step of NF4.
+The branches belong to the *rounded* base: load OUTPUT onto the same base in 4 bits. OUTPUT/merged (V) is the rounded
+base in float32 with the branches added, a whole checkpoint. Merged in 4 bits they would be rounded away: they are
+smaller than a step of NF4.
 """
 
 import tempfile
@@ -26,10 +25,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 
 def load(name: str):
-    """The model with one part in NF4, safe to evaluate and then train; a packed one is unpacked first, one in 4 bits stays as it is."""
+    """Open the model with one part in NF4; unpack a packed one first, leave one in 4 bits as it is."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
     stored, source = config.to_dict().get("quantization_config") or {}, {}
     if not stored.get("load_in_4bit"):
+        # a packed model: unpack, save, open again
         if stored:
             with tempfile.TemporaryDirectory() as folder:
                 finetune_trainer.load(name).save_pretrained(folder)
@@ -45,14 +45,13 @@ def load(name: str):
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32, **source)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # Where the CPU has AVX512-BF16, an evaluation would repack the weights for a kernel without gradients, and
-            # training after it would raise (layers with a bias) or lose its gradients in silence (layers without).
+            # an evaluation on a CPU with AVX512-BF16 would repack the weights for a kernel without gradients
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def add_lora(model):
-    """Freeze all, then let branches beside the decoder's layers and beside all 4-bit layers train, and the adapter."""
+    """Freeze all but the adapter and branches of the decoder's linear layers and all 4-bit layers."""
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     targets = [
         name

@@ -1,11 +1,11 @@
-"""Fine-tune MicroVLM on pictures and captions with the plain Trainer of transformers.
+"""Fine-tune MicroVLM on images and captions with the plain Trainer of transformers.
 
     python examples/finetune_trainer.py --max-steps 40 --output runs/finetune_trainer
 
 Needs nothing of this repository but the checkpoint: pip install "transformers[torch]" datasets timm torchvision
 
-nano knows the captions of data/mini already, so it learns a new habit here: to name the style of a picture behind its caption.
-Adapter and decoder layers train. Vision tower and embeddings stay: facts taught to the model's memory can still be read.
+nano knows the captions of data/mini, so it learns a new habit: to name the style of an image after its caption.
+Adapter and decoder layers train. Vision tower and embeddings stay, so the model can still read its memories.
 """
 
 import argparse
@@ -19,17 +19,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class CaptionCollator:
-    """Rows -> batch: prompt with the picture, answer, end token; loss on answer and end token only."""
+    """Make batches of prompt, image, answer and end token; the loss is on answer and end token only."""
 
     def __init__(self, processor, prompt: str, answer: str):
         self.processor, self.prompt, self.answer = processor, prompt, answer
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
+        # prompts are padded on the left, answers on the right
         answers = [self.answer.format(**row) + tokenizer.eos_token for row in rows]
         answers = tokenizer(answers, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
         images = [[row["image"]] for row in rows]
         batch = self.processor(images=images, text=[self.prompt] * len(rows), return_tensors="pt")
+        # joined, with labels for the answers only
         labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
         batch["labels"] = torch.cat([torch.full_like(batch["input_ids"], -100), labels], 1)  # (B, prompt + answer)
         for name in ("input_ids", "attention_mask"):
@@ -41,23 +43,24 @@ def parse_options(description: str, output: str, learning_rate: float) -> argpar
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), help="MicroVLM checkpoint, a folder or Hub id")
     parser.add_argument("--data", default=str(ROOT / "data/mini"), help="folder or Hub id: splits train, validation")
-    parser.add_argument("--answer", default="{caption} Style: {style}.", help="what to say, made of the data's columns")
+    parser.add_argument("--answer", default="{caption} Style: {style}.", help="what to say, with the data's columns")
     parser.add_argument("--output", default=output)
     parser.add_argument("--max-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
-    parser.add_argument("--limit", type=int, help="use only the first so many rows of each split")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT rows of each split")
     return parser.parse_args()
 
 
 def load_splits(options: argparse.Namespace):
-    """Rows to train on and rows held out, with the columns `image` and what `--answer` names."""
+    """Load rows to train on and rows held out, with `image` and the columns that `--answer` names."""
     splits = [load_dataset(options.data, split=name) for name in ("train", "validation")]
     return [rows.select(range(min(options.limit or len(rows), len(rows)))) for rows in splits]
 
 
 @torch.no_grad()
 def describe(model, processor, prompt: str, image) -> str:
+    """Caption one image."""
     model.eval()
     inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
     out = model.generate(**inputs, max_new_tokens=32, do_sample=False)
@@ -65,13 +68,13 @@ def describe(model, processor, prompt: str, image) -> str:
 
 
 def load(name: str):
-    """The model in float32, where small steps are not rounded away; packed weights do not train: they are unpacked."""
+    """Open the model in float32, where small steps are not rounded away; packed weights are unpacked to train."""
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
     return model.dequantize(torch.float32) if getattr(model, "is_quantized", False) else model
 
 
 def train(model, processor, options: argparse.Namespace) -> Trainer:
-    """Train what `requires_grad`; print loss and a caption of held-out rows, before and after."""
+    """Train all that `requires_grad`; print loss and a caption of held-out rows, before and after."""
     rows, held_out = load_splits(options)
     prompt = processor.decode(model.config.default_prompt_ids)  # the one of generate(pixel_values=...)
     trainer = Trainer(
@@ -95,6 +98,7 @@ def train(model, processor, options: argparse.Namespace) -> Trainer:
         data_collator=CaptionCollator(processor, prompt, options.answer),
         processing_class=processor,  # saved with the model
     )
+    # evaluate, train, evaluate
     before = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])
     seconds = trainer.train().metrics["train_runtime"]
     after = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning with TRL's SFTTrainer and its own collator for pictures.
+"""Fine-tune with TRL's SFTTrainer and its collator for images.
 
     python examples/finetune_trl.py --max-steps 40 --output runs/finetune_trl
 
-Needs finetune_trainer.py beside it, and trl. A row is `prompt`, `completion` (messages) and `image`: then the loss is on the
-completion alone. With one list of `messages` TRL would train on the whole sequence, image placeholders included.
+Needs finetune_trainer.py and trl. A row has `prompt`, `completion` (messages) and `image`, so the loss is on the
+completion only. With one list of `messages` TRL would train on the whole sequence, image placeholders included.
 """
 
 import torch
@@ -11,10 +11,11 @@ from finetune_trainer import describe, load, load_splits, parse_options
 from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-QUESTION = None  # words beside the picture; V: "Describe the picture."
+QUESTION = None  # words next to the image; V: "Describe the picture."
 
 
 def to_messages(row: dict, answer: str) -> dict:
+    """Write a row as a chat of one question and one answer."""
     content = [{"type": "image"}] + ([{"type": "text", "text": QUESTION}] if QUESTION else [])
     return {
         "prompt": [{"role": "user", "content": content}],
@@ -29,7 +30,7 @@ def main() -> None:
     model.requires_grad_(False)
     model.model.adapter.requires_grad_(True)
     model.model.language_model.layers.requires_grad_(True)
-
+    # chats with images
     rows, held_out = (
         split.map(to_messages, fn_kwargs={"answer": options.answer}).select_columns(["image", "prompt", "completion"])
         for split in load_splits(options)
@@ -54,6 +55,7 @@ def main() -> None:
         eval_dataset=held_out,
         processing_class=processor,
     )
+    # evaluate, train, evaluate
     prompt = processor.apply_chat_template(held_out[0]["prompt"], add_generation_prompt=True)
     before = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])
     seconds = trainer.train().metrics["train_runtime"]
