@@ -1,7 +1,7 @@
-"""Property tests of what comes from outside: pictures, processor inputs, configs, packed checkpoints, memory files; and round trips.
+"""Property tests of what comes from outside: images, processor inputs, configs, packed checkpoints, memory files.
 
-`benchmarks/robustness.py` has the mutations and the judgement; here they run on a small budget, hypothesis chooses the cases, and every bug
-that was found this way has a case of its own.
+`tests/fuzz` has the mutations and the judgement. Here they run on a small budget; hypothesis chooses the
+cases. Round trips, and every bug of that kind, have cases of their own.
 """
 
 import copy
@@ -60,7 +60,7 @@ def processor():
 
 
 @pytest.mark.parametrize(
-    "name,examples", [("pictures", 100), ("processor", 60), ("memory", 60), ("configs", 20), ("packed", 8)]
+    "name,examples", [("images", 100), ("processor", 60), ("memory", 60), ("configs", 20), ("packed", 8)]
 )
 def test_mutations_are_accepted_or_refused(name, examples, kinds):
     @settings(small, max_examples=examples)
@@ -73,19 +73,8 @@ def test_mutations_are_accepted_or_refused(name, examples, kinds):
 
 @pytest.mark.slow
 def test_ten_times_as_many(tmp_path):
-    options = [
-        "--cases",
-        "1000",
-        "--soak",
-        "60",
-        "--seed",
-        "1",
-        "--slope",
-        "1000",
-        "--json",
-        str(tmp_path / "out.json"),
-    ]
-    assert main(options) == 0
+    options = "--cases 1000 --soak 60 --seed 1 --slope 1000".split()
+    assert main([*options, "--json", str(tmp_path / "out.json")]) == 0
     results = {r["kind"]: r for r in json.loads((tmp_path / "out.json").read_text())}
     assert results.keys() == {*KINDS, "soak"}
     for name, kind in KINDS.items():
@@ -169,8 +158,8 @@ def test_an_array_gives_pixels_or_a_refusal(processor, data):
         assert str(error)
     else:
         values = pixels["pixel_values"]
-        pictures = len(array) if array.ndim == 4 else 1  # four axes are a batch
-        assert values.shape == (pictures, 3, 32, 32) and values.dtype == torch.float32 and torch.isfinite(values).all()
+        images = len(array) if array.ndim == 4 else 1  # four axes are a batch
+        assert values.shape == (images, 3, 32, 32) and values.dtype == torch.float32 and torch.isfinite(values).all()
 
 
 # ---- round trips
@@ -238,21 +227,19 @@ def test_a_memory_comes_back_from_its_file(tmp_path_factory, rows, items, seed):
     ),
     SEEDS,
 )
-def test_a_batch_of_pictures_is_its_pictures(processor, sizes, seed):
+def test_a_batch_of_images_is_its_images(processor, sizes, seed):
     noise = np.random.default_rng(seed)
-    pictures = [
-        Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode) for w, h, mode in sizes
-    ]
-    texts = [f"<image>{'a red ' * n}square" for n in range(len(pictures))]
-    batch = processor(images=[[p] for p in pictures], text=texts, padding=True, return_tensors="pt")
-    for row, (picture, text) in enumerate(zip(pictures, texts)):
-        single = processor(images=picture, text=text, return_tensors="pt")
+    images = [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode) for w, h, mode in sizes]
+    texts = [f"<image>{'a red ' * n}square" for n in range(len(images))]
+    batch = processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt")
+    for row, (image, text) in enumerate(zip(images, texts)):
+        single = processor(images=image, text=text, return_tensors="pt")
         assert torch.equal(batch["pixel_values"][row], single["pixel_values"][0])
         words = batch["input_ids"][row][batch["attention_mask"][row].bool()]
         assert torch.equal(words, single["input_ids"][0])
 
 
-# ---- bugs that were found this way
+# ---- bugs that these tests found
 
 
 @pytest.mark.parametrize("kind", ["ICO", "ICNS"])
@@ -296,7 +283,7 @@ def test_sixteen_bits_take_no_float_copy_of_the_picture():
     ids=["nan", "inf", "complex", "text", "no columns", "nothing"],
 )
 @pytest.mark.parametrize("tensor", [False, True])
-def test_arrays_that_are_no_pictures_are_refused(processor, array, tensor):
+def test_arrays_that_are_no_images_are_refused(processor, array, tensor):
     if tensor and array.dtype.kind == "U":
         pytest.skip("torch has no texts")
     picture = torch.from_numpy(array) if tensor else array
@@ -341,7 +328,7 @@ def test_an_opened_picture_is_turned_once(tmp_path):
         (lambda red, batch: [(red,), torch.from_numpy(batch)], "batches and lists"),
     ],
 )
-def test_pictures_beside_several_are_refused(processor, images, kinds):
+def test_images_next_to_batches_are_refused(processor, images, kinds):
     images = images(Image.new("RGB", (8, 8), "red"), np.zeros((2, 3, 8, 8), np.uint8))
     for call in (processor, processor.image_processor):
         with pytest.raises(ValueError, match=f"^`images` has {kinds} side by side: give images alone"):
@@ -359,32 +346,44 @@ def test_half_a_character_is_refused(processor):
         processor(text=["a", "\ud800"], padding=True)
 
 
+def invalid(section: str, name: str) -> str:
+    return f"{section} is not valid: Validation error for field '{name}'"
+
+
+OBJECT = "must be an object of names and values, got"
+HUGE_TEXT = {"model_type": "qwen2", "num_hidden_layers": 2**31}
+PREFIX = invalid("adapter_config", "num_prefix_tokens")
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
         ({"text_config": 3}, "Field 'text_config' with value 3 doesn't match any type in"),
         ({"text_config": {"model_type": ["qwen2"]}}, "text_config is not valid: TypeError: "),
-        ({"text_config": {"model_type": "qwen2", "num_hidden_layers": 2**31}}, "text_config.num_hidden_layers must be a whole number"),
-        ({"vision_config": {"num_classes": 10**12}}, "vision_config.num_classes must be a whole number of at most 100000"),
+        ({"text_config": HUGE_TEXT}, "text_config.num_hidden_layers must be a whole number"),
+        (
+            {"vision_config": {"num_classes": 10**12}},
+            "vision_config.num_classes must be a whole number of at most 100000",
+        ),
         ({"vision_config": {"model_args": {"depth": 10**12}}}, "vision_config.model_args.depth must be a whole number"),
         ({"num_labels": 10**12}, "num_labels must be a whole number of at most 100000, got 1000000000000."),
-        ({"adapter_config": {"num_prefix_tokens": -25}}, "adapter_config is not valid: Validation error for field 'num_prefix_tokens':\n    ValueError: Value must be from 1"),
-        ({"adapter_config": {"num_prefix_tokens": "25"}}, "adapter_config is not valid: Validation error for field 'num_prefix_tokens':\n    TypeError: "),
-        ({"memory_config": {"num_slots": LARGEST_SIZE + 1}}, "memory_config is not valid: Validation error for field 'num_slots'"),
-        ({"memory_config": {"gray_weight": "x"}}, "memory_config is not valid: Validation error for field 'gray_weight'"),
-        ({"memory_config": {"scope_threshold": [[1, "x"]]}}, "memory_config is not valid: Validation error for field 'scope_threshold'"),
-        ({"qat_config": {"ternary_modules": 7}}, "qat_config is not valid: Validation error for field 'ternary_modules'"),
-        ({"alignment_config": {"temperature": 0}}, "alignment_config is not valid: Validation error for field 'temperature'"),
+        ({"adapter_config": {"num_prefix_tokens": -25}}, f"{PREFIX}:\n    ValueError: Value must be from 1"),
+        ({"adapter_config": {"num_prefix_tokens": "25"}}, f"{PREFIX}:\n    TypeError: "),
+        ({"memory_config": {"num_slots": LARGEST_SIZE + 1}}, invalid("memory_config", "num_slots")),
+        ({"memory_config": {"gray_weight": "x"}}, invalid("memory_config", "gray_weight")),
+        ({"memory_config": {"scope_threshold": [[1, "x"]]}}, invalid("memory_config", "scope_threshold")),
+        ({"qat_config": {"ternary_modules": 7}}, invalid("qat_config", "ternary_modules")),
+        ({"alignment_config": {"temperature": 0}}, invalid("alignment_config", "temperature")),
         ({"default_prompt_ids": 4}, "Validation error for field 'default_prompt_ids'"),
-        ({"alignment_config": {"fusion_num_layers": 2_000_000}}, "alignment_config is not valid: Validation error for field 'fusion_num_layers'"),
-        ({"memory_config": {"ben_cohen_steps": 2**24}}, "memory_config is not valid: Validation error for field 'ben_cohen_steps'"),
-        ({"quantization_config": 0.5}, "quantization_config must be an object of names and values, got 0.5."),
-        ({"quantization_config": "x"}, "quantization_config must be an object of names and values, got 'x'."),
-        ({"text_config": {"quantization_config": []}}, "text_config.quantization_config must be an object of names and values, got []."),
+        ({"alignment_config": {"fusion_num_layers": 2_000_000}}, invalid("alignment_config", "fusion_num_layers")),
+        ({"memory_config": {"ben_cohen_steps": 2**24}}, invalid("memory_config", "ben_cohen_steps")),
+        ({"quantization_config": 0.5}, f"quantization_config {OBJECT} 0.5."),
+        ({"quantization_config": "x"}, f"quantization_config {OBJECT} 'x'."),
+        ({"text_config": {"quantization_config": []}}, f"text_config.quantization_config {OBJECT} []."),
         ({"dtype": [1]}, "dtype must be the name of one, got [1]."),
         ({"dtype": "cuda:7"}, "the configuration is not valid: AttributeError: "),
     ],
-)  # fmt: skip
+)
 def test_impossible_configs_are_refused_by_name(change, message):
     with pytest.raises((ValueError, StrictDataclassError)) as error:
         tiny_config(**change)
@@ -462,19 +461,23 @@ def test_patterns_keep_their_order_in_config_json(tmp_path):
     assert not hasattr(quantization.PackedConfig({"a": {}, "b": {}}), "order")  # sorted already: nothing to keep
 
 
+MODULES = "quantization_config.modules must be an object of expressions with an object each, got"
+ORDER = "quantization_config.order must hold every expression"
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"modules": 3}, "quantization_config.modules must be an object of expressions with an object each, got 3."),
-        ({"modules": {"a": None}}, "quantization_config.modules must be an object of expressions with an object each, got"),
-        ({}, "quantization_config.modules must be an object of expressions with an object each, got None."),
+        ({"modules": 3}, f"{MODULES} 3."),
+        ({"modules": {"a": None}}, MODULES),
+        ({}, f"{MODULES} None."),
         ({"modules": {"(": {}}}, "quantization_config.modules: '(' is not a regular expression: "),
         ({"modules": {"a": {"format": []}}}, "format must be one of "),
         ({"modules": {"a": {"frequent_rows": "10"}}}, "frequent_rows must be a whole number, got '10'."),
-        ({"modules": {"a": {}}, "order": [1]}, "quantization_config.order must hold every expression"),
-        ({"modules": {"a": {}}, "order": 7}, "quantization_config.order must hold every expression"),
+        ({"modules": {"a": {}}, "order": [1]}, ORDER),
+        ({"modules": {"a": {}}, "order": 7}, ORDER),
     ],
-)  # fmt: skip
+)
 def test_an_impossible_quantization_config_is_refused_by_name(change, message):
     with pytest.raises(ValueError) as error:
         quantization.PackedConfig(**change)

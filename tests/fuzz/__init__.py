@@ -1,1 +1,1 @@
-"""Mutate files and inputs, and look whether anything falls over."""
+"""Mutate files and inputs, and check that nothing crashes."""

@@ -17,21 +17,22 @@ from transformers import AutoProcessor
 
 from microvlm.model import MemoryState, MicroVLMConfig, MicroVLMForConditionalGeneration, open_image
 
-from .material import PROMPT, ROOT, odd_images, odd_texts, picture_files, small_memory, small_packed
+from .material import PROMPT, ROOT, image_files, odd_images, odd_texts, small_memory, small_packed
 from .mutations import ico_around, mutate_bytes, mutate_json, mutate_png, mutate_safetensors, mutate_tensors, png_bomb
 
 REFUSALS = (ValueError, TypeError, OSError, SafetensorError)
+ODD_VALUES = ("", "nan", "-1", "1" * 5000, "[]", "[[]]", '[["\\ud800"]]', "[" * 10_000, "null")
 RAISES = ("raise", "reraise")  # how the line of an error raised on purpose begins
 
 
-def check_pixels(values: torch.Tensor, pictures: int) -> None:
-    assert values.shape == (pictures, 3, 224, 224), f"pixel_values of shape {tuple(values.shape)}"
+def check_pixels(values: torch.Tensor, images: int) -> None:
+    assert values.shape == (images, 3, 224, 224), f"pixel_values of shape {tuple(values.shape)}"
     assert values.dtype == torch.float32, f"pixel_values of {values.dtype}"
     assert bool(torch.isfinite(values).all()), "pixel_values that are not finite"
 
 
-class Pictures:
-    """Mutated picture files, through `open_image` and the processor to `pixel_values`."""
+class Images:
+    """Mutated image files, through `open_image` and the processor to `pixel_values`."""
 
     share = 1.0
     types = (OSError, ValueError)
@@ -39,10 +40,11 @@ class Pictures:
     def __init__(self, folder: Path):
         self.folder = folder
         self.processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
-        self.seeds = picture_files(random.Random(0))
+        self.seeds = image_files(random.Random(0))
         self.pngs = [data for suffix, data in self.seeds if suffix == "png"]
 
     def case(self, rng: random.Random) -> None:
+        # a file and its damage
         suffix, data = rng.choice(self.seeds)
         roll = rng.random()
         if roll < 0.03:
@@ -57,33 +59,34 @@ class Pictures:
         path = self.folder / f"case.{suffix}"
         path.write_bytes(data)
         self.last = str(path)
+        # by path, or opened
         limit = self.processor.image_processor.max_pixels
-        picture = str(path)
+        image = str(path)
         if rng.random() < 0.5:
-            picture = open_image(path, limit)
-            assert picture.width * picture.height <= limit, f"a picture of {picture.size}"
-        inputs = self.processor(images=picture, text=PROMPT, return_tensors="pt")
+            image = open_image(path, limit)
+            assert image.width * image.height <= limit, f"an image of {image.size}"
+        inputs = self.processor(images=image, text=PROMPT, return_tensors="pt")
         check_pixels(inputs["pixel_values"], 1)
 
     def explain(self, error: BaseException) -> str | None:
-        """Why this is no good refusal; None if it is one."""
-        return None if self.last in str(error) else "the message does not name the picture"
+        """Say why this is no good refusal; None if it is one."""
+        return None if self.last in str(error) else "the message does not name the image"
 
 
 class ProcessorInputs:
-    """Odd combinations of pictures, texts and options."""
+    """Odd combinations of images, texts and options."""
 
     share = 1.0
     types = (ValueError, TypeError, OSError)
 
     def __init__(self, folder: Path):
         self.processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
-        self.pictures = [str(path) for path in sorted((ROOT / "examples").glob("*.png"))]
+        self.paths = [str(path) for path in sorted((ROOT / "examples").glob("*.png"))]
 
     def case(self, rng: random.Random) -> None:
         kwargs = {}
         if rng.random() < 0.9:
-            kwargs["images"] = odd_images(rng, self.pictures)
+            kwargs["images"] = odd_images(rng, self.paths)
         if rng.random() < 0.9:
             kwargs["text"] = odd_texts(rng)
         if rng.random() < 0.9:
@@ -98,15 +101,14 @@ class ProcessorInputs:
         inputs = self.processor(**kwargs)
         if kwargs.get("return_tensors") != "pt":
             return
-        pictures = 0
+        images = 0
         if "pixel_values" in inputs:
-            pictures = len(inputs["pixel_values"])
-            check_pixels(inputs["pixel_values"], pictures)
+            images = len(inputs["pixel_values"])
+            check_pixels(inputs["pixel_values"], images)
         if "input_ids" in inputs:
-            tokens, places = self.processor.image_token_id, self.processor.num_image_tokens
-            found = int((inputs["input_ids"] == tokens).sum())
-            # a picture that no text mentions, or the other way round, would end in the model
-            assert found == pictures * places, f"{found} placeholders for {pictures} pictures"
+            count = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+            # an image that no text mentions, or the other way round, would end in the model
+            assert count == images * self.processor.num_image_tokens, f"{count} placeholders for {images} images"
 
     def explain(self, error: BaseException) -> str | None:
         return None
@@ -116,13 +118,7 @@ class Configs:
     """Mutated config.json, built on the meta device."""
 
     share = 0.2
-    types = (
-        ValueError,
-        TypeError,
-        OSError,
-        StrictDataclassError,
-        ImportError,
-    )  # the last two: of the library's own checks
+    types = (ValueError, TypeError, OSError, StrictDataclassError, ImportError)  # the last two: the library's own
 
     def __init__(self, folder: Path):
         names = [ROOT / "config.json", ROOT / "configs/microvlm-nano.json", ROOT / "configs/microvlm-v.json"]
@@ -147,13 +143,7 @@ class Packed:
     """Mutated packed checkpoints: a small one with every format in it, at times the packed nano."""
 
     share = 0.2
-    types = (
-        ValueError,
-        TypeError,
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    )  # transformers' own for shapes is a RuntimeError
+    types = (ValueError, TypeError, OSError, SafetensorError, RuntimeError)  # the last is transformers' for shapes
 
     def __init__(self, folder: Path, nano: Path | None = None):
         self.folder = folder / "packed"
@@ -214,20 +204,7 @@ class MemoryFiles:
                 tensors = mutate_tensors(tensors, rng)
             else:
                 key = rng.choice(sorted(metadata))
-                odd = (
-                    "",
-                    "nan",
-                    "-1",
-                    "1" * 5000,
-                    "[]",
-                    "[[]]",
-                    '[["\\ud800"]]',
-                    "[" * 10_000,
-                    "null",
-                    metadata[key] + " ",
-                    "2",
-                )
-                metadata[key] = rng.choice(odd)
+                metadata[key] = rng.choice((*ODD_VALUES, metadata[key] + " ", "2"))
             save_file(tensors, self.folder / "changed.safetensors", metadata)
             data = (self.folder / "changed.safetensors").read_bytes()
         self.path.write_bytes(data)
@@ -237,10 +214,12 @@ class MemoryFiles:
         state = MemoryState.load(path, self.expected)
         assert 0 < state.num_rows <= 2 and int(state.counts.max()) <= state.max_items == 6
         assert state.describe()
+        # read
         R, K = state.num_rows, 8
         query = torch.nn.functional.normalize(torch.randn(R, 2, K, generator=torch.Generator().manual_seed(0)), dim=-1)
         read = state.read(query, sharpness=40.0)
         assert all(torch.isfinite(t).all() for t in vars(read).values()), "a read that is not finite"
+        # merge, save, open, forget all
         state.merge(state)
         state.save(self.folder / "again.safetensors")
         again = MemoryState.load(self.folder / "again.safetensors", self.expected)
@@ -256,7 +235,7 @@ class MemoryFiles:
 
 
 KINDS = {
-    "pictures": Pictures,
+    "images": Images,
     "processor": ProcessorInputs,
     "configs": Configs,
     "packed": Packed,
@@ -265,22 +244,20 @@ KINDS = {
 
 
 def judge(error: BaseException, kind) -> str | None:
-    """Why an error is no good refusal: of a documented type, raised on purpose, with a message; None if it is one."""
+    """Say why an error is no good refusal; None if it is of a documented type, raised on purpose, with a message."""
     if not isinstance(error, kind.types):
         return "another type of error"
     if not str(error).strip():
         return "no message"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    on_purpose = isinstance(error, SafetensorError) or linecache.getline(last.filename, last.lineno).strip().startswith(
-        RAISES
-    )
-    if not on_purpose:
+    line = linecache.getline(last.filename, last.lineno).strip()
+    if not isinstance(error, SafetensorError) and not line.startswith(RAISES):
         return f"not raised on purpose, in {Path(last.filename).name}:{last.lineno}"
     return kind.explain(error)
 
 
 def attempt(kind, seed: str) -> tuple[str, str]:
-    """One case: `accepted`, `refused` with the type of the error, or `other` with what went wrong."""
+    """Run one case: `accepted`, `refused` with the type of the error, or `other` with what went wrong."""
     try:
         kind.case(random.Random(seed))
         return "accepted", ""

@@ -3,15 +3,24 @@
 import copy
 import functools
 import json
+import math
 import random
 import struct
 import zlib
 
 import torch
 
+SIDES = (0, 1, 63, 7999, 8001, 30000, 100_000, 2**31 - 1, 2**32 - 1)
+STRANGE = [None, True, False, 0, -1, 1, 3, 7, 2**31, 2**63, 10**12, -(10**9), 0.5, -0.5, 1e308, math.nan, math.inf]
+STRANGE += ["", "x", "qwen2", "gelu", "bfloat16", "cuda:7", "../..", [], [1], [[1, 0.5]], [None], {}, {"a": 1}]
+STRANGE += [{"model_type": "bert"}]
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int64, torch.bool)
+WORDS = (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\1\0")
+CHUNKS = (b"tRNS", b"PLTE", b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"gAMA", b"acTL", b"fcTL", b"IDAT", b"IEND")
+
 
 def mutate_bytes(data: bytes, rng: random.Random, others: list[bytes] = ()) -> bytes:
-    """`data` with one to four kinds of damage."""
+    """Damage bytes in one to four ways."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         size = max(1, len(data))
@@ -30,9 +39,7 @@ def mutate_bytes(data: bytes, rng: random.Random, others: list[bytes] = ()) -> b
             case 4:
                 data[at : at + 1] = bytes([rng.choice((0, 1, 127, 128, 254, 255))])
             case 5:
-                data[at : at + 4] = rng.choice(
-                    (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\1\0")
-                )
+                data[at : at + 4] = rng.choice(WORDS)
             case 6:
                 data[at:at] = data[(start := rng.randrange(size)) : start + rng.randrange(200)]
             case 7 if others:
@@ -43,7 +50,7 @@ def mutate_bytes(data: bytes, rng: random.Random, others: list[bytes] = ()) -> b
 
 
 def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    """The chunks of a whole PNG file, type and body."""
+    """Split a whole PNG file into chunks of type and body."""
     chunks, at = [], 8
     while at < len(data):
         size = struct.unpack(">I", data[at : at + 4])[0]
@@ -53,7 +60,7 @@ def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """A PNG file whose check sums are right, whatever the chunks say."""
+    """Join chunks to a PNG file whose check sums are right."""
     parts = [struct.pack(">I", len(b)) + kind + b + struct.pack(">I", zlib.crc32(kind + b)) for kind, b in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -63,12 +70,12 @@ def png_header(width: int, height: int, bits: int = 8, kind: int = 2, interlace:
 
 
 def mutate_png(data: bytes, rng: random.Random) -> bytes:
-    """A PNG with damage behind its check sums: header, order of chunks, bodies."""
+    """Damage a PNG and make its check sums right: header, order of chunks, bodies."""
     chunks = png_chunks(data)
     match rng.randrange(5):
         case 0:
-            side = lambda: rng.choice((0, 1, 63, 7999, 8001, 30000, 100_000, 2**31 - 1, 2**32 - 1))  # noqa: E731
-            chunks[0] = png_header(side(), side(), rng.choice((1, 2, 4, 8, 16)), rng.choice((0, 2, 3, 4, 6)))
+            width, height = (rng.choice(SIDES) for _ in range(2))
+            chunks[0] = png_header(width, height, rng.choice((1, 2, 4, 8, 16)), rng.choice((0, 2, 3, 4, 6)))
         case 1:
             chunks[0] = (b"IHDR", mutate_bytes(chunks[0][1], rng))
         case 2:
@@ -76,9 +83,7 @@ def mutate_png(data: bytes, rng: random.Random) -> bytes:
             chunks[at] = (chunks[at][0], mutate_bytes(chunks[at][1], rng))
         case 3:
             at = rng.randrange(1, len(chunks))
-            kind = rng.choice(
-                (b"tRNS", b"PLTE", b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"gAMA", b"acTL", b"fcTL", b"IDAT", b"IEND")
-            )
+            kind = rng.choice(CHUNKS)
             body = rng.choice((b"", rng.randbytes(rng.randrange(64)), b"a\0\0" + zlib.compress(bytes(4_000_000))))
             chunks.insert(at, (kind, body))
         case _:
@@ -88,7 +93,7 @@ def mutate_png(data: bytes, rng: random.Random) -> bytes:
 
 @functools.cache
 def png_bomb(side: int, kind: int, bits: int) -> bytes:
-    """A whole PNG of side x side zeros, in a small file."""
+    """Write a whole PNG of side x side zeros, a small file."""
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     squeeze, row = zlib.compressobj(1), bytes(1 + -(-side * channels * bits // 8))
     body = b"".join(squeeze.compress(row * 64) for _ in range(-(-side // 64))) + squeeze.flush()
@@ -97,14 +102,14 @@ def png_bomb(side: int, kind: int, bits: int) -> bytes:
 
 
 def ico_around(png: bytes, kind: str = "ICO") -> bytes:
-    """An icon file that says 16 x 16 about the PNG inside."""
+    """Write an icon file that claims 16 x 16 for the PNG inside."""
     if kind == "ICNS":
         return b"icns" + struct.pack(">I", 16 + len(png)) + b"icp4" + struct.pack(">I", 8 + len(png)) + png
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
 
 
 def mutate_json(value, rng: random.Random):
-    """A JSON object with one to three entries, somewhere inside, swapped, dropped or added."""
+    """Swap, drop or add one to three entries somewhere in a JSON object."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = []
@@ -135,48 +140,12 @@ def mutate_json(value, rng: random.Random):
 
 
 def strange(rng: random.Random):
-    """A value that is hardly ever right."""
-    return rng.choice(
-        (
-            None,
-            True,
-            False,
-            0,
-            -1,
-            1,
-            3,
-            7,
-            2**31,
-            2**63,
-            10**12,
-            -(10**9),
-            0.5,
-            -0.5,
-            1e308,
-            float("nan"),
-            float("inf"),
-        )
-        + (
-            "",
-            "x",
-            "qwen2",
-            "gelu",
-            "bfloat16",
-            "cuda:7",
-            "../..",
-            [],
-            [1],
-            [[1, 0.5]],
-            [None],
-            {},
-            {"a": 1},
-            {"model_type": "bert"},
-        )
-    )
+    """Choose a value that is hardly ever right."""
+    return copy.deepcopy(rng.choice(STRANGE))
 
 
 def mutate_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict[str, torch.Tensor]:
-    """Tensors with changed values, bytes, shapes, dtypes, or one missing or too many."""
+    """Change values, bytes, shapes or dtypes of tensors, or drop or add one."""
     tensors = dict(tensors)
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice(sorted(tensors))
@@ -194,14 +163,11 @@ def mutate_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict
             case 3:
                 tensors[name] = t.new_zeros([max(0, n + rng.choice((-1, 0, 0, 1))) for n in t.shape])
             case 4:
-                other = rng.choice(
-                    (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int64, torch.bool)
-                )
-                tensors[name] = t.to(other)
+                tensors[name] = t.to(rng.choice(DTYPES))
             case 5 if len(tensors) > 1:
                 del tensors[name]
             case 6:
-                tensors[rng.choice(("extra", "mean", f"{name}.x", "lm_head.weight"))] = t.clone()
+                tensors[rng.choice(("another", "mean", f"{name}.x", "lm_head.weight"))] = t.clone()
             case 7:
                 tensors[name] = rng.choice((t.flatten(), t.unsqueeze(0), t.new_zeros(0), t.new_zeros(())))
             case _:
@@ -210,7 +176,7 @@ def mutate_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict
 
 
 def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
-    """The bytes of a file with damage in its header, or anywhere."""
+    """Damage a file in its header, or anywhere."""
     if rng.random() < 0.4:
         return mutate_bytes(data, rng)
     size = struct.unpack("<Q", data[:8])[0]
