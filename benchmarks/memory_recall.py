@@ -11,47 +11,89 @@ import argparse
 import copy
 import json
 import sys
-import time
+from collections import defaultdict
+from functools import reduce
 from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from benchmarks.machine import seconds
 from microvlm.data.rows import decode_row, load_rows
 from microvlm.evaluate.bench import BATCH, Bench
 from microvlm.evaluate.memory import mean, measure
+from microvlm.files import ROOT, write_json
+from microvlm.model import load
 from microvlm.tables import markdown_table
 
-ROOT = Path(__file__).resolve().parents[1]
+FACT = "This is Bimo the penguin."
+# column -> figure of `measure`, by the path of its keys
+RECALL = {
+    "same image": "same",
+    "augmented view": "view",
+    "other style": "style",
+    "the same with the gate open": "style_open",
+    "in words": "words",
+    "word F1 (view)": "word_f1",
+    "no memory (same)": "no_memory",
+    "nearest (view)": "view_nearest",
+    "nearest (style)": "style_nearest",
+}
+UNWRITTEN = {"images": "pictures", "false recall": "false_recall", "unchanged": "unchanged"}
+UNWRITTEN |= {"AUROC": "auroc", "EER": "eer", "accuracy": "accuracy"}
+# three plots: title, and curves: label -> (figure, format of matplotlib)
+PLOTS = {
+    "taught name said": {
+        "same image": ("seen.same", "C0o-"),
+        "augmented view": ("seen.view", "C1o-"),
+        "other style": ("seen.style", "C2o-"),
+        "in words": ("seen.words", "C3o-"),
+        "same image, new names": ("new.same", "C0o--"),
+        "augmented view, new names": ("new.view", "C1o--"),
+        "other style, new names": ("new.style", "C2o--"),
+        "in words, new names": ("new.words", "C3o--"),
+        "nearest neighbour, view": ("seen.view_nearest", "k:"),
+        "facts in the prompt, view": ("in_prompt", "kx"),
+    },
+    "not written, forgotten, kept": {
+        "false recall, unrelated": ("unrelated.false_recall", "C0o-"),
+        "false recall, look-alike": ("lookalike.false_recall", "C1o-"),
+        "scope AUROC, unrelated": ("unrelated.auroc", "C0o--"),
+        "scope AUROC, look-alike": ("lookalike.auroc", "C1o--"),
+        "forgotten, recall": ("forget.forgotten", "C3o-"),
+        "kept, recall": ("forget.kept", "C2o-"),
+    },
+    "bytes": {
+        "memory: posterior": ("bytes.posterior", "C0o-"),
+        "memory: receipts": ("bytes.receipts", "C1o-"),
+        "retrieval": ("bytes.retrieval", "C2o-"),
+    },
+}
 
 
-def timings(bench: Bench, row, repeats: int = 7) -> dict[str, float]:
-    """Median milliseconds to write, read and forget one fact, picture included, and of 20 LoRA steps on it.
+def timings(bench: Bench, row: dict, repeats: int = 7) -> dict[str, float]:
+    """Time writing, reading and forgetting one fact, and 20 LoRA steps on it; median milliseconds.
 
-    The picture is encoded once in each, in writing its grey copy too.
+    The image is encoded once in each but forgetting, in writing its grey copy too.
     """
     from peft import LoraConfig, get_peft_model
 
     model, processor = bench.model, bench.processor
-    picture = decode_row(row, processor.image_processor)[0]
-    inputs = processor(
-        images=[picture], text=[processor.image_token + "This is Bimo the penguin."], return_tensors="pt"
-    ).to(model.device, model.dtype)
-    start, answer = model.default_prompt(1)[0].tolist(), bench.tokens("This is Bimo the penguin.")
-    answer = [*answer, processor.tokenizer.eos_token_id]
+    image = decode_row(row, processor.image_processor)[0]
+    inputs = processor(images=[image], text=[processor.image_token + FACT], return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
+    # prompt and answer as a row to train on
+    prompt = model.default_prompt(1)
+    start, answer = prompt[0].tolist(), [*bench.tokens(FACT), processor.tokenizer.eos_token_id]
     ids = torch.tensor([start + answer], device=model.device)
     labels = torch.tensor([[-100] * len(start) + answer], device=model.device)
-    half = bench.teach([list(range(BATCH))], [["This is Bimo the penguin."] * BATCH])
-    times: dict[str, list[float]] = {"write": [], "read": [], "forget": [], "20 LoRA steps": []}
+    half = bench.teach([list(range(BATCH))], [[FACT] * BATCH])
 
-    def clock(name, function, *args, **kwargs):
-        start = time.perf_counter()
-        value = function(*args, **kwargs)
-        times[name].append(1000 * (time.perf_counter() - start))
-        return value
+    def read(memory):
+        image = model.get_image_features(inputs["pixel_values"], return_dict=True)
+        return model.model.read_memory(memory, model.model.get_memory_query(prompt, None, image.last_hidden_state))
 
-    def steps(tuned, optimizer):
+    def lora_steps(tuned, optimizer):
         with torch.no_grad():
             image = {"image": tuned.get_image_features(inputs["pixel_values"].float(), return_dict=True)}
         for _ in range(20):
@@ -59,142 +101,128 @@ def timings(bench: Bench, row, repeats: int = 7) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
 
-    def read(memory):
-        image = model.get_image_features(inputs["pixel_values"], return_dict=True)
-        return model.model.read_memory(memory, model.model.get_memory_query(prompt, None, image.last_hidden_state))
-
-    prompt = model.default_prompt(1)
+    times = defaultdict(list)
     for _ in range(repeats):
-        written = clock("write", model.write_memory, half, **inputs)
+        # the memory
+        duration, written = seconds(lambda: model.write_memory(half, **inputs))
+        times["write"].append(duration)
         with torch.inference_mode():
-            clock("read", read, written)
-        clock("forget", model.forget, written, BATCH)
+            times["read"].append(seconds(lambda w=written: read(w))[0])
+        times["forget"].append(seconds(lambda w=written: model.forget(w, BATCH))[0])
+        # a fresh copy of the model with LoRA branches
         plain = copy.deepcopy(model)
         plain = plain.dequantize(torch.float32) if getattr(plain, "is_quantized", False) else plain.float()
         tuned = get_peft_model(plain, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
         optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=1e-3)
-        clock("20 LoRA steps", steps, tuned, optimizer)
-    return {name: median(values) for name, values in times.items()}
+        times["20 LoRA steps"].append(seconds(lambda t=tuned, o=optimizer: lora_steps(t, o))[0])
+    return {name: 1000 * median(values) for name, values in times.items()}
+
+
+def figure(result: dict, path: str) -> float | None:
+    """Look up a figure by the path of its keys, "forget.kept"; None where it was not measured."""
+    return reduce(lambda value, key: (value or {}).get(key), path.split("."), result)
 
 
 def report(results: list[dict], times: dict[str, float]) -> str:
-    get = lambda r, *path: (r.get(path[0]) or {}).get(path[1]) if len(path) > 1 else r.get(path[0])  # noqa: E731
+    """Write all results as Markdown tables."""
     recall = [
-        [r["facts"], kind, *(get(r, kind, k) for k in ("same", "view", "style", "style_open", "words", "word_f1")),
-         get(r, kind, "no_memory"), get(r, kind, "view_nearest"), get(r, kind, "style_nearest"),
-         r.get("in_prompt") if kind == "seen" else None]
-        for r in results for kind in ("seen", "new") if kind in r
-    ]  # fmt: skip
-    header = "facts, names, same picture, augmented view, other style, the same with the gate open, in words, word F1 (view), no memory (same)"
-    header += ", nearest (view), nearest (style), in the prompt (view)"
-    scope = [
-        [r["facts"], *(get(r, g, k) for g in ("unrelated", "lookalike")
-                       for k in ("pictures", "false_recall", "unchanged", "auroc", "eer", "accuracy")),
-         get(r, "unrelated", "words_false_recall")]
-        for r in results
-    ]  # fmt: skip
-    questions = "unrelated, in words: false recall"
-    columns = ["pictures", "false recall", "unchanged", "AUROC", "EER", "accuracy"]
-    forget = [[r["facts"], *(get(r, "forget", k) for k in ("forgotten", "kept", "kept_before"))] for r in results]
-    size = [[r["facts"], *(get(r, "bytes", k) for k in ("posterior", "receipts", "retrieval"))] for r in results]
-    return "\n\n".join(
         [
-            "Recall: share of answers that say the taught name.\n\n" + markdown_table(header.split(", "), recall),
-            "Pictures that were not written.\n\n"
-            + markdown_table(
-                ["facts", *(f"{g}: {c}" for g in ("unrelated", "look-alike") for c in columns), questions], scope
-            ),
-            "After forgetting half, augmented views.\n\n"
-            + markdown_table(["facts", "forgotten", "kept", "kept, before"], [f for f in forget if f[1] is not None]),
-            "Bytes.\n\n" + markdown_table(["facts", "posterior", "receipts", "retrieval"], size),
-            "Milliseconds for one fact (median); all but forgetting encode the picture, writing its grey copy too.\n\n"
-            + markdown_table(list(times), [list(times.values())]),
+            r["facts"],
+            kind,
+            *(figure(r, f"{kind}.{key}") for key in RECALL.values()),
+            r.get("in_prompt") if kind == "seen" else None,
         ]
-    )
+        for r in results
+        for kind in ("seen", "new")
+        if kind in r
+    ]
+    tables = {
+        "Recall: share of answers that say the taught name.": (
+            ["facts", "names", *RECALL, "in the prompt (view)"],
+            recall,
+        )
+    }
+    # the others have one row per number of facts
+    unwritten = {
+        f"{name}: {column}": f"{group}.{key}"
+        for group, name in (("unrelated", "unrelated"), ("lookalike", "look-alike"))
+        for column, key in UNWRITTEN.items()
+    } | {"unrelated, in words: false recall": "unrelated.words_false_recall"}
+    forget = {"forgotten": "forget.forgotten", "kept": "forget.kept", "kept, before": "forget.kept_before"}
+    stored = {name: f"bytes.{name}" for name in ("posterior", "receipts", "retrieval")}
+    for title, columns, among in (
+        ("Images that were not written.", unwritten, results),
+        ("After forgetting half, augmented views.", forget, [r for r in results if "forget" in r]),
+        ("Bytes.", stored, results),
+    ):
+        rows = [[r["facts"], *(figure(r, path) for path in columns.values())] for r in among]
+        tables[title] = ["facts", *columns], rows
+    title = "Milliseconds for one fact (median); all but forgetting encode the image, writing its grey copy too."
+    tables[title] = list(times), [list(times.values())]
+    return "\n\n".join(f"{title}\n\n{markdown_table(*table)}" for title, table in tables.items())
 
 
 def plot(results: list[dict], slots: int, path: str) -> None:
+    """Plot recall, what was not written, and bytes over the number of facts."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True)
+    canvas, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True)
     facts = [r["facts"] for r in results]
-    curve = lambda axis, get, *args, **kwargs: axis.plot(facts, [get(r) for r in results], *args, **kwargs)  # noqa: E731
-    for kind, line in (("seen", "-"), ("new", "--")):
-        for key, name, color in (("same", "same picture", "C0"), ("view", "augmented view", "C1"),
-                                 ("style", "other style", "C2"), ("words", "in words", "C3")):  # fmt: skip
-            label = name if kind == "seen" else f"{name}, new names"
-            curve(axes[0], lambda r, k=kind, q=key: r[k].get(q), line, color=color, marker="o", ms=3, label=label)
-    curve(axes[0], lambda r: r["seen"]["view_nearest"], ":", color="grey", label="nearest neighbour, view")
-    curve(axes[0], lambda r: r["in_prompt"], "x", color="black", label="facts in the prompt, view")
-    axes[0].set_title("taught name said")
-    for group, color in (("unrelated", "C0"), ("lookalike", "C1")):
-        curve(axes[1], lambda r, g=group: r[g].get("false_recall"), color=color, marker="o", ms=3,
-              label=f"false recall, {group}")  # fmt: skip
-        curve(axes[1], lambda r, g=group: r[g].get("auroc"), "--", color=color, marker="o", ms=3,
-              label=f"scope AUROC, {group}")  # fmt: skip
-    curve(
-        axes[1], lambda r: r.get("forget", {}).get("forgotten"), color="C3", marker="o", ms=3, label="forgotten, recall"
-    )
-    curve(axes[1], lambda r: r.get("forget", {}).get("kept"), color="C2", marker="o", ms=3, label="kept, recall")
-    axes[1].set_title("not written, forgotten, kept")
-    for key, label in (
-        ("posterior", "memory: posterior"),
-        ("receipts", "memory: receipts"),
-        ("retrieval", "retrieval"),
-    ):
-        curve(axes[2], lambda r, k=key: r["bytes"][k], marker="o", ms=3, label=label)
-    axes[2].set_yscale("log")
-    axes[2].set_title("bytes")
-    for axis in axes:
+    for axis, (title, curves) in zip(axes, PLOTS.items()):
+        for label, (key, style) in curves.items():
+            axis.plot(facts, [figure(r, key) for r in results], style, ms=3, label=label)
+        axis.set(
+            title=title, xlabel=f"stored facts (line: K = {slots})", yscale="log" if title == "bytes" else "linear"
+        )
         axis.set_xscale("log", base=2)
         axis.axvline(slots, color="grey", lw=0.5)
-        axis.set_xlabel(f"stored facts (line: K = {slots})")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=110)
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = str(ROOT / "data/mini/validation.parquet")
     parser.add_argument("--model", default=str(ROOT))
-    parser.add_argument(
-        "--data", default=str(ROOT / "data/mini/validation.parquet"), help="images of concepts outside training"
-    )
+    parser.add_argument("--data", default=data, help="images of concepts outside training")
     parser.add_argument("--sizes", type=int, nargs="*", help="numbers of facts; default 1, 4, 16, 64, K, 2K, 4K")
     parser.add_argument("--queries", type=int, default=128, help="questions of each sort per number of facts")
     parser.add_argument(
-        "--draws", type=int, default=1, help="memories, names and questions drawn so often, figures are means"
+        "--draws", type=int, default=1, help="draws of memories, names and questions; figures are means"
     )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--plot", default="runs/memory_recall.png", help="PNG file; default: %(default)s")
-    parser.add_argument("--json", help="JSON file")
-    options = parser.parse_args()
-    model = AutoModelForImageTextToText.from_pretrained(
-        options.model, trust_remote_code=True, dtype=getattr(torch, options.dtype)
-    ).eval()
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    parser.add_argument("--json", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    model, processor = load(options.model, dtype=options.dtype, device="cpu")
     rows = load_rows(options.data)
     bench = Bench(model, processor, rows)
     slots = model.config.memory_config.num_slots
-    sizes = options.sizes or [1, 4, 16, 64, slots, 2 * slots, 4 * slots]
-    results = []
+    # one memory size after the other
+    sizes, results = options.sizes or [1, 4, 16, 64, slots, 2 * slots, 4 * slots], []
     for size in [s for s in dict.fromkeys(sizes) if s <= len(rows)]:
         results.append(mean([measure(bench, size, options.queries) for _ in range(options.draws)]))
         print(f"{size} facts: {json.dumps(results[-1])}", file=sys.stderr, flush=True)
     times = timings(bench, rows[0])
-    drawn = "" if options.draws == 1 else f", mean of {options.draws} draws"
-    concepts = f"{len(rows)} pictures of {len(bench.by_concept)} concepts, K = {slots} slots"
-    print(f"{concepts}, {options.queries} questions a figure{drawn}\n")
+    # tables, plot, JSON
+    draws = "" if options.draws == 1 else f", mean of {options.draws} draws"
+    concepts = f"{len(rows)} images of {len(bench.by_concept)} concepts, K = {slots} slots"
+    print(f"{concepts}, {options.queries} questions a figure{draws}\n")
     print(report(results, times))
     Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
     plot(results, slots, options.plot)
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps({"results": results, "milliseconds": times}, indent=1))
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, {"results": results, "milliseconds": times})
 
 
 if __name__ == "__main__":

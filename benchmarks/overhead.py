@@ -1,73 +1,53 @@
-"""What the wrapper costs beside the bare language model: first token and decoding through `generate()`.
+"""Measure what the wrapper costs over the bare language model, through `generate()`.
 
     python -m benchmarks.overhead
     python -m benchmarks.overhead --config configs/microvlm-nano.json --repeats 3 --new-tokens 16
 
-Builds the config with random weights in bf16 (default: V at full size), saves it, opens it with `from_pretrained`,
-saves its language model alone, opens that with plain transformers, and times both by turns, A B A B. The checkpoint
-in this repo is measured too when there is one. Notable:
+A checkpoint of random weights in bf16 (default: V), and the one in this repo if there is one, take turns with their
+own language model in plain transformers. Notable:
 
-- Both sides get the same token ids (25 placeholders, then text), the same number of new tokens and the same weights:
-  before anything is timed, the logits of a text must be equal bit by bit. To the bare model a placeholder is a token
-  like any other.
-- Layers that plain transformers does not have (ternary rounding) are lent to the bare model, so that the difference
-  is the wrapper's.
-- The vision tower is work, not overhead: its own time is taken off the first token and shown on its own line. The
-  adapter stays in.
-- Where overhead could come from. Once a call: the placeholder mask, its count `int(mask.sum())` (a synchronisation on
-  an accelerator) and `masked_scatter` over (B, T, D). `generate()` encodes pictures before the first step and passes
-  them to that step only, so a decoding step does none of it. Every step: one more module call and one more output
-  class than the bare model, the `suppress_tokens` processor over the vocabulary, and one look at the signature of
-  `forward` that transformers takes for remote code. These are fixed costs, so they weigh most on small models.
-- Run it on an idle machine: one busy neighbour makes the medians of either side useless.
+- Both sides get the same token ids, the same number of new tokens and the same weights: the logits of a text must be
+  equal to the bit. A placeholder is a token like any other to the bare model.
+- Layers that plain transformers does not have (ternary rounding) are lent to the bare model.
+- The vision tower is work, not overhead: its time is taken off the first token.
+- Run it on an idle machine.
 """
 
 import argparse
-import os
-import platform
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import timm
 import torch
 import transformers
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from benchmarks.parameters import ROOT, MicroVLMConfig, MicroVLMForConditionalGeneration, load_config, markdown_table
+from benchmarks.machine import describe_machine, seconds
+from benchmarks.models import CONFIGS, load_config, write_random
 from microvlm.evaluate.speed import time_generate
+from microvlm.files import ROOT
 from microvlm.model import MicroVLMImageProcessor
+from microvlm.tables import markdown_table
 
-TEXT_TOKENS = 16  # of the prompt, behind the placeholders
-PICTURE = (640, 480)  # pixels, what the image processor is given
-
-
-def seconds(call: Callable) -> tuple[float, object]:
-    """Time of one call, and what it returned."""
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
-
-
-def write_random(config: MicroVLMConfig, folder: str | Path) -> None:
-    """A checkpoint of random weights in bf16, as `microvlm compose` leaves one: the placeholder is never generated."""
-    torch.manual_seed(0)
-    model = MicroVLMForConditionalGeneration(config).to(torch.bfloat16)
-    model.generation_config.suppress_tokens = [config.image_token_id]
-    model.save_pretrained(folder)
+TEXT_TOKENS = 16  # of the prompt, after the placeholders
+IMAGE_SIZE = (640, 480)  # pixels, what the image processor gets
 
 
 def load(folder: str | Path) -> PreTrainedModel:
-    """A checkpoint as its users open it, in the dtype it is stored in."""
-    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    """Open a checkpoint in the dtype it is stored in; it needs no processor."""
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+
+
+def make_image_processor(model: PreTrainedModel) -> MicroVLMImageProcessor:
+    """Make the image processor for the model's image size."""
+    height, width = model.model.vision_tower.timm_model.patch_embed.img_size
+    return MicroVLMImageProcessor(size={"height": height, "width": width})
 
 
 def write_text_model(model: PreTrainedModel, folder: str | Path) -> None:
-    """The language model and the head alone, as a checkpoint of plain transformers."""
+    """Write language model and head as a checkpoint of plain transformers."""
     with torch.device("meta"):
         text_model = AutoModelForCausalLM.from_config(model.config.text_config)
     setattr(text_model, text_model.base_model_prefix, model.model.language_model)
@@ -76,13 +56,13 @@ def write_text_model(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def load_text_model(folder: str | Path) -> PreTrainedModel:
-    """The bare language model, opened by plain transformers."""
+    """Open the bare language model with plain transformers."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 @torch.no_grad()
 def lend_layers(model: PreTrainedModel, text_model: PreTrainedModel) -> None:
-    """Put layers of which plain transformers has another class into the bare model, then check that both agree.
+    """Put layers that plain transformers lacks into the bare model; check that both agree.
 
     Raises:
         ValueError: the logits of a text differ.
@@ -100,7 +80,7 @@ def lend_layers(model: PreTrainedModel, text_model: PreTrainedModel) -> None:
 
 
 def prompt(model: PreTrainedModel) -> torch.Tensor:
-    """Token ids (1, P + TEXT_TOKENS): the placeholders of one picture, then text."""
+    """Make token ids (1, P + TEXT_TOKENS): the placeholders of one image, then text."""
     token, vocab_size = model.config.image_token_id, model.config.text_config.vocab_size
     g = torch.Generator().manual_seed(0)
     text = torch.randint(vocab_size - 1, (1, TEXT_TOKENS), generator=g)
@@ -112,69 +92,57 @@ def prompt(model: PreTrainedModel) -> torch.Tensor:
 def measure(
     model: PreTrainedModel, text_model: PreTrainedModel, repeats: int, new_tokens: int
 ) -> dict[str, list[float]]:
-    """Times of both by turns, after one round that does not count.
+    """Time both in turn, after one round that does not count.
 
     Returns:
         Per quantity one value per round: seconds, or tokens per second for `decode` and `text_decode`.
     """
-    size = model.model.vision_tower.timm_model.patch_embed.img_size
-    image_processor = MicroVLMImageProcessor(size={"height": size[0], "width": size[1]})
-    picture = Image.effect_noise(PICTURE, 64).convert("RGB")
+    image_processor = make_image_processor(model)
+    image = Image.effect_noise(IMAGE_SIZE, 64).convert("RGB")
     tower, adapter = model.model.vision_tower, model.model.adapter
     skip = tower.timm_model.num_prefix_tokens
     ids = prompt(model)
-    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     values = defaultdict(list)
     for i in range(repeats + 1):
         row = {}
-        row["image_processor"], batch = seconds(lambda: image_processor(picture, return_tensors="pt"))
+        # the parts of the first token
+        row["image_processor"], batch = seconds(lambda: image_processor(image, return_tensors="pt"))
         pixel_values = batch["pixel_values"].to(model.dtype)
         row["vision_tower"], vision = seconds(lambda p=pixel_values: tower(p, do_pooling=False, return_dict=True))
         row["adapter"], _ = seconds(lambda v=vision: adapter(v.last_hidden_state[:, skip:]))
-        row["first"], row["decode"] = time_generate(
-            model, new_tokens, input_ids=ids, attention_mask=mask, pixel_values=pixel_values
-        )
-        row["text_first"], row["text_decode"] = time_generate(
-            text_model, new_tokens, input_ids=ids, attention_mask=mask
-        )
-        for name, value in row.items():
-            if i:
-                values[name].append(value)
+        # both models through generate()
+        row["first"], row["decode"] = time_generate(model, new_tokens, **inputs, pixel_values=pixel_values)
+        row["text_first"], row["text_decode"] = time_generate(text_model, new_tokens, **inputs)
+        for name, value in row.items() if i else ():
+            values[name].append(value)
     return dict(values)
 
 
 def table(values: dict[str, list[float]], text_name: str) -> str:
-    """Markdown table of medians (smallest to largest); overhead is the wrapper's time by the bare model's, less one."""
+    """Write medians (smallest to largest); overhead is the wrapper's time over the bare model's, less one."""
     medians = {name: median(v) for name, v in values.items()}
 
-    def show(name: str, scale: float = 1e3) -> str:
+    def cell(name: str, scale: float = 1e3) -> str:
         v = values[name]
         return f"{medians[name] * scale:.2f} ({min(v) * scale:.2f} to {max(v) * scale:.2f})"
 
-    rest = medians["first"] - medians["vision_tower"]
+    rest, text_first = medians["first"] - medians["vision_tower"], medians["text_first"]
+    times = f"{rest * 1e3:.2f}", f"{text_first * 1e3:.2f}", f"{rest / text_first - 1:+.1%}"
+    slower = f"{medians['text_decode'] / medians['decode'] - 1:+.1%}"
     rows = [
-        ["picture to first token, ms", show("first"), show("text_first"), ""],
-        ["of it the vision tower, ms", show("vision_tower"), "", ""],
-        [
-            "first token without the vision tower, ms",
-            f"{rest * 1e3:.2f}",
-            f"{medians['text_first'] * 1e3:.2f}",
-            f"{rest / medians['text_first'] - 1:+.1%}",
-        ],
-        ["of it the adapter, ms", show("adapter"), "", ""],
-        [
-            "greedy decoding, tokens/s",
-            show("decode", 1),
-            show("text_decode", 1),
-            f"{medians['text_decode'] / medians['decode'] - 1:+.1%}",
-        ],
-        ["before all that, image processor, ms", show("image_processor"), "", ""],
+        ["image to first token, ms", cell("first"), cell("text_first"), ""],
+        ["of it the vision tower, ms", cell("vision_tower"), "", ""],
+        ["first token without the vision tower, ms", *times],
+        ["of it the adapter, ms", cell("adapter"), "", ""],
+        ["greedy decoding, tokens/s", cell("decode", 1), cell("text_decode", 1), slower],
+        ["before all that, image processor, ms", cell("image_processor"), "", ""],
     ]
     return markdown_table(["median (smallest to largest)", "MicroVLM", text_name, "overhead"], rows)
 
 
 def benchmark(name: str, folder: str | Path, repeats: int, new_tokens: int) -> str:
-    """Measure the checkpoint in `folder` against its own language model: a heading, load times and the table."""
+    """Measure a checkpoint against its own language model: a heading, load times and the table."""
     with tempfile.TemporaryDirectory() as text_folder:
         load_seconds, model = seconds(lambda: load(folder))
         if getattr(model, "is_quantized", False):  # packed: the bare model's weights are plain
@@ -192,30 +160,22 @@ def benchmark(name: str, folder: str | Path, repeats: int, new_tokens: int) -> s
     )
 
 
-def machine() -> str:
-    """One line about where this runs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (
-        f"{cores} cores ({platform.machine()}), {torch.get_num_threads()} torch threads, "
-        f"load average {os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, timm {timm.__version__}"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=ROOT / "configs" / "microvlm-v.json", type=Path, help="default: V")
+    parser.add_argument("--config", default=CONFIGS / "microvlm-v.json", type=Path, help="default: V")
     parser.add_argument("--repeats", default=9, type=int, help="rounds that count, default 9")
     parser.add_argument("--new-tokens", default=64, type=int, help="tokens to generate, default 64")
     options = parser.parse_args(argv)
     if options.repeats < 1 or options.new_tokens < 2:
         parser.error("--repeats must be 1 or more and --new-tokens 2 or more.")
     transformers.utils.logging.disable_progress_bar()
-    print(f"{machine()}\n", flush=True)
+    print(f"{describe_machine()}\n", flush=True)
+    # random weights
     with tempfile.TemporaryDirectory() as folder:
-        build_seconds, _ = seconds(lambda: write_random(load_config(options.config), folder))
-        print(f"{options.config.stem} with random weights built and saved in {build_seconds:.1f} s\n", flush=True)
-        print(benchmark(options.config.stem, folder, options.repeats, options.new_tokens), flush=True)
+        write_random(load_config(options.config), folder)
+        name = f"{options.config.stem} with random weights"
+        print(benchmark(name, folder, options.repeats, options.new_tokens), flush=True)
+    # this repo's checkpoint
     if (ROOT / "model.safetensors").exists():
         print(benchmark("the checkpoint in this repo", ROOT, options.repeats, options.new_tokens), flush=True)
 

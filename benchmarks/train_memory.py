@@ -1,57 +1,62 @@
-"""What a training step needs on a GPU, by arithmetic: memory, FLOPs, traffic between ranks. Nothing is run on a GPU, nothing is timed.
+"""Compute memory and time of a training step on a GPU by arithmetic; nothing runs on a GPU.
 
     python -m benchmarks.train_memory
-    python -m benchmarks.train_memory recipes/m/stage1.yaml --gpu A100 --utilisation 0.3 --caption-words 20.2 16.3
+    python -m benchmarks.train_memory recipes/m/stage1.yaml --utilisation 0.3 --trainable '.*'
 
-One row per recipe: which parameters train, the micro-batch, accumulation, episodes and NF4 are read from it. Notable:
+One row per recipe, from which what trains, batch, episodes and NF4 are read. The assumptions:
 
-- Parameters are those of the models in `configs/`, on the meta device, frozen and quantised by train_hf.py's own functions.
-- Kept for the backward pass: what autograd saves in vision tower, adapter, one decoder layer and the head with its loss, run on fake
-  tensors (no memory, no arithmetic) in bf16 autocast. Run for one row and for two: what grows is per row, the rest is copies of
-  weights, which autocast makes in bf16 of every float32 weight that a gradient passes through, and a ternary layer of its rounded one.
-- A step's peak is weights, gradients, AdamW's two moments and DDP's buckets, and the larger of what backward holds at the first of its
-  way (everything kept, and logits once more in float32, twice) and what AdamW's update takes. `--reserve` GB are the CUDA context's and
-  NCCL's; `--margin` of the card stays free for fragments and small things.
-- A gradient passes through every decoder layer, frozen or not, to reach the adapter: 2 N FLOPs per token forward, 2 N backward, 2 N
-  more where weights train.
-- Captions are log-normal in words with CC12M's mean and deviation (arXiv 2102.08981); a batch is as long as its longest, and padding
-  is computed. The logits are the captions' only.
-- A ternary layer rounds its latent weights in every pass: `ROUNDING_BYTES` per weight through the card's memory.
-- `--utilisation` of the data sheet's dense bf16 peak is an assumption, as is `--network`.
+- What the backward pass needs is what autograd saves of the model's parts in bf16 autocast, on tensors without storage.
+  The difference of two rows and one is per row; the rest is bf16 copies of weights.
+- The peak is weights, gradients, AdamW's moments and DDP's buckets, and the larger of all saved tensors with the
+  logits' gradients, and AdamW's update. `--reserve` and `--margin` are for CUDA, NCCL and fragments.
+- A gradient passes every decoder layer: 2 N FLOPs per token forward, 2 N backward, 2 N more where weights train.
+- Captions are log-normal in words with CC12M's mean and deviation (arXiv 2102.08981). A batch is padded to its longest.
+- A ternary layer rounds its weights in every pass. `--utilisation` is of the data sheet's dense bf16 peak.
 """
 
-import argparse
 import math
 import re
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import HfArgumentParser
 
-from benchmarks.parameters import ROOT, MicroVLMConfig, build_on_meta, load_config, markdown_table
+from benchmarks.models import CONFIGS, build_on_meta, load_config
+from microvlm.files import ROOT
+from microvlm.model import MicroVLMConfig
+from microvlm.tables import markdown_table
 from microvlm.train.recipe import load_recipe
 from microvlm.train.setup import change_config, check_patterns, unquantized_modules
 
 NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: %s}"
-TERNARY_NF4 = [NF4 % "false", "config.qat_config.ternary_modules=null"]
-RECIPES = (  # with what is set
-    ("v/stage1", []),
-    ("v/stage1", [NF4 % "true"]),
-    ("v/stage2", []),
-    ("v/stage2", [NF4 % "true"]),
-    ("m/stage1", []),
-    ("m/stage1", TERNARY_NF4),
-    ("m/stage2", []),
+V_NF4, M_NF4 = [NF4 % "true"], [NF4 % "false", "config.qat_config.ternary_modules=null"]
+RUNS = (  # recipe, and what is set in it
+    ("microvlm-v_stage1", []),
+    ("microvlm-v_stage1", V_NF4),
+    ("microvlm-v_stage2", []),
+    ("microvlm-v_stage2", V_NF4),
+    ("microvlm-m_stage1", []),
+    ("microvlm-m_stage1", M_NF4),
+    ("microvlm-m_stage2", []),
 )
 GB = 1e9
+# fake_ternary in float32, bytes read and written per weight: abs, mean, /, round, clamp, * scale, w - w, +, to bf16
+ROUNDING_BYTES = 8 + 4 + 8 + 8 + 8 + 8 + 12 + 12 + 6
+NF4_BYTES = 0.5 + 4 / 64  # a float32 scale per 64 weights
+NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales themselves in 8 bits
+ADAMW_TRAFFIC = 28  # bytes per trained weight: weight, gradient and moments read, weight and moments written
+MEMORY_COPIES = 4  # of the memory's posterior that a write and a read save
+LOGIT_TRANSIENT = 8  # bytes per logit: float32 gradients after and before the log-softmax
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Of the vendor's data sheet: dense bf16 FLOP/s with float32 accumulation, bytes of memory, bytes/s of its memory."""
+    """A vendor's data sheet: dense bf16 FLOP/s with float32 accumulation, bytes of memory, its bytes/s."""
 
     flops: float
     memory: float
@@ -63,23 +68,45 @@ GPUS = {
     "A100": GPU(312e12, 80e9, 2039e9),  # NVIDIA A100 80GB SXM data sheet
     "H100": GPU(989e12, 80e9, 3350e9),  # NVIDIA H100 SXM data sheet: 1,979 with sparsity
 }
-# fake_ternary in float32, bytes read and written per weight: abs, mean, /, round, clamp, * scale, w - w, +, to bf16
-ROUNDING_BYTES = 8 + 4 + 8 + 8 + 8 + 8 + 12 + 12 + 6
-NF4_BYTES = 0.5 + 4 / 64  # a float32 scale per 64 weights
-NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales themselves in 8 bits
-ADAMW_TRAFFIC = 28  # bytes per trained weight: weight, gradient and moments read, weight and moments written
-MEMORY_COPIES = 4  # of the memory's posterior that a write and a read keep
-LOGIT_TRANSIENT = 8  # bytes per logit: float32 gradients behind and before the log-softmax
+
+
+def option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Assumptions:
+    """What the arithmetic assumes; every field is an option of the command."""
+
+    batch_size: int = option(None, "rows of a micro-batch; default: the recipe's")
+    trainable: str = option(None, "a regular expression; default: the recipe's; .* for everything")
+    prompt_tokens: int = option(24, "of the prompt without the image")
+    caption_words: float = option(20.2, "mean of a caption")
+    caption_deviation: float = option(16.3, "of the words of a caption")
+    tokens_per_word: float = option(1.3, "of a caption")
+    frozen_bytes: int = option(4, "of a frozen weight; train_hf.py loads float32")
+    utilisation: float = option(0.35, "share of the peak that products reach")
+    reserve: float = option(1.0, "GB of CUDA context and NCCL")
+    margin: float = option(0.1, "share of a card's memory to leave free")
+    decode_ms: float = option(8.0, "a loader worker's time for an image")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that one part saves for backward: per row (per position in the decoder), and once, copies of weights."""
+
+    row: float
+    once: float
 
 
 def freeze(model, trainable: list[str]) -> None:
-    """As train_hf.py's `set_trainable`, but a pattern may match nothing."""
+    """Freeze like train_hf.py's `set_trainable`, but a pattern may match nothing."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(re.search(pattern, name) for pattern in trainable))
 
 
 def one_layer_model(config: MicroVLMConfig, trainable: list[str]):
-    """The model with one decoder layer, which does not train, on the meta device."""
+    """Build the model on the meta device with one decoder layer, which does not train."""
     values = config.to_dict()
     values["text_config"] |= {"num_hidden_layers": 1}
     values["text_config"].pop("layer_types", None)
@@ -91,53 +118,48 @@ def one_layer_model(config: MicroVLMConfig, trainable: list[str]):
 
 
 def give_fake_tensors(model) -> None:
-    """In a FakeTensorMode: parameters and buffers on the CPU, still without storage."""
+    """Move parameters and buffers to the CPU inside a FakeTensorMode, still without storage."""
     fakes = {
         id(p): torch.nn.Parameter(torch.zeros(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
         for p in model.parameters()
     }
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = fakes[id(parameter)]
+            module._parameters[name] = fakes.get(id(parameter))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
 
 
 def saved_bytes(run, model) -> int:
-    """Bytes that autograd keeps of `run()`, a storage once, without the model's parameters."""
+    """Count the bytes that autograd saves of `run()`, a storage once, without the model's parameters."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = {}
+    storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage
+            storages[storage._cdata] = storage
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         output = run()
     del output
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Bytes kept for backward by one part: for every row (of the decoder: every position), and once, copies of weights."""
-
-    row: float
-    once: float
-
-
-def measure(run, model) -> Kept:
-    """`run(rows)` at one and at two rows."""
+def measure(run, model, positions: int = 1) -> Saved:
+    """Measure `run(rows)` at one and at two rows; `row` is divided by `positions`."""
     one, two = (saved_bytes(lambda n=n: run(n), model) for n in (1, 2))
-    return Kept(two - one, 2 * one - two)
+    return Saved((two - one) / positions, 2 * one - two)
 
 
-def kept_parts(config: MicroVLMConfig, trainable: list[str], positions: int = 128) -> dict[str, Kept]:
-    """What parts keep: vision tower and adapter per picture, a frozen and a training decoder layer and the head with its loss per position."""
+def saved_parts(config: MicroVLMConfig, trainable: list[str], positions: int = 128) -> dict[str, Saved]:
+    """Measure what each part saves.
+
+    Returns:
+        vision tower, adapter: per image; head with its loss, frozen and training decoder layer: per position.
+    """
     model = one_layer_model(config, trainable)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         give_fake_tensors(model)
@@ -148,8 +170,8 @@ def kept_parts(config: MicroVLMConfig, trainable: list[str], positions: int = 12
             return torch.zeros(n, positions, text.hidden_size, requires_grad=True)
 
         def run_vision(n):
-            pictures = torch.zeros(n, 3, *core.vision_tower.timm_model.patch_embed.img_size)
-            return core.vision_tower(pictures, do_pooling=False).last_hidden_state
+            images = torch.zeros(n, 3, *core.vision_tower.timm_model.patch_embed.img_size)
+            return core.vision_tower(images, do_pooling=False).last_hidden_state
 
         def run_adapter(n):
             return core.adapter(torch.zeros(n, patches, config.adapter_config.vision_hidden_size))
@@ -163,287 +185,225 @@ def kept_parts(config: MicroVLMConfig, trainable: list[str], positions: int = 12
             logits = model.lm_head(hidden(n))
             return model.loss_function(logits=logits, labels=labels, shift_labels=labels, vocab_size=text.vocab_size)
 
-        per_position = lambda kept: Kept(kept.row / positions, kept.once)  # noqa: E731
         parts = {"vision tower": measure(run_vision, model), "adapter": measure(run_adapter, model)}
-        parts |= {"head": per_position(measure(run_head, model)), "frozen": per_position(measure(run_layer, model))}
+        parts |= {"head": measure(run_head, model, positions), "frozen": measure(run_layer, model, positions)}
         layer.requires_grad_(True)
-        return parts | {"training": per_position(measure(run_layer, model))}
+        return parts | {"training": measure(run_layer, model, positions)}
 
 
-def layer_number(name: str) -> int | None:
-    """Which decoder layer a parameter belongs to."""
-    found = re.search(r"language_model\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else None
+class Counts:
+    """Parameters of a model by what happens to them in training.
 
+    Args:
+        model: on the meta device.
+        trainable: regular expressions.
+        quantized: frozen linear layers are in NF4.
+    """
 
-class Plan:
-    """A recipe, its model's parameters, and what follows from them."""
-
-    def __init__(self, path: Path, overrides: list[str], options: argparse.Namespace):
-        recipe, variant = load_recipe(path, overrides), path.parent.name
-        self.name, self.options = f"{variant}/{path.stem}" + " NF4" * (recipe.quantization is not None), options
-        if variant not in ("m", "v"):
-            raise ValueError(f"{path}: recipes of M and V are in recipes/m and recipes/v.")
-        config = change_config(load_config(ROOT / "configs" / f"microvlm-{variant}.json"), recipe.config)
-        self.config, self.text = config, config.text_config
-        self.trainable = options.trainable or recipe.trainable
-        training = recipe.training
-        self.batch = options.batch_size or training["per_device_train_batch_size"]
-        self.accumulation = training.get("gradient_accumulation_steps", 1)
-        self.episode = (recipe.data.episodes.size or 0) if recipe.data.episodes else 0
-        self.aligns = bool(recipe.loss_weights.get("align"))
-        self.quantization = recipe.quantization
-        self.longest = recipe.data.max_caption_tokens or math.inf
-        self.count()
-        self.parts = kept_parts(config, self.trainable)
-
-    def count(self) -> None:
-        model = build_on_meta(self.config)
-        check_patterns("trainable", self.trainable, model)
-        trains = lambda name: any(re.search(p, name) for p in self.trainable)  # noqa: E731
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.trained = sum(p.numel() for name, p in model.named_parameters() if trains(name))
-        self.layers = self.text.num_hidden_layers
-        per_layer = [0] * self.layers
-        self.trained_layers = set()
-        self.ternary = 0
-        patterns = self.config.qat_config.ternary_modules or []
-        for name, p in model.named_parameters():
-            if (number := layer_number(name)) is not None:
-                per_layer[number] += p.numel()
-                if trains(name):
-                    self.trained_layers.add(number)
-            if any(re.fullmatch(q, name.removesuffix(".weight").removeprefix("model.")) for q in patterns):
-                self.ternary += p.numel()
-        self.layer_size, self.decoder = per_layer[0], sum(per_layer)
+    def __init__(self, model, trainable: list[str], quantized: bool):
+        named = {name: p.numel() for name, p in model.named_parameters()}
+        trained = {name for name in named if any(re.search(pattern, name) for pattern in trainable)}
+        self.parameters, self.trained = sum(named.values()), sum(named[name] for name in trained)
         self.head = model.lm_head.weight.numel()
-        self.nf4 = 0
-        if self.quantization:
-            skipped = set(unquantized_modules(model, self.trainable))
-            for name, module in model.named_modules():
-                if isinstance(module, torch.nn.Linear) and name not in skipped and module is not model.lm_head:
-                    self.nf4 += module.weight.numel()
-        tower = dict(model.model.vision_tower.named_parameters())
-        self.vision = sum(p.numel() for p in tower.values())
-        prefix = "model.vision_tower."
-        self.vision_trained = sum(p.numel() for name, p in tower.items() if trains(prefix + name))
+        # decoder layers
+        numbers = {name: int(m[1]) for name in named if (m := re.search(r"language_model\.layers\.(\d+)\.", name))}
+        self.decoder = sum(named[name] for name in numbers)
+        self.layer = sum(named[name] for name, number in numbers.items() if number == 0)
+        self.trained_layers = len({number for name, number in numbers.items() if name in trained})
+        # ternary and NF4 weights
+        patterns = model.config.qat_config.ternary_modules or []
+        modules = {name: name.removesuffix(".weight").removeprefix("model.") for name in named}
+        self.ternary = sum(named[name] for name in named if any(re.fullmatch(p, modules[name]) for p in patterns))
+        skipped = {*unquantized_modules(model, trainable), "lm_head"} if quantized else set()
+        linears = {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        self.nf4 = sum(size for name, size in linears.items() if name not in skipped) if quantized else 0
+        # vision tower and adapter
+        tower = {name for name in named if name.startswith("model.vision_tower.")}
+        self.vision, self.vision_trained = (sum(named[n] for n in names) for names in (tower, tower & trained))
         adapter = model.model.adapter
         self.on_patches = sum(m.weight.numel() for m in (adapter.fc1, adapter.fc2, adapter.k_proj, adapter.v_proj))
         self.on_prefix = adapter.out_proj.weight.numel()
 
-    # ---- lengths
+
+class Plan:
+    """A recipe of M or V, its model's parameters, and what follows from them.
+
+    Args:
+        path: recipes/m/... or recipes/v/...; the folder names the variant.
+        overrides: of the recipe, `key=value`.
+        assumptions: of the arithmetic.
+    """
+
+    def __init__(self, path: Path, overrides: list[str], assumptions: Assumptions):
+        recipe, self.assumptions = load_recipe(str(path), overrides), assumptions
+        variant = re.search(r"\b([mv])[/_]", path.as_posix())
+        if variant is None:
+            raise ValueError(f"{path}: the path of a recipe of M or V names the variant.")
+        self.name = path.stem + (", NF4" if recipe.quantization else "")
+        self.config = change_config(load_config(CONFIGS / f"microvlm-{variant[1]}.json"), recipe.config)
+        self.text, self.quantization = self.config.text_config, recipe.quantization
+        # what the recipe says of a step
+        trainable = [assumptions.trainable] if assumptions.trainable else recipe.trainable
+        self.batch = assumptions.batch_size or recipe.training["per_device_train_batch_size"]
+        self.accumulation = recipe.training.get("gradient_accumulation_steps", 1)
+        self.episode = (recipe.data.episodes.size or 0) if recipe.data.episodes else 0
+        self.aligns = bool(recipe.loss_weights.get("align"))
+        self.longest = recipe.data.max_caption_tokens or math.inf
+        # what its model says
+        model = build_on_meta(self.config)
+        check_patterns("trainable", trainable, model)
+        self.counts = Counts(model, trainable, bool(self.quantization))
+        self.layers = self.text.num_hidden_layers
+        self.parts = saved_parts(self.config, trainable)
+
+    @property
+    def images(self) -> int:
+        """Count what the vision tower sees per row: with episodes also the written view and its grey copy."""
+        return 1 if not self.episode else 2 + bool(self.config.memory_config.gray_weight)
 
     def caption(self, batch: int) -> int:
-        """Tokens of the longest of `batch` captions with its end: Blom's estimate for a log-normal, cut as the recipe does."""
-        mean, deviation = self.options.caption_words
+        """Estimate the tokens of the longest of `batch` captions with its end (Blom), cut as the recipe does."""
+        mean, deviation = self.assumptions.caption_words, self.assumptions.caption_deviation
         sigma = math.sqrt(math.log1p((deviation / mean) ** 2))
         mu = math.log(mean) - sigma**2 / 2
         z = NormalDist().inv_cdf((batch - 0.375) / (batch + 0.25))
-        return min(math.ceil(math.exp(mu + sigma * z) * self.options.tokens_per_word) + 1, self.longest)
-
-    @property
-    def mean_caption(self) -> float:
-        return self.options.caption_words[0] * self.options.tokens_per_word + 1
+        return min(math.ceil(math.exp(mu + sigma * z) * self.assumptions.tokens_per_word) + 1, self.longest)
 
     def length(self, batch: int) -> int:
-        """Positions of a padded row."""
-        return self.config.num_prefix_tokens + self.options.prompt_tokens + self.caption(batch)
-
-    @property
-    def pictures(self) -> int:
-        """The vision tower sees per row: with episodes also the written view and its grey copy."""
-        return 1 if not self.episode else 2 + bool(self.config.memory_config.gray_weight)
-
-    # ---- memory
-
-    def weights(self) -> float:
-        scale = 0.0
-        if self.quantization:
-            scale = NF4_DOUBLE_BYTES if self.quantization.get("bnb_4bit_use_double_quant") else NF4_BYTES
-        frozen = self.parameters - self.trained - self.nf4
-        return 4 * self.trained + self.options.frozen_bytes * frozen + scale * self.nf4
+        """Count the positions of a padded row."""
+        return self.config.num_prefix_tokens + self.assumptions.prompt_tokens + self.caption(batch)
 
     def fixed(self, ranks: int = 1, sharded: bool = False) -> dict[str, float]:
-        """Bytes that do not depend on the batch."""
+        """Count the bytes that do not depend on the batch."""
+        counts, scale = self.counts, 0.0
+        if self.quantization:
+            scale = NF4_DOUBLE_BYTES if self.quantization.get("bnb_4bit_use_double_quant") else NF4_BYTES
+        frozen = counts.parameters - counts.trained - counts.nf4
+        weights = 4 * counts.trained + self.assumptions.frozen_bytes * frozen + scale * counts.nf4
         n = ranks if sharded else 1
         return {
-            "weights": self.weights() / n,
-            "gradients": 4 * self.trained / n,
-            "AdamW": 8 * self.trained / n,
-            "buckets": 4 * self.trained if ranks > 1 and not sharded else 0.0,
+            "weights": weights / n,
+            "gradients": 4 * counts.trained / n,
+            "AdamW": 8 * counts.trained / n,
+            "buckets": 4 * counts.trained if ranks > 1 and not sharded else 0.0,
             # FSDP holds the embeddings and two layers at a time, in bf16
-            "gathered": 2 * (self.head + 2 * self.layer_size) if sharded else 0.0,
+            "gathered": 2 * (counts.head + 2 * counts.layer) if sharded else 0.0,
         }
 
-    def kept(self, batch: int, checkpointing: bool) -> tuple[float, float, float]:
-        """Bytes kept per row, once, and what the first part of backward takes besides, per row."""
+    def saved(self, batch: int, checkpointing: bool) -> tuple[float, float]:
+        """Count bytes saved for backward, with the logits' gradients: per row, and once."""
         T, logits, parts = self.length(batch), self.caption(batch) + 1, self.parts
-        row = parts["vision tower"].row * self.pictures + parts["adapter"].row + parts["head"].row * logits
+        row = parts["vision tower"].row * self.images + parts["adapter"].row + parts["head"].row * logits
         once = sum(parts[name].once for name in ("vision tower", "adapter", "head"))
-        frozen, training = parts["frozen"], parts["training"]
-        if self.quantization:  # bitsandbytes unpacks a weight again in backward and keeps no copy
-            frozen = Kept(frozen.row, 0.0)
+        # decoder layers
+        frozen, training, trained = parts["frozen"], parts["training"], self.counts.trained_layers
+        if self.quantization:  # bitsandbytes unpacks a weight again in backward and saves no copy
+            frozen = Saved(frozen.row, 0.0)
         if checkpointing:  # the inputs of all layers, float32, and one layer in full
             row += 4 * T * self.text.hidden_size * self.layers + training.row * T
             once += max(frozen.once, training.once)
         else:
-            for part, count in ((frozen, self.layers - len(self.trained_layers)), (training, len(self.trained_layers))):
-                row, once = row + part.row * T * count, once + part.once * count
+            row += T * (frozen.row * (self.layers - trained) + training.row * trained)
+            once += frozen.once * (self.layers - trained) + training.once * trained
+        # the memory's posterior
         if self.episode:
             memory = self.config.memory_config
             numbers = memory.num_slots * (memory.num_content_slots * memory.code_size + memory.num_slots)
             row += MEMORY_COPIES * 4 * numbers / self.episode
-        return row, once, LOGIT_TRANSIENT * logits * self.text.vocab_size
+        return row + LOGIT_TRANSIENT * logits * self.text.vocab_size, once
 
     def peak(self, batch: int, ranks: int = 1, sharded: bool = False, checkpointing: bool = False) -> float:
-        row, once, transient = self.kept(batch, checkpointing)
+        """Count the bytes of a step at its highest."""
+        row, once = self.saved(batch, checkpointing)
+        update = 4 * self.counts.trained / (ranks if sharded else 1)
         fixed = sum(self.fixed(ranks, sharded).values())
-        update = 4 * self.trained / (ranks if sharded else 1)
-        return self.options.reserve * GB + fixed + max(batch * (row + transient) + once, update)
+        return self.assumptions.reserve * GB + fixed + max(batch * row + once, update)
 
     def largest_batch(self, memory: float, **kwargs) -> int:
-        """The most rows that fit, a multiple of the episode; 0: none does."""
-        step, room = self.episode or 1, memory * (1 - self.options.margin)
-        fitting = [n for n in range(step, 1025, step) if self.peak(n, **kwargs) <= room]
-        return max(fitting, default=0)
+        """Find the most rows that fit, a multiple of the episode; 0: none does."""
+        step, room = self.episode or 1, memory * (1 - self.assumptions.margin)
+        return max((n for n in range(step, 1025, step) if self.peak(n, **kwargs) <= room), default=0)
 
-    # ---- work
-
-    def flops(self, batch: int, checkpointing: bool = False) -> float:
-        """Of one row in a batch of so many, forward and backward."""
-        T, caption, text = self.length(batch), self.caption(batch), self.text
-        heads = text.num_attention_heads * (
-            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        )
-        attention = 4 * T * T * heads * self.layers
-        layers = 2 * self.decoder * T
-        trained = 2 * self.layer_size * len(self.trained_layers) * T
-        decoder = (2 + checkpointing) * (layers + attention) + attention + trained
-        head = 2 * 2 * self.head * (caption + 1)
+    def flops(self, batch: int) -> float:
+        """Count FLOPs of one row in a batch, forward and backward."""
+        T, text, counts = self.length(batch), self.text, self.counts
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        # decoder: forward and the gradients of its inputs, of attention, of what trains
+        attention = 4 * T * T * text.num_attention_heads * head_dim * self.layers
+        trained = 2 * counts.layer * counts.trained_layers * T
+        decoder = 2 * (2 * counts.decoder * T + attention) + attention + trained
+        head = 2 * 2 * counts.head * (self.caption(batch) + 1)
+        # vision tower and adapter
         tokens = self.config.adapter_config.num_patches + 1
-        tower = 2 * tokens * (self.vision + 2 * self.vision_trained) * self.pictures
-        adapter = 3 * 2 * (self.on_patches * (tokens - 1) + self.on_prefix * self.config.num_prefix_tokens)
+        tower = 2 * tokens * (counts.vision + 2 * counts.vision_trained) * self.images
+        adapter = 3 * 2 * (counts.on_patches * (tokens - 1) + counts.on_prefix * self.config.num_prefix_tokens)
+        # alignment embeds the other micro-batches once more
         again = 0.0
-        if self.aligns and self.accumulation > 1:  # embeddings of the other micro-batches
-            again = 2 * tokens * self.vision * self.pictures + adapter / 3
+        if self.aligns and self.accumulation > 1:
+            again = 2 * tokens * counts.vision * self.images + adapter / 3
         return decoder + head + tower + adapter + again
 
     def seconds(self, gpu: GPU, batch: int) -> tuple[float, float]:
-        """Of a micro-batch: with matrix products at the assumed share of the peak, and for weights that go through memory."""
-        moved = ROUNDING_BYTES * self.ternary
-        moved += (0.5 + 2) * 2 * self.nf4 + ADAMW_TRAFFIC * self.trained / self.accumulation
-        return batch * self.flops(batch) / (gpu.flops * self.options.utilisation), moved / gpu.bandwidth
+        """Estimate a micro-batch: matrix products, and weights that go through the card's memory."""
+        counts = self.counts
+        moved = ROUNDING_BYTES * counts.ternary
+        moved += (0.5 + 2) * 2 * counts.nf4 + ADAMW_TRAFFIC * counts.trained / self.accumulation
+        return batch * self.flops(batch) / (gpu.flops * self.assumptions.utilisation), moved / gpu.bandwidth
 
 
-# ---- tables
-
-
-def gb(x: float) -> str:
-    return f"{x / GB:.1f}"
-
-
-def parameter_rows(plans: list[Plan]) -> str:
-    header = ["recipe", "parameters", "train", "share", "NF4", "weights, GB", "gradients", "AdamW", "DDP buckets"]
+def memory_table(plans: list[Plan]) -> str:
+    """Write parameters, peaks and the most rows that fit."""
+    header = [
+        "recipe",
+        "parameters",
+        "train",
+        "share",
+        "rows",
+        "one GPU, GB",
+        "... checkpointed",
+        "DDP",
+        "FSDP, 8 ranks",
+    ]
+    header += [f"most rows, {name}" for name in ("24 GB", "24 GB checkpointed", "80 GB")]
+    ways = ({}, {"checkpointing": True}, {"ranks": 8}, {"ranks": 8, "sharded": True})
+    fits = ((24e9, {}), (24e9, {"checkpointing": True}), (80e9, {}))
     rows = []
     for plan in plans:
-        fixed = plan.fixed(ranks=8)
-        rows.append([
-            plan.name, f"{plan.parameters:,}", f"{plan.trained:,}", f"{plan.trained / plan.parameters:.1%}", f"{plan.nf4:,}",
-            *(gb(fixed[k]) for k in ("weights", "gradients", "AdamW", "buckets")),
-        ])  # fmt: skip
+        counts = plan.counts
+        row = [plan.name, counts.parameters, counts.trained, f"{counts.trained / counts.parameters:.1%}", plan.batch]
+        row += [f"{plan.peak(plan.batch, **way) / GB:.1f}" for way in ways]
+        rows.append(row + [plan.largest_batch(memory, **way) for memory, way in fits])
     return markdown_table(header, rows)
 
 
-def activation_rows(plans: list[Plan]) -> str:
-    header = ["recipe", "rows", "positions", "logits", "kept per row, MB", "... checkpointed", "copies of weights, GB"]
-    header += ["... checkpointed", "logits' gradients per row, MB"]
-    rows = []
-    for plan in plans:
-        (row, once, transient), (short, few, _) = (plan.kept(plan.batch, c) for c in (False, True))
-        rows.append([
-            plan.name, str(plan.batch), str(plan.length(plan.batch)), str(plan.caption(plan.batch) + 1), f"{row / 1e6:,.0f}",
-            f"{short / 1e6:,.0f}", gb(once), gb(few), f"{transient / 1e6:,.0f}",
-        ])  # fmt: skip
-    return markdown_table(header, rows)
-
-
-def peak_rows(plans: list[Plan]) -> str:
-    header = ["recipe", "rows", "one GPU, GB", "... checkpointed", "DDP", "FSDP, 8 ranks"]
-    header += [f"most rows, {name}" for name in ("24 GB", "24 GB checkpointed", "80 GB", "80 GB, DDP")]
-    rows = []
-    for plan in plans:
-        variants = ({}, {"checkpointing": True}, {"ranks": 8}, {"ranks": 8, "sharded": True})
-        fits = ((24e9, {}), (24e9, {"checkpointing": True}), (80e9, {}), (80e9, {"ranks": 8}))
-        rows.append([
-            plan.name, str(plan.batch), *(gb(plan.peak(plan.batch, **v)) for v in variants),
-            *(str(plan.largest_batch(memory, **v)) for memory, v in fits),
-        ])  # fmt: skip
-    return markdown_table(header, rows)
-
-
-def speed_rows(plans: list[Plan], gpus: list[str]) -> str:
+def speed_table(plans: list[Plan]) -> str:
+    """Write times of a micro-batch on every GPU."""
     header = ["recipe", "GPU", "rows", "TFLOP per row", "products, ms", "weights through memory, ms", "rows/s"]
-    header += ["caption tokens/s", "loader workers"]
     rows = []
     for plan in plans:
-        for name in gpus:
-            products, moved = plan.seconds(GPUS[name], plan.batch)
+        for name, gpu in GPUS.items():
+            products, moved = plan.seconds(gpu, plan.batch)
             rate = plan.batch / (products + moved)
-            workers = math.ceil(rate * plan.options.decode_ms / 1000)
-            rows.append([
-                plan.name, name, str(plan.batch), f"{plan.flops(plan.batch) / 1e12:.2f}", f"{products * 1e3:.0f}",
-                f"{moved * 1e3:.0f}", f"{rate:.0f}", f"{rate * plan.mean_caption:,.0f}", str(workers),
-            ])  # fmt: skip
-    return markdown_table(header, rows, left=2)
+            row = [plan.name, name, plan.batch, f"{plan.flops(plan.batch) / 1e12:.2f}"]
+            row += [f"{value:.0f}" for value in (products * 1e3, moved * 1e3, rate)]
+            rows.append([*row, math.ceil(rate * plan.assumptions.decode_ms / 1000)])
+    return markdown_table([*header, "loader workers"], rows, left=2)
 
 
-def traffic_rows(plans: list[Plan], ranks: tuple[int, ...], network: float) -> str:
-    header = ["recipe", "gradients, GB", *(f"sent per rank, {n} ranks, GB" for n in ranks)]
-    header += [f"between 8 machines, s at {network:g} GB/s a machine", "compute of a step on an A100, s"]
-    rows = []
-    for plan in plans:
-        size = 4 * plan.trained
-        sent = [2 * (n - 1) / n * size for n in ranks]
-        step = sum(plan.seconds(GPUS["A100"], plan.batch)) * plan.accumulation
-        across = 2 * (8 - 1) / 8 * size / (network * GB)
-        rows.append([plan.name, f"{size / GB:.2f}", *(f"{s / GB:.2f}" for s in sent), f"{across:.2f}", f"{step:.2f}"])
-    return markdown_table(header, rows)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", type=Path, help="default: those of V and M, and with NF4")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipes")
-    parser.add_argument("--batch-size", type=int, help="rows of a micro-batch; default: the recipe's")
-    parser.add_argument("--trainable", nargs="+", metavar="REGEX", help="default: the recipe's; .* for everything")
-    parser.add_argument("--prompt-tokens", type=int, default=24, help="of the prompt without the picture")
-    parser.add_argument("--caption-words", type=float, nargs=2, default=(20.2, 16.3), metavar=("MEAN", "DEVIATION"))
-    parser.add_argument("--tokens-per-word", type=float, default=1.3)
-    parser.add_argument("--frozen-bytes", type=int, default=4, help="of a frozen weight; train_hf.py loads float32")
-    parser.add_argument("--gpu", nargs="+", default=list(GPUS), choices=list(GPUS))
-    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak that products reach")
-    parser.add_argument("--network", type=float, default=25.0, help="GB/s out of a machine")
-    parser.add_argument("--reserve", type=float, default=1.0, help="GB of CUDA context and NCCL")
-    parser.add_argument("--margin", type=float, default=0.1, help="share of a card's memory to leave free")
-    parser.add_argument("--decode-ms", type=float, default=8.0, help="a loader worker's time for a picture")
-    return parser.parse_args(argv)
+def parse(argv: list[str] | None = None) -> tuple[Assumptions, Namespace]:
+    parser = HfArgumentParser(Assumptions, description=__doc__)
+    parser.add_argument("recipes", nargs="*", type=Path, help="default: those of M and V")
+    parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE", help="in every recipe")
+    return parser.parse_args_into_dataclasses(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
-    recipes = [(path, []) for path in options.recipes] or [
-        (ROOT / f"recipes/{r}.yaml", changes) for r, changes in RECIPES
-    ]
-    plans = [Plan(path, changes + options.set, options) for path, changes in recipes]
-    tables = {
-        "Parameters, and what does not grow with the batch (GB of 10^9 bytes)": parameter_rows(plans),
-        "What a micro-batch keeps for backward": activation_rows(plans),
-        "Peak, and how many rows fit": peak_rows(plans),
-        f"Speed at {options.utilisation:.0%} of the bf16 peak": speed_rows(plans, options.gpu),
-        "Gradients between ranks, per step": traffic_rows(plans, (8, 64), options.network),
-    }
-    for title, table in tables.items():
-        print(f"{title}\n\n{table}\n")
+    assumptions, options = parse(argv)
+    runs = [(path, options.overrides) for path in options.recipes]
+    runs = runs or [(ROOT / "recipes" / f"{name}.yaml", overrides + options.overrides) for name, overrides in RUNS]
+    plans = [Plan(path, overrides, assumptions) for path, overrides in runs]
+    print(f"Parameters, peak memory (GB of 10^9 bytes) and rows that fit\n\n{memory_table(plans)}\n")
+    print(f"Speed at {assumptions.utilisation:.0%} of the bf16 peak\n\n{speed_table(plans)}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import torch
 from conftest import IMAGE_ID, ROOT, TEXT, tiny_config, tiny_model
 
 from benchmarks import overhead, parameters
+from benchmarks.models import build_on_meta
 
 TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
 
 
 def test_sizes_count_every_stored_parameter_once():
-    model = parameters.build_on_meta(tiny_config())
+    model = build_on_meta(tiny_config())
     sizes = parameters.sizes(model)
     total = sizes.pop("total")
     stored = {id(p): p.numel() for p in model.parameters()}
@@ -24,12 +25,12 @@ def test_sizes_count_every_stored_parameter_once():
 def test_an_untied_head_counts_as_embeddings():
     text = TEXT["qwen2"] | {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = tiny_config(text_config=text | {"num_key_value_heads": 2, "tie_word_embeddings": False})
-    sizes = parameters.sizes(parameters.build_on_meta(config))
+    sizes = parameters.sizes(build_on_meta(config))
     assert sizes[parameters.EMBEDDINGS].parameters == 2 * 128 * 32
 
 
 def test_packed_bytes_are_five_values_a_byte_for_matrices_of_decoder_layers_only():
-    model = parameters.build_on_meta(tiny_config("bitnet"))
+    model = build_on_meta(tiny_config("bitnet"))
     expected = 0
     for name, p in model.model.language_model.layers.named_parameters():
         expected += math.ceil(p.numel() / 5) if name.endswith("_proj.weight") else 2 * p.numel()
@@ -40,17 +41,17 @@ def test_packed_bytes_are_five_values_a_byte_for_matrices_of_decoder_layers_only
 
 
 def test_the_fusion_block_counts_as_alignment_and_an_unknown_part_is_refused():
-    plain = parameters.sizes(parameters.build_on_meta(tiny_config()))
-    model = parameters.build_on_meta(tiny_config(use_fusion=True))
+    plain = parameters.sizes(build_on_meta(tiny_config()))
+    model = build_on_meta(tiny_config(use_fusion=True))
     fusion = sum(p.numel() for p in model.model.fusion.parameters())
     assert parameters.sizes(model)["alignment"].parameters == plain["alignment"].parameters + fusion
-    model.model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="model.extra.weight belongs to none of"):
+    model.model.unknown = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="model.unknown.weight belongs to none of"):
         parameters.sizes(model)
 
 
 def test_shapes_are_those_of_a_real_forward(text_type):
-    shapes = parameters.shapes(parameters.build_on_meta(tiny_config(text_type)))
+    shapes = parameters.shapes(build_on_meta(tiny_config(text_type)))
     model = tiny_model(text_type)
     ids = overhead.prompt(model)
     with torch.no_grad():
@@ -111,7 +112,7 @@ def test_the_overhead_command_measures_a_config(text, qat, tmp_path, capsys, mon
     path.write_text(json.dumps(tiny_config(text, qat_config=qat).to_dict()))
     overhead.main(["--config", str(path), "--repeats", "2", "--new-tokens", "3"])
     out = capsys.readouterr().out
-    assert "tiny: 4" in out and "bfloat16" in out
+    assert "tiny with random weights: 4" in out and "bfloat16" in out
     assert "| greedy decoding, tokens/s |" in out and out.count("%") == 2
 
 

@@ -6,17 +6,17 @@ from conftest import ROOT, tiny_config, tiny_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import train_memory
-from benchmarks.parameters import MicroVLMForConditionalGeneration
+from microvlm.model import MicroVLMForConditionalGeneration
 
-RECIPE = ROOT / "recipes/v/stage1.yaml"
+RECIPE = ROOT / "recipes" / "microvlm-v_stage1.yaml"
 
 
 @pytest.mark.parametrize("trains,row,once", [(False, 0, 2 * 48 * 32), (True, 2 * 48, 2 * 48 * 32)])
 def test_a_linear_layer_keeps_a_bf16_weight_and_if_it_trains_its_input(trains, row, once):
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         linear = torch.nn.Linear(48, 32, bias=False).requires_grad_(trains)
-        kept = train_memory.measure(lambda n: linear(torch.zeros(n, 48, requires_grad=True)), linear)
-    assert (kept.row, kept.once) == (row, once)
+        saved = train_memory.measure(lambda n: linear(torch.zeros(n, 48, requires_grad=True)), linear)
+    assert (saved.row, saved.once) == (row, once)
 
 
 @pytest.mark.parametrize("text", ["qwen2", "bitnet"])
@@ -24,7 +24,7 @@ def test_a_linear_layer_keeps_a_bf16_weight_and_if_it_trains_its_input(trains, r
 def test_parts_add_up_to_what_a_real_pass_keeps(text, trainable):
     ternary = {"ternary_modules": [r"language_model\.layers\..*_proj"]} if text == "bitnet" else {}
     config = tiny_config(text, qat_config=ternary) if ternary else tiny_config(text)
-    parts = train_memory.kept_parts(config, trainable, positions=32)
+    parts = train_memory.saved_parts(config, trainable, positions=32)
     torch.manual_seed(0)
     model = MicroVLMForConditionalGeneration(config).train()
     train_memory.freeze(model, trainable)
@@ -44,19 +44,15 @@ def test_parts_add_up_to_what_a_real_pass_keeps(text, trainable):
 
 
 def test_a_plan_by_hand():
-    plan = train_memory.Plan(RECIPE, [], train_memory.parse(["--prompt-tokens", "20"]))
-    assert plan.parameters == 504_276_800 and plan.trained == 4_719_616 and plan.nf4 == 0
-    assert plan.fixed() == {
-        "weights": 4 * plan.parameters,
-        "gradients": 4 * plan.trained,
-        "AdamW": 8 * plan.trained,
-    } | {
-        "buckets": 0.0,
-        "gathered": 0.0,
-    }
-    assert plan.fixed(ranks=4)["buckets"] == 4 * plan.trained
-    assert plan.fixed(ranks=4, sharded=True)["weights"] == plan.parameters
-    assert plan.length(10) == 25 + 20 + plan.caption(10) and plan.pictures == 1
+    assumptions, _ = train_memory.parse(["--prompt-tokens", "20"])
+    plan = train_memory.Plan(RECIPE, [], assumptions)
+    counts = plan.counts
+    assert counts.parameters == 504_276_800 and counts.trained == 4_719_616 and counts.nf4 == 0
+    fixed = {"weights": 4 * counts.parameters, "gradients": 4 * counts.trained, "AdamW": 8 * counts.trained}
+    assert plan.fixed() == fixed | {"buckets": 0.0, "gathered": 0.0}
+    assert plan.fixed(ranks=4)["buckets"] == 4 * counts.trained
+    assert plan.fixed(ranks=4, sharded=True)["weights"] == counts.parameters
+    assert plan.length(10) == 25 + 20 + plan.caption(10) and plan.images == 1
     per_token = 2 * 24 * (2 * 896**2 + 2 * 896 * 128 + 3 * 896 * 4864)  # forward, without biases and norms
     T = plan.length(10)
     assert plan.flops(10) == pytest.approx(
@@ -68,6 +64,7 @@ def test_a_plan_by_hand():
 
 
 def test_tables(capsys):
-    train_memory.main([str(RECIPE), "--gpu", "A100"])
+    train_memory.main([str(RECIPE), "--set", *train_memory.V_NF4])
     out = capsys.readouterr().out
-    assert out.count("| v/stage1 |") == 5 and "| A100 |" in out
+    assert out.count("| microvlm-v_stage1, NF4 |") == 4 and "| microvlm-v_stage1, NF4 | A100 |" in out
+    assert "| 504,276,800 | 4,719,616 | 0.9% | 10 | 4.4 | 3.5 | 4.4 |" in out

@@ -1,4 +1,4 @@
-"""The training benchmark runs on a tiny model, its two sides agree, and its arithmetic is right; nothing here asserts a time."""
+"""The training benchmark runs on a tiny model and its two sides agree; nothing here asserts a time."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_data import use_cache
 
-from benchmarks import train_throughput
+from benchmarks import machine, train_throughput
 from benchmarks.train_throughput import PLAIN, TRAINER, VARIANTS, Turn
 
 
@@ -32,23 +32,22 @@ def test_every_variant_has_a_row_of_finite_numbers(run):
     assert list(values["results"]) == [v.name for v in VARIANTS]
     for name, result in values["results"].items():
         assert f"| {name} |" in out
-        for key in ("samples_per_second", "time_by_plain", "of_peak", "data"):
+        for key in ("samples_per_second", "time_by_plain"):
             assert math.isfinite(result[key]) and result[key] > 0, (name, key)
         assert len(values["turns"][name]) == 2
-        assert all(0 < turn["waited"] < turn["seconds"] for turn in values["turns"][name])
     assert values["results"][PLAIN.name]["time_by_plain"] == 1
-    assert math.isfinite(values["vision_cache"]["gain"]) and values["vision_cache"]["pictures_per_second"] > 0
+    assert values["vision_cache_ms"] > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 def test_peak_memory_is_of_the_turn(run):
     assert all(turn["peak"] > 2**26 for turns in run[1]["turns"].values() for turn in turns)
-    train_throughput.reset_peak()
-    before = train_throughput.peak_memory()
+    machine.reset_peak()
+    before = machine.peak_memory()
     torch.ones(2**25)  # 128 MiB
-    grown = train_throughput.peak_memory() - before
-    train_throughput.reset_peak()
-    assert grown > 2**26 > train_throughput.peak_memory() - before
+    grown = machine.peak_memory() - before
+    machine.reset_peak()
+    assert grown > 2**26 > machine.peak_memory() - before
 
 
 def test_both_sides_compute_the_same_loss(run):
@@ -56,22 +55,16 @@ def test_both_sides_compute_the_same_loss(run):
     assert losses["plain"] == pytest.approx(losses["trainer"], rel=5e-3)
 
 
-def test_the_flops_by_formula_are_those_that_torch_counts(run):
-    flops = run[1]["flops"]
-    assert flops["formula"] == pytest.approx(sum(flops["parts"].values()))
-    assert flops["formula"] == pytest.approx(flops["counted"], rel=0.05)
-
-
 def test_variants_read_the_same_rows(tmp_path, monkeypatch):
     use_cache(monkeypatch, tmp_path / "cache")
     bench = train_throughput.Bench(True, 3, 2, 2, str(tmp_path))
     batches = {}
     for variant in VARIANTS:
-        for round in range(2):
-            rows = bench.round_rows(round, variant)
-            batches[variant, round] = rows[variant.accumulation * 3 : -3]  # those that count
-            assert set(batches[variant, round]) == set(batches[PLAIN, round])
-            assert variant.by_length or batches[variant, round] == batches[PLAIN, round]
+        for number in range(2):
+            rows = bench.round_rows(number, variant)
+            batches[variant, number] = rows[variant.accumulation * 3 : -3]  # those that count
+            assert set(batches[variant, number]) == set(batches[PLAIN, number])
+            assert variant.by_length or batches[variant, number] == batches[PLAIN, number]
         assert len({*batches[variant, 0], *batches[variant, 1]}) == 2 * 2 * 3
     seen = []
     monkeypatch.setattr(train_throughput, "plain_loss", lambda model, batch: seen.append(batch) or batch_loss(model))
@@ -87,13 +80,12 @@ def batch_loss(model):
 
 
 def test_a_summary_takes_ratios_round_by_round():
-    turn = lambda seconds: Turn(seconds, seconds / 10, 1e9, 100)  # noqa: E731
-    turns = {PLAIN.name: [turn(1.0), turn(2.0), turn(4.0)], TRAINER.name: [turn(1.1), turn(2.2), turn(40.0)]}
-    result = train_throughput.summary(turns, 8, 1e10)[TRAINER.name]
+    times = {PLAIN.name: (1.0, 2.0, 4.0), TRAINER.name: (1.1, 2.2, 40.0)}
+    turns = {name: [Turn(seconds, 100) for seconds in values] for name, values in times.items()}
+    result = train_throughput.summary(turns, 8)[TRAINER.name]
     assert result["samples_per_second"] == pytest.approx(8 / 2.2)
     assert result["time_by_plain"] == pytest.approx(1.1)
-    assert result["of_peak"] == pytest.approx(0.1 / 2.2)
-    assert result["data"] == pytest.approx(0.1) and result["peak_bytes"] == 100
+    assert result["peak_bytes"] == 100
 
 
 @pytest.mark.parametrize("option", [["--steps", "3"], ["--steps", "0"], ["--rounds", "0"], ["--batch-size", "1"]])

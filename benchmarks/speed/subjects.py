@@ -1,7 +1,5 @@
 """Subjects of the measurement: MicroVLM, other captioners, llama.cpp."""
 
-import re
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -15,32 +13,33 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from benchmarks.overhead import load, prompt, seconds
-from benchmarks.train_throughput import peak_memory, reset_peak
+from benchmarks.machine import peak_memory, reset_peak, resident_memory, seconds
+from benchmarks.models import v_config
+from benchmarks.overhead import load, make_image_processor, prompt
 from microvlm.evaluate.speed import Clock
-from microvlm.model import MicroVLMImageProcessor
 
-from .files import CONTEXT, Scratch, quiet_llama_cpp
-from .shapes import SHAPES, THREADS, v_config
+from .files import THREADS, Scratch, quiet_llama_cpp
+from .shapes import SHAPES
 
 IMAGE_SIZE = (640, 640)  # pixels; square, so that SmolVLM cuts it into 4 x 4 tiles
 CAPTION = 32  # tokens
 MOST_TOKENS = 400  # BLIP has 512 positions
-TEXT_TOKENS = 16  # of SmolVLM's prompt, behind the picture; overhead.py gives MicroVLM's as many
+TEXT_TOKENS = 16  # of SmolVLM's prompt, after the image; the same number as in overhead.py
+CONTEXT = 512  # positions of llama.cpp's cache
 
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Tensors that a module itself holds: parameters, buffers, plain attributes, the scales of bitsandbytes."""
-    held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    """List the tensors a module itself holds: parameters, buffers, attributes, scales of bitsandbytes."""
+    values = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     while state is not None:
-        held.append(state.absmax)
+        values.append(state.absmax)
         state = getattr(state, "state2", None)
-    return [t for t in held if isinstance(t, torch.Tensor)]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def read_modules(module: nn.Module, ran: set[nn.Module]) -> list[nn.Module]:
-    """Modules whose weights are read: those that ran, and all that lies in one which ran without calling any of its parts."""
+    """List modules whose weights are read: those that ran, and all inside one that ran and called no part of it."""
     inside = [m for m in module.modules() if m is not module]
     if module in ran and not any(m in ran for m in inside):
         return [module, *inside]
@@ -49,11 +48,13 @@ def read_modules(module: nn.Module, ran: set[nn.Module]) -> list[nn.Module]:
 
 
 def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str, int]:
-    """Bytes of the weights that one decoding step reads, by dtype.
+    """Count the bytes of the weights that one decoding step reads, by dtype.
 
     Args:
-        generate: makes as many tokens as told. The modules of a step are those that run more often for three tokens than for two.
+        model: a MicroVLM or another captioner.
+        generate: makes that number of tokens. A step's modules run more often for three tokens than for two.
     """
+    # which modules run in a step
     counts = Counter()
     hooks = [m.register_forward_pre_hook(lambda m, args: counts.update([m])) for m in model.modules()]
     generate(2)
@@ -63,11 +64,13 @@ def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str,
     for hook in hooks:
         hook.remove()
     ran = {m for m, n in counts.items() if n > two[m]}
+    # their tensors; of an embedding a step reads one row
     tensors = [t for m in read_modules(model, ran) if "Embedding" not in type(m).__name__ for t in own_tensors(m)]
     decoder = model.model.packed_decoder() if hasattr(getattr(model, "model", None), "packed_decoder") else None
     if decoder is not None:  # its layers are no modules, and the head's matrix is the embedding's
         head = [part.matrix() for part in model.get_input_embeddings().modules() if hasattr(part, "matrix")]
         tensors = decoder.tensors() + [t for matrix in head for t in (matrix.panels, matrix.scale)]
+    # each once
     result, seen = Counter(), set()
     for tensor in tensors:
         if tensor.data_ptr() not in seen:
@@ -76,16 +79,9 @@ def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str,
     return dict(result)
 
 
-def resident() -> int | None:
-    """Resident size of this process, bytes; None where the system does not tell."""
-    if sys.platform != "linux":
-        return None
-    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 @dataclass
 class Subject(ABC):
-    """What is measured; lives in a worker of its own.
+    """What is measured, in a process of its own.
 
     Args:
         name: in the tables.
@@ -102,104 +98,93 @@ class Subject(ABC):
 
     @abstractmethod
     def emit(self, new_tokens: int) -> list[float]:
-        """Seconds from the picture to each new token."""
+        """Generate; returns the seconds from the image to each new token."""
 
     @abstractmethod
     def read_bytes(self) -> dict[str, int]:
-        """Bytes of the weights that a decoding step reads, by format."""
+        """Count the bytes of the weights that a decoding step reads, by format."""
 
     def disk_bytes(self) -> int:
         files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
         return sum(file.stat().st_size for file in files)
 
     def turn(self, new_tokens: int) -> dict[str, float]:
-        """Seconds to the first token and to the caption's last, tokens per second between the first and the last.
+        """Time the first token, the caption's last, and tokens per second between the first and the last.
 
         Raises:
             RuntimeError: another number of tokens came.
         """
         times = self.emit(new_tokens)
         if len(times) != new_tokens:
-            raise RuntimeError(f"{self.name} gave {len(times)} tokens, {new_tokens} were asked for.")
-        return {
-            "first": times[0],
-            "caption": times[CAPTION - 1],
-            "rate": (new_tokens - 1) / (times[-1] - times[0]),
-        }
+            raise RuntimeError(f"{self.name} gave {len(times)} tokens instead of {new_tokens}.")
+        rate = (new_tokens - 1) / (times[-1] - times[0])
+        return {"first": times[0], "caption": times[CAPTION - 1], "rate": rate}
 
     def open(self, new_tokens: int) -> dict:
-        """Load, one turn that does not count, then what does not change from turn to turn."""
+        """Load, take a turn that does not count, and measure what does not change from turn to turn."""
         reset_peak()
-        self.before = resident()
+        self.before = resident_memory()
         load_seconds, _ = seconds(self.load)
         self.turn(new_tokens)
-        self.peak = peak_memory()
-        reset_peak()
-        after = resident()
+        read = self.read_bytes()
         return {
             "load": load_seconds,
-            "memory": None if after is None else after - self.before,
             "disk": self.disk_bytes(),
-            "read": self.read_bytes(),
+            "read": read,
             "positions": self.positions,
             "sees": self.sees,
         }
 
     def close(self) -> int | None:
-        """Peak memory, bytes."""
+        """Read the peak memory since before loading, bytes."""
         peak = peak_memory()
-        return None if peak is None else max(self.peak, peak) - self.before
+        return None if peak is None else peak - self.before
 
 
 class TransformersSubject(Subject):
     """A model of transformers, which `generate()` runs."""
 
     @abstractmethod
-    def inputs(self, picture: Image.Image) -> dict[str, torch.Tensor]:
-        """What `generate()` is given for a picture."""
+    def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        """Make the inputs of `generate()` from an image."""
+
+    def pixels(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        batch = self.image_processor(image, return_tensors="pt")
+        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
+
+    def text(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
 
     def emit(self, new_tokens: int) -> list[float]:
-        picture, clock = Image.effect_noise(IMAGE_SIZE, 64).convert("RGB"), Clock()
-        started = time.perf_counter()
-        self.model.generate(
-            **self.inputs(picture),
-            streamer=clock,
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-        )
-        return [t - started for t in clock.times[1:]]  # the first entry is the prompt
+        image, clock = Image.effect_noise(IMAGE_SIZE, 64).convert("RGB"), Clock()
+        start = time.perf_counter()
+        length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+        self.model.generate(**self.inputs(image), streamer=clock, do_sample=False, num_beams=1, **length)
+        return [t - start for t in clock.times[1:]]  # the first entry is the prompt
 
     def read_bytes(self) -> dict[str, int]:
         return step_bytes(self.model, self.emit)
 
 
 class MicroVLM(TransformersSubject):
-    """A MicroVLM checkpoint: one picture, then text."""
+    """A MicroVLM checkpoint: one image, then text."""
 
     def load(self) -> None:
         self.model = load(self.path)
-        size = self.model.model.vision_tower.timm_model.patch_embed.img_size
-        self.image_processor = MicroVLMImageProcessor(size={"height": size[0], "width": size[1]})
+        self.image_processor = make_image_processor(self.model)
         self.ids = prompt(self.model)
         self.positions = self.ids.shape[1]
 
-    def inputs(self, picture: Image.Image) -> dict[str, torch.Tensor]:
-        pixel_values = self.image_processor(picture, return_tensors="pt")["pixel_values"].to(self.model.dtype)
-        return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), "pixel_values": pixel_values}
+    def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        return self.text() | self.pixels(image)
 
 
 @dataclass
 class Captioner(TransformersSubject):
-    """A published shape that takes a picture and no text.
-
-    Args:
-        shape: a name in SHAPES.
-    """
+    """A published shape, by its name in SHAPES, that takes an image and no text."""
 
     shape: str
-    positions = 1  # the start token; what the decoder sees of the picture has no token ids
+    positions = 1  # the start token; what the decoder sees of the image has no token ids
 
     def load(self) -> None:
         shape = SHAPES[self.shape]
@@ -214,18 +199,13 @@ class Captioner(TransformersSubject):
             return {"size": {"shortest_edge": side}, "crop_size": square}
         return {"size": square}
 
-    def inputs(self, picture: Image.Image) -> dict[str, torch.Tensor]:
-        pixel_values = self.image_processor(picture, return_tensors="pt")["pixel_values"].to(self.model.dtype)
-        return {"pixel_values": pixel_values}
+    def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        return self.pixels(image)
 
 
 @dataclass
 class SmolVLM(Captioner):
-    """SmolVLM's shape: a picture in tiles, then text.
-
-    Args:
-        tiles: 1, or 17: 4 x 4 and the whole picture.
-    """
+    """SmolVLM's shape: an image in tiles (1, or 17: 4 x 4 and the whole), then text."""
 
     tiles: int = 1
 
@@ -243,25 +223,16 @@ class SmolVLM(Captioner):
         longest = {"longest_edge": 4 * side if split else side}
         return {"do_image_splitting": split, "size": longest, "max_image_size": {"longest_edge": side}}
 
-    def inputs(self, picture: Image.Image) -> dict[str, torch.Tensor]:
-        batch = self.image_processor(picture, return_tensors="pt")
-        if batch["pixel_values"].shape[1] != self.tiles:
-            raise RuntimeError(f"the picture became {batch['pixel_values'].shape[1]} tiles, expected {self.tiles}.")
-        return {
-            "input_ids": self.ids,
-            "attention_mask": torch.ones_like(self.ids),
-            "pixel_values": batch["pixel_values"].to(self.model.dtype),
-            "pixel_attention_mask": batch["pixel_attention_mask"],
-        }
+    def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        pixels = self.pixels(image)
+        if (tiles := pixels["pixel_values"].shape[1]) != self.tiles:
+            raise RuntimeError(f"the image became {tiles} tiles, expected {self.tiles}.")
+        return self.text() | {name: pixels[name] for name in ("pixel_values", "pixel_attention_mask")}
 
 
 @dataclass
 class LlamaCpp(Subject):
-    """A language model in llama.cpp, driven by its C functions.
-
-    Args:
-        positions: text tokens of the prompt.
-    """
+    """A language model in llama.cpp with a prompt of `positions` text tokens, driven by its C functions."""
 
     positions: int
     sees = False
@@ -282,12 +253,12 @@ class LlamaCpp(Subject):
         library = self.lib
         library.llama_memory_clear(library.llama_get_memory(self.context), True)
         tokens = (library.llama_token * self.positions)(*range(3, 3 + self.positions))
-        times, started = [], time.perf_counter()
+        times, start = [], time.perf_counter()
         for _ in range(new_tokens):
             if library.llama_decode(self.context, library.llama_batch_get_one(tokens, len(tokens))):
                 raise RuntimeError(f"llama.cpp could not run {self.path.name}.")
             token = library.llama_sampler_sample(self.sampler, self.context, -1)
-            times.append(time.perf_counter() - started)
+            times.append(time.perf_counter() - start)
             tokens = (library.llama_token * 1)(token)
         return times
 
@@ -300,28 +271,28 @@ class LlamaCpp(Subject):
         return dict(result)
 
 
-def _llama_cpp(standin: bool, kind: str, head: bool, name: str, scratch: Scratch) -> LlamaCpp:
-    config = v_config(scratch.small)
-    return LlamaCpp(name, scratch.gguf(standin, kind, head), config.num_prefix_tokens + TEXT_TOKENS)
+def make_llama_cpp(kind: str, head: bool, name: str, scratch: Scratch) -> LlamaCpp:
+    """Prepare V's language model in llama.cpp; as many text tokens as MicroVLM has positions."""
+    return LlamaCpp(name, scratch.gguf(kind, head), v_config(scratch.small).num_prefix_tokens + TEXT_TOKENS)
+
+
+def make_smolvlm(tiles: int, name: str, scratch: Scratch) -> SmolVLM:
+    return SmolVLM(name, scratch.peer("SmolVLM-256M"), "SmolVLM-256M", tiles)
+
+
+def make_captioner(name: str, scratch: Scratch) -> Captioner:
+    return Captioner(name, scratch.peer(name), name)
 
 
 LLAMA_CPP = {
-    f"llama.cpp {'1024' if standin else 'V'} {kind}{'+head' if head else ''}": partial(_llama_cpp, standin, kind, head)
-    for standin, kind, head in (
-        *((False, kind, False) for kind in ("BF16", "Q8_0", "Q4_0", "TQ2_0", "TQ1_0")),
-        (False, "Q4_0", True),
-        *((True, kind, False) for kind in ("Q4_0", "TQ2_0", "TQ1_0")),
-        (True, "TQ2_0", True),
-    )
+    f"llama.cpp V {kind}": partial(make_llama_cpp, kind.removesuffix("+head"), kind.endswith("+head"))
+    for kind in ("BF16", "Q8_0", "Q4_0", "TQ2_0", "TQ1_0", "Q4_0+head")
 }
 CATALOGUE: dict[str, Callable[[str, Scratch], Subject]] = {
     "V bf16": lambda name, scratch: MicroVLM(name, scratch.v()),
     "V NF4": lambda name, scratch: MicroVLM(name, scratch.nf4()),
     **LLAMA_CPP,
-    "SmolVLM-256M x1": lambda name, scratch: SmolVLM(name, scratch.peer("SmolVLM-256M"), "SmolVLM-256M", 1),
-    "SmolVLM-256M x17": lambda name, scratch: SmolVLM(name, scratch.peer("SmolVLM-256M"), "SmolVLM-256M", 17),
-    **{
-        peer: lambda name, scratch: Captioner(name, scratch.peer(name), name)
-        for peer in ("BLIP-base", "GIT-base", "ViT-GPT2")
-    },
+    "SmolVLM-256M x1": partial(make_smolvlm, 1),
+    "SmolVLM-256M x17": partial(make_smolvlm, 17),
+    **dict.fromkeys(("BLIP-base", "GIT-base", "ViT-GPT2"), make_captioner),
 }

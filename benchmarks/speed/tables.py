@@ -3,11 +3,11 @@
 from pathlib import Path
 from statistics import median
 
-from benchmarks.parameters import markdown_table
+from microvlm.tables import markdown_table
 
-from .measure import Result
 from .shapes import SHAPES
 from .subjects import CAPTION, LLAMA_CPP
+from .workers import Result
 
 
 def megabytes(value: int | None) -> str:
@@ -15,40 +15,21 @@ def megabytes(value: int | None) -> str:
 
 
 def speed_table(results: dict[str, Result]) -> str:
-    """Medians; tokens per second with their range."""
+    """Write medians; tokens per second with their range."""
+    header = ["", "prompt", "first token, ms", "tokens/s", f"{CAPTION} tokens from the image, ms", "load, s"]
     rows = []
     for name, r in results.items():
         rates = [turn["rate"] for turn in r.turns]
         o = r.opened
-        rows.append(
-            [
-                name,
-                f"{'picture, ' if o['sees'] else 'no picture, '}{o['positions']:,} positions",
-                f"{r.median('first') * 1e3:.1f}",
-                f"{r.median('rate'):.1f} ({min(rates):.1f} to {max(rates):.1f})",
-                f"{r.median('caption') * 1e3:,.0f}",
-                f"{o['load']:.2f}",
-                megabytes(o["disk"]),
-                megabytes(o["memory"]),
-                megabytes(r.peak),
-            ]
-        )
-    header = [
-        "",
-        "prompt",
-        "first token, ms",
-        "tokens/s",
-        f"{CAPTION} tokens from the picture, ms",
-        "load, s",
-        "on disk, MB",
-        "in memory, MB",
-        "peak, MB",
-    ]
-    return markdown_table(header, rows, left=2)
+        row = [name, f"{'image' if o['sees'] else 'no image'}, {o['positions']:,} positions"]
+        row += [f"{r.median('first') * 1e3:.1f}", f"{r.median('rate'):.1f} ({min(rates):.1f} to {max(rates):.1f})"]
+        row += [f"{r.median('caption') * 1e3:,.0f}", f"{o['load']:.2f}", megabytes(o["disk"]), megabytes(r.peak)]
+        rows.append(row)
+    return markdown_table([*header, "on disk, MB", "peak, MB"], rows, left=2)
 
 
 def limit_table(results: dict[str, Result], bandwidth: float) -> str:
-    """Tokens per second if a decoding step only read its weights, and the share of it that is reached."""
+    """Write tokens per second if a step only read its weights, and the share that is reached."""
     rows = []
     for name, r in results.items():
         formats = sorted(r.opened["read"].items(), key=lambda item: -item[1])
@@ -59,7 +40,7 @@ def limit_table(results: dict[str, Result], bandwidth: float) -> str:
 
 
 def ratios(base: Result, other: Result) -> dict[str, float]:
-    """How many times faster `base` is: medians over the rounds' ratios."""
+    """Compute how many times faster `base` is: medians over the rounds' ratios."""
     pairs = list(zip(base.turns, other.turns))
     return {
         "rate": median(b["rate"] / o["rate"] for b, o in pairs),
@@ -68,6 +49,7 @@ def ratios(base: Result, other: Result) -> dict[str, float]:
 
 
 def ratio_table(name: str, results: dict[str, Result]) -> str:
+    """Compare one subject with all others."""
     rows = []
     for other, result in results.items():
         if other != name:
@@ -76,20 +58,22 @@ def ratio_table(name: str, results: dict[str, Result]) -> str:
     return markdown_table([f"{name} is faster than", "tokens/s", "first token", f"{CAPTION} tokens"], rows)
 
 
+def pick_colour(name: str) -> str:
+    return "tab:orange" if name in LLAMA_CPP else "tab:gray" if name.startswith(tuple(SHAPES)) else "tab:blue"
+
+
 def plot(results: dict[str, Result], bandwidth: float, folder: Path) -> None:
-    """`speed_tokens.png`: tokens per second with range and limit. `speed_disk.png`: tokens per second over bytes on disk."""
+    """Plot tokens per second with range and limit (`speed_tokens.png`), and over bytes on disk (`speed_disk.png`)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def colour(name: str) -> str:
-        return "tab:orange" if name in LLAMA_CPP else "tab:gray" if name.startswith(tuple(SHAPES)) else "tab:blue"
-
     folder.mkdir(parents=True, exist_ok=True)
     names = list(results)
-    colours = [colour(name) for name in names]
+    colours = [pick_colour(name) for name in names]
     rates = [results[name].median("rate") for name in names]
+    # bars with the range of the rounds, and a mark at the limit
     lowest = [rate - min(t["rate"] for t in results[name].turns) for name, rate in zip(names, rates)]
     highest = [max(t["rate"] for t in results[name].turns) - rate for name, rate in zip(names, rates)]
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.34 * len(names)), layout="constrained")
@@ -104,6 +88,7 @@ def plot(results: dict[str, Result], bandwidth: float, folder: Path) -> None:
     figure.savefig(folder / "speed_tokens.png", dpi=120)
     plt.close(figure)
 
+    # a point per subject
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     sizes = [results[name].opened["disk"] / 1e6 for name in names]
     axes.scatter(sizes, rates, c=colours)

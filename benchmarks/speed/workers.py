@@ -2,30 +2,28 @@
 
 import multiprocessing
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
 import torch
 import transformers
 
-from benchmarks.overhead import seconds
+from benchmarks.machine import seconds
 
-from .shapes import THREADS
+from .files import THREADS
 from .subjects import Subject
 
 BUFFER, SMALL_BUFFER, READS = 2**29, 2**23, 3
-PROCESS_BYTES = 2**30  # of a worker beside its weights, generously
+PROCESS_BYTES = 2**30  # of a worker without its weights, generously
 ENVIRONMENT = {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def read_bandwidth(buffer: torch.Tensor) -> float:
-    """Bytes per second of the fastest pass over a float32 buffer, whose size a multiple of 4,096 divides."""
+    """Measure bytes per second of the fastest pass over a float32 buffer; 4,096 divides its size."""
     integers, matrix = buffer.view(torch.int64), buffer.view(-1, 4096)
     vector = matrix[0].clone()
     ways = (integers.sum, integers.max, lambda: matrix @ vector)
@@ -33,7 +31,7 @@ def read_bandwidth(buffer: torch.Tensor) -> float:
 
 
 def serve(connection, subject: Subject) -> None:
-    """A worker: call the methods it is told to, until it is told None."""
+    """Call the methods that arrive on the connection, until None arrives."""
     torch.set_num_threads(THREADS)
     transformers.utils.logging.disable_progress_bar()
     for method, args in iter(connection.recv, None):
@@ -56,17 +54,17 @@ class Worker:
         theirs.close()
 
     def ask(self, method: str, *args):
-        """What the subject's method returns.
+        """Call a method of the subject; returns its result.
 
         Raises:
             RuntimeError: it failed, or the process is gone.
         """
         try:
             self.connection.send((method, args))
-            fine, answer = self.connection.recv()
+            success, answer = self.connection.recv()
         except (EOFError, OSError) as error:
             raise RuntimeError(f"{self.name}: its process ended (out of memory?).") from error
-        if not fine:
+        if not success:
             raise RuntimeError(f"{self.name}: {method} failed.\n{answer}")
         return answer
 
@@ -83,7 +81,7 @@ class Worker:
 
 @dataclass
 class Result:
-    """Of a subject: what `Subject.open` returned, one entry per turn, peak memory in bytes."""
+    """Result of a subject: what `Subject.open` returned, one entry per turn, peak memory in bytes."""
 
     opened: dict
     turns: list[dict[str, float]] = field(default_factory=list)
@@ -97,15 +95,8 @@ class Result:
         return sum(self.opened["read"].values())
 
 
-def available_memory() -> int | None:
-    """Bytes that new processes can have; None where the system does not tell."""
-    if sys.platform != "linux":
-        return None
-    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-
-
 def in_groups(needs: dict[str, int], available: int | None) -> list[list[str]]:
-    """Names in their order, cut into groups that each need no more than is available; one alone may need more."""
+    """Cut names into groups that each need no more than is available; one alone may need more."""
     groups, used = [[]], 0
     for name, need in needs.items():
         if groups[-1] and available is not None and used + need > available:
@@ -130,9 +121,11 @@ def measure_group(subjects: list[Subject], rounds: int, new_tokens: int, read: C
         for subject in subjects:
             workers.append(Worker(subject))
         results = {}
+        # load all
         for worker in workers:
             results[worker.name] = Result(worker.ask("open", new_tokens))
             print(f"{worker.name}: open", file=sys.stderr, flush=True)
+        # in every round a reading of the bandwidth and a turn of each
         for i in range(rounds):
             rates.append(read())
             for worker in workers:
