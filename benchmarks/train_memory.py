@@ -1,7 +1,7 @@
-"""Compute memory and time of a training step on a GPU by arithmetic; nothing runs on a GPU.
+"""Compute the memory of a training step on a GPU by arithmetic; nothing runs on a GPU.
 
     python -m benchmarks.train_memory
-    python -m benchmarks.train_memory recipes/m/stage1.yaml --utilisation 0.3 --trainable '.*'
+    python -m benchmarks.train_memory recipes/m/stage1.yaml --batch-size 20 --trainable '.*'
 
 One row per recipe, from which what trains, batch, episodes and NF4 are read. The assumptions:
 
@@ -9,9 +9,8 @@ One row per recipe, from which what trains, batch, episodes and NF4 are read. Th
   The difference of two rows and one is per row; the rest is bf16 copies of weights.
 - The peak is weights, gradients, AdamW's moments and DDP's buckets, and the larger of all saved tensors with the
   logits' gradients, and AdamW's update. `--reserve` and `--margin` are for CUDA, NCCL and fragments.
-- A gradient passes every decoder layer: 2 N FLOPs per token forward, 2 N backward, 2 N more where weights train.
+- A gradient passes every decoder layer, frozen or not, to reach the adapter.
 - Captions are log-normal in words with CC12M's mean and deviation (arXiv 2102.08981). A batch is padded to its longest.
-- A ternary layer rounds its weights in every pass. `--utilisation` is of the data sheet's dense bf16 peak.
 """
 
 import math
@@ -45,29 +44,10 @@ RUNS = (  # recipe, and what is set in it
     ("microvlm-m_stage2", []),
 )
 GB = 1e9
-# fake_ternary in float32, bytes read and written per weight: abs, mean, /, round, clamp, * scale, w - w, +, to bf16
-ROUNDING_BYTES = 8 + 4 + 8 + 8 + 8 + 8 + 12 + 12 + 6
 NF4_BYTES = 0.5 + 4 / 64  # a float32 scale per 64 weights
 NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales themselves in 8 bits
-ADAMW_TRAFFIC = 28  # bytes per trained weight: weight, gradient and moments read, weight and moments written
 MEMORY_COPIES = 4  # of the memory's posterior that a write and a read save
 LOGIT_TRANSIENT = 8  # bytes per logit: float32 gradients after and before the log-softmax
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A vendor's data sheet: dense bf16 FLOP/s with float32 accumulation, bytes of memory, its bytes/s."""
-
-    flops: float
-    memory: float
-    bandwidth: float
-
-
-GPUS = {
-    "RTX 4090": GPU(165.2e12, 24e9, 1008e9),  # NVIDIA Ada GPU architecture, appendix A
-    "A100": GPU(312e12, 80e9, 2039e9),  # NVIDIA A100 80GB SXM data sheet
-    "H100": GPU(989e12, 80e9, 3350e9),  # NVIDIA H100 SXM data sheet: 1,979 with sparsity
-}
 
 
 def option(default, text: str):
@@ -85,10 +65,8 @@ class Assumptions:
     caption_deviation: float = option(16.3, "of the words of a caption")
     tokens_per_word: float = option(1.3, "of a caption")
     frozen_bytes: int = option(4, "of a frozen weight; train_hf.py loads float32")
-    utilisation: float = option(0.35, "share of the peak that products reach")
     reserve: float = option(1.0, "GB of CUDA context and NCCL")
     margin: float = option(0.1, "share of a card's memory to leave free")
-    decode_ms: float = option(8.0, "a loader worker's time for an image")
 
 
 @dataclass(frozen=True)
@@ -207,22 +185,12 @@ class Counts:
         self.head = model.lm_head.weight.numel()
         # decoder layers
         numbers = {name: int(m[1]) for name in named if (m := re.search(r"language_model\.layers\.(\d+)\.", name))}
-        self.decoder = sum(named[name] for name in numbers)
         self.layer = sum(named[name] for name, number in numbers.items() if number == 0)
         self.trained_layers = len({number for name, number in numbers.items() if name in trained})
-        # ternary and NF4 weights
-        patterns = model.config.qat_config.ternary_modules or []
-        modules = {name: name.removesuffix(".weight").removeprefix("model.") for name in named}
-        self.ternary = sum(named[name] for name in named if any(re.fullmatch(p, modules[name]) for p in patterns))
+        # NF4 weights
         skipped = {*unquantized_modules(model, trainable), "lm_head"} if quantized else set()
         linears = {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.nf4 = sum(size for name, size in linears.items() if name not in skipped) if quantized else 0
-        # vision tower and adapter
-        tower = {name for name in named if name.startswith("model.vision_tower.")}
-        self.vision, self.vision_trained = (sum(named[n] for n in names) for names in (tower, tower & trained))
-        adapter = model.model.adapter
-        self.on_patches = sum(m.weight.numel() for m in (adapter.fc1, adapter.fc2, adapter.k_proj, adapter.v_proj))
-        self.on_prefix = adapter.out_proj.weight.numel()
 
 
 class Plan:
@@ -245,9 +213,7 @@ class Plan:
         # what the recipe says of a step
         trainable = [assumptions.trainable] if assumptions.trainable else recipe.trainable
         self.batch = assumptions.batch_size or recipe.training["per_device_train_batch_size"]
-        self.accumulation = recipe.training.get("gradient_accumulation_steps", 1)
         self.episode = (recipe.data.episodes.size or 0) if recipe.data.episodes else 0
-        self.aligns = bool(recipe.loss_weights.get("align"))
         self.longest = recipe.data.max_caption_tokens or math.inf
         # what its model says
         model = build_on_meta(self.config)
@@ -324,32 +290,6 @@ class Plan:
         step, room = self.episode or 1, memory * (1 - self.assumptions.margin)
         return max((n for n in range(step, 1025, step) if self.peak(n, **kwargs) <= room), default=0)
 
-    def flops(self, batch: int) -> float:
-        """Count FLOPs of one row in a batch, forward and backward."""
-        T, text, counts = self.length(batch), self.text, self.counts
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        # decoder: forward and the gradients of its inputs, of attention, of what trains
-        attention = 4 * T * T * text.num_attention_heads * head_dim * self.layers
-        trained = 2 * counts.layer * counts.trained_layers * T
-        decoder = 2 * (2 * counts.decoder * T + attention) + attention + trained
-        head = 2 * 2 * counts.head * (self.caption(batch) + 1)
-        # vision tower and adapter
-        tokens = self.config.adapter_config.num_patches + 1
-        tower = 2 * tokens * (counts.vision + 2 * counts.vision_trained) * self.images
-        adapter = 3 * 2 * (counts.on_patches * (tokens - 1) + counts.on_prefix * self.config.num_prefix_tokens)
-        # alignment embeds the other micro-batches once more
-        again = 0.0
-        if self.aligns and self.accumulation > 1:
-            again = 2 * tokens * counts.vision * self.images + adapter / 3
-        return decoder + head + tower + adapter + again
-
-    def seconds(self, gpu: GPU, batch: int) -> tuple[float, float]:
-        """Estimate a micro-batch: matrix products, and weights that go through the card's memory."""
-        counts = self.counts
-        moved = ROUNDING_BYTES * counts.ternary
-        moved += (0.5 + 2) * 2 * counts.nf4 + ADAMW_TRAFFIC * counts.trained / self.accumulation
-        return batch * self.flops(batch) / (gpu.flops * self.assumptions.utilisation), moved / gpu.bandwidth
-
 
 def memory_table(plans: list[Plan]) -> str:
     """Write parameters, peaks and the most rows that fit."""
@@ -376,20 +316,6 @@ def memory_table(plans: list[Plan]) -> str:
     return markdown_table(header, rows)
 
 
-def speed_table(plans: list[Plan]) -> str:
-    """Write times of a micro-batch on every GPU."""
-    header = ["recipe", "GPU", "rows", "TFLOP per row", "products, ms", "weights through memory, ms", "rows/s"]
-    rows = []
-    for plan in plans:
-        for name, gpu in GPUS.items():
-            products, moved = plan.seconds(gpu, plan.batch)
-            rate = plan.batch / (products + moved)
-            row = [plan.name, name, plan.batch, f"{plan.flops(plan.batch) / 1e12:.2f}"]
-            row += [f"{value:.0f}" for value in (products * 1e3, moved * 1e3, rate)]
-            rows.append([*row, math.ceil(rate * plan.assumptions.decode_ms / 1000)])
-    return markdown_table([*header, "loader workers"], rows, left=2)
-
-
 def parse(argv: list[str] | None = None) -> tuple[Assumptions, Namespace]:
     parser = HfArgumentParser(Assumptions, description=__doc__)
     parser.add_argument("recipes", nargs="*", type=Path, help="default: those of M and V")
@@ -402,8 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = [(path, options.overrides) for path in options.recipes]
     runs = runs or [(ROOT / "recipes" / f"{name}.yaml", overrides + options.overrides) for name, overrides in RUNS]
     plans = [Plan(path, overrides, assumptions) for path, overrides in runs]
-    print(f"Parameters, peak memory (GB of 10^9 bytes) and rows that fit\n\n{memory_table(plans)}\n")
-    print(f"Speed at {assumptions.utilisation:.0%} of the bf16 peak\n\n{speed_table(plans)}")
+    print(f"Parameters, peak memory (GB of 10^9 bytes) and rows that fit\n\n{memory_table(plans)}")
 
 
 if __name__ == "__main__":

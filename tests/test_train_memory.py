@@ -53,18 +53,12 @@ def test_a_plan_by_hand():
     assert plan.fixed(ranks=4)["buckets"] == 4 * counts.trained
     assert plan.fixed(ranks=4, sharded=True)["weights"] == counts.parameters
     assert plan.length(10) == 25 + 20 + plan.caption(10) and plan.images == 1
-    per_token = 2 * 24 * (2 * 896**2 + 2 * 896 * 128 + 3 * 896 * 4864)  # forward, without biases and norms
-    T = plan.length(10)
-    assert plan.flops(10) == pytest.approx(
-        2 * per_token * T + 3 * 4 * T * T * 896 * 24 + 4 * 151936 * 896 * (plan.caption(10) + 1), rel=0.05
-    )
     assert plan.peak(20) > plan.peak(10) > plan.peak(10, checkpointing=True)
     batch = plan.largest_batch(24e9)
     assert plan.peak(batch) <= 0.9 * 24e9 < plan.peak(batch + 1)
 
 
-def test_tables(capsys):
+def test_the_table(capsys):
     train_memory.main([str(RECIPE), "--set", *train_memory.V_NF4])
     out = capsys.readouterr().out
-    assert out.count("| microvlm-v_stage1, NF4 |") == 4 and "| microvlm-v_stage1, NF4 | A100 |" in out
-    assert "| 504,276,800 | 4,719,616 | 0.9% | 10 | 4.4 | 3.5 | 4.4 |" in out
+    assert "| microvlm-v_stage1, NF4 | 504,276,800 | 4,719,616 | 0.9% | 10 | 4.4 | 3.5 | 4.4 |" in out
