@@ -25,7 +25,7 @@ from microvlm.tables import markdown_table
 
 LAYERS, VOCABULARY = r"model\.language_model\.layers\.\d+\..*_proj", r"model\.language_model\.embed_tokens"
 TERNARY = {LAYERS: {"format": "ternary", "group_size": "row"}}
-PACK_RECIPE = ROOT / "recipes" / "pack_v-135m.yaml"
+PACK_RECIPE = ROOT / "recipes/v-135m/pack.yaml"
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",

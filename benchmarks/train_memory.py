@@ -35,13 +35,13 @@ from microvlm.train.setup import change_config, check_patterns, unquantized_modu
 NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: %s}"
 V_NF4, M_NF4 = [NF4 % "true"], [NF4 % "false", "config.qat_config.ternary_modules=null"]
 RUNS = (  # recipe, and what is set in it
-    ("microvlm-v_stage1", []),
-    ("microvlm-v_stage1", V_NF4),
-    ("microvlm-v_stage2", []),
-    ("microvlm-v_stage2", V_NF4),
-    ("microvlm-m_stage1", []),
-    ("microvlm-m_stage1", M_NF4),
-    ("microvlm-m_stage2", []),
+    ("v/stage1", []),
+    ("v/stage1", V_NF4),
+    ("v/stage2", []),
+    ("v/stage2", V_NF4),
+    ("m/stage1", []),
+    ("m/stage1", M_NF4),
+    ("m/stage2", []),
 )
 GB = 1e9
 NF4_BYTES = 0.5 + 4 / 64  # a float32 scale per 64 weights
@@ -203,12 +203,12 @@ class Plan:
     """
 
     def __init__(self, path: Path, overrides: list[str], assumptions: Assumptions):
-        recipe, self.assumptions = load_recipe(str(path), overrides), assumptions
-        variant = re.search(r"\b([mv])[/_]", path.as_posix())
-        if variant is None:
-            raise ValueError(f"{path}: the path of a recipe of M or V names the variant.")
-        self.name = path.stem + (", NF4" if recipe.quantization else "")
-        self.config = change_config(load_config(CONFIGS / f"microvlm-{variant[1]}.json"), recipe.config)
+        recipe, self.assumptions = load_recipe(path, overrides), assumptions
+        variant = path.parent.name
+        if variant not in ("m", "v"):
+            raise ValueError(f"{path}: recipes of M and V are in recipes/m and recipes/v.")
+        self.name = f"{variant}/{path.stem}" + (", NF4" if recipe.quantization else "")
+        self.config = change_config(load_config(CONFIGS / f"microvlm-{variant}.json"), recipe.config)
         self.text, self.quantization = self.config.text_config, recipe.quantization
         # what the recipe says of a step
         trainable = [assumptions.trainable] if assumptions.trainable else recipe.trainable

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import train_memory
 from microvlm.model import MicroVLMForConditionalGeneration
 
-RECIPE = ROOT / "recipes" / "microvlm-v_stage1.yaml"
+RECIPE = ROOT / "recipes/v/stage1.yaml"
 
 
 @pytest.mark.parametrize("trains,row,once", [(False, 0, 2 * 48 * 32), (True, 2 * 48, 2 * 48 * 32)])
@@ -61,4 +61,4 @@ def test_a_plan_by_hand():
 def test_the_table(capsys):
     train_memory.main([str(RECIPE), "--set", *train_memory.V_NF4])
     out = capsys.readouterr().out
-    assert "| microvlm-v_stage1, NF4 | 504,276,800 | 4,719,616 | 0.9% | 10 | 4.4 | 3.5 | 4.4 |" in out
+    assert "| v/stage1, NF4 | 504,276,800 | 4,719,616 | 0.9% | 10 | 4.4 | 3.5 | 4.4 |" in out

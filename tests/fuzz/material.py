@@ -15,7 +15,7 @@ from microvlm.model import MemoryState, MicroVLMConfig, MicroVLMForConditionalGe
 from microvlm.pack import load_pack_recipe, pack
 
 PROMPT = "<|user|><image><|assistant|>"
-PACK_RECIPE = ROOT / "recipes/pack_nano.yaml"
+PACK_RECIPE = ROOT / "recipes/nano/pack.yaml"
 FORMATS = [("png", "PNG", mode) for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")]
 FORMATS += [("jpg", "JPEG", mode) for mode in ("RGB", "L", "CMYK")]
 FORMATS += [("webp", "WEBP", "RGBA"), ("gif", "GIF", "P")]
