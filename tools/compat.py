@@ -119,7 +119,8 @@ def run(number: str, expected: dict) -> bool:
         print(f"transformers {number}: {problem}", flush=True)
         return False
     print(f"transformers {number}: the checkpoint says the same; the tests:", flush=True)
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *TESTS]
+    options = "-m pytest -n 2 --dist loadfile -p no:cacheprovider".split()
+    command = [sys.executable, *options, "-m", "not slow", *TESTS]
     environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
 
