@@ -1,15 +1,16 @@
-"""Build the models that benchmarks measure: from configs/, without storage or with random weights."""
+"""Build models for the benchmarks, without storage or with random weights, and their inputs."""
 
 import json
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from microvlm.files import ROOT
-from microvlm.model import MicroVLMConfig, MicroVLMForConditionalGeneration
+from microvlm.model import MicroVLMConfig, MicroVLMForConditionalGeneration, MicroVLMImageProcessor
 
 CONFIGS = ROOT / "configs"
+TEXT_TOKENS = 16  # of a prompt, after the image
 # V's architecture so small that a run takes seconds: 64 columns suit NF4, 4,096 tokens nano's tokenizer
 SMALL = {
     "vision_config": {"model_args": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2}},
@@ -48,3 +49,23 @@ def write_random(config: MicroVLMConfig, folder: str | Path) -> None:
     model = MicroVLMForConditionalGeneration(config).to(torch.bfloat16)
     model.generation_config.suppress_tokens = [config.image_token_id]
     model.save_pretrained(folder)
+
+
+def load_weights(folder: str | Path) -> PreTrainedModel:
+    """Open a checkpoint in the dtype it is stored in; it needs no processor."""
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+
+
+def make_image_processor(model: PreTrainedModel) -> MicroVLMImageProcessor:
+    """Make the image processor for the model's image size."""
+    height, width = model.model.vision_tower.timm_model.patch_embed.img_size
+    return MicroVLMImageProcessor(size={"height": height, "width": width})
+
+
+def make_prompt(model: PreTrainedModel) -> torch.Tensor:
+    """Make token ids (1, P + TEXT_TOKENS): the placeholders of one image, then text."""
+    token, vocab_size = model.config.image_token_id, model.config.text_config.vocab_size
+    g = torch.Generator().manual_seed(0)
+    text = torch.randint(vocab_size - 1, (1, TEXT_TOKENS), generator=g)
+    text += text >= token  # every id but the placeholder
+    return torch.cat([torch.full((1, model.config.num_prefix_tokens), token), text], dim=1)

@@ -2,16 +2,9 @@
 
     python -m benchmarks.parameters
 
-The first table is the one in docs/architecture.md. Models are on the meta device: nothing is allocated. Notable:
-
-- A tied weight counts once, with the embeddings. Buffers are not parameters and do not count.
-- Bytes in float32 and bf16 are 4 and 2 per parameter.
-- The last column is arithmetic: matrices of decoder layers at 1.6 bits (five ternary values a byte, without scales),
-  the rest in bf16.
+The first table is the one in docs/architecture.md. Models are on the meta device: nothing is allocated. A tied weight
+counts once, with the embeddings; buffers do not count.
 """
-
-import math
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -31,40 +24,24 @@ PARTS = {  # prefix of a parameter's name -> part
     "model.memory_projection.": "memory",
     "model.scope.": "memory",
 }
-TRITS_PER_BYTE = 5  # 3^5 = 243 <= 256
 
 
-@dataclass
-class Size:
-    """Parameters of a part, and their bytes with ternary matrices packed and the rest in bf16."""
-
-    parameters: int = 0
-    packed_bytes: int = 0
-
-    def __add__(self, other: "Size") -> "Size":
-        return Size(self.parameters + other.parameters, self.packed_bytes + other.packed_bytes)
-
-
-def sizes(model: PreTrainedModel) -> dict[str, Size]:
-    """Count every part, `total` last.
+def sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Count the parameters of every part, `total` last.
 
     Raises:
         ValueError: a parameter that belongs to no part.
     """
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    result = {part: Size() for part in ("vision tower", "adapter", EMBEDDINGS, LAYERS, "alignment", "memory")}
+    result = dict.fromkeys(("vision tower", "adapter", EMBEDDINGS, LAYERS, "alignment", "memory"), 0)
     for name, parameter in model.named_parameters():  # gives a tied weight once
         part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), None)
         if id(parameter) in embeddings:
             part = EMBEDDINGS
         if part is None:
             raise ValueError(f"{name} belongs to none of {', '.join(PARTS)}: name its part in PARTS.")
-        # matrices of decoder layers are packed
-        n = parameter.numel()
-        packed = math.ceil(n / TRITS_PER_BYTE) if part == LAYERS and parameter.ndim == 2 else 2 * n
-        result[part] += Size(n, packed)
-    result["total"] = sum(result.values(), Size())
-    return result
+        result[part] += parameter.numel()
+    return result | {"total": sum(result.values())}
 
 
 @torch.no_grad()
@@ -112,14 +89,12 @@ def shape_table(models: dict[str, PreTrainedModel]) -> str:
 
 def parameter_table(models: dict[str, PreTrainedModel]) -> str:
     """Write a table with a row per part of every model; MB are 10^6 bytes."""
-    header = ["variant", "part", "parameters", "float32, MB", "bf16, MB", "ternary 1.6 bits + bf16, MB (arithmetic)"]
     rows = []
     for name, model in models.items():
         for part, size in sizes(model).items():
-            megabytes = [n / 1e6 for n in (4 * size.parameters, 2 * size.parameters, size.packed_bytes)]
-            rows.append([name if part == "vision tower" else "", part, size.parameters])
-            rows[-1] += [f"{n:,.2f}" for n in megabytes]
-    return markdown_table(header, rows, left=2)
+            megabytes = [f"{n * size / 1e6:,.2f}" for n in (4, 2)]
+            rows.append([name if part == "vision tower" else "", part, size, *megabytes])
+    return markdown_table(["variant", "part", "parameters", "float32, MB", "bf16, MB"], rows, left=2)
 
 
 def main() -> None:

@@ -1,16 +1,12 @@
 """The benchmarks run on a tiny model and count what they say they count; nothing here asserts a time."""
 
-import json
-import math
-
 import pytest
 import torch
 from conftest import IMAGE_ID, ROOT, TEXT, tiny_config, tiny_model
 
-from benchmarks import overhead, parameters
-from benchmarks.models import build_on_meta
-
-TERNARY = {"ternary_modules": [r"language_model\.layers\..*_proj"]}
+from benchmarks import models, parameters
+from benchmarks.models import build_on_meta, make_prompt
+from microvlm.evaluate.speed import time_generate
 
 
 def test_sizes_count_every_stored_parameter_once():
@@ -18,33 +14,22 @@ def test_sizes_count_every_stored_parameter_once():
     sizes = parameters.sizes(model)
     total = sizes.pop("total")
     stored = {id(p): p.numel() for p in model.parameters()}
-    assert total.parameters == sum(size.parameters for size in sizes.values()) == sum(stored.values())
-    assert sizes[parameters.EMBEDDINGS].parameters == 128 * 32  # tied: once
+    assert total == sum(sizes.values()) == sum(stored.values())
+    assert sizes[parameters.EMBEDDINGS] == 128 * 32  # tied: once
 
 
 def test_an_untied_head_counts_as_embeddings():
     text = TEXT["qwen2"] | {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = tiny_config(text_config=text | {"num_key_value_heads": 2, "tie_word_embeddings": False})
     sizes = parameters.sizes(build_on_meta(config))
-    assert sizes[parameters.EMBEDDINGS].parameters == 2 * 128 * 32
-
-
-def test_packed_bytes_are_five_values_a_byte_for_matrices_of_decoder_layers_only():
-    model = build_on_meta(tiny_config("bitnet"))
-    expected = 0
-    for name, p in model.model.language_model.layers.named_parameters():
-        expected += math.ceil(p.numel() / 5) if name.endswith("_proj.weight") else 2 * p.numel()
-    expected += 2 * model.model.language_model.norm.weight.numel()
-    sizes = parameters.sizes(model)
-    assert sizes[parameters.LAYERS].packed_bytes == expected
-    assert sizes["adapter"].packed_bytes == 2 * sizes["adapter"].parameters
+    assert sizes[parameters.EMBEDDINGS] == 2 * 128 * 32
 
 
 def test_the_fusion_block_counts_as_alignment_and_an_unknown_part_is_refused():
     plain = parameters.sizes(build_on_meta(tiny_config()))
     model = build_on_meta(tiny_config(use_fusion=True))
     fusion = sum(p.numel() for p in model.model.fusion.parameters())
-    assert parameters.sizes(model)["alignment"].parameters == plain["alignment"].parameters + fusion
+    assert parameters.sizes(model)["alignment"] == plain["alignment"] + fusion
     model.model.unknown = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="model.unknown.weight belongs to none of"):
         parameters.sizes(model)
@@ -53,7 +38,7 @@ def test_the_fusion_block_counts_as_alignment_and_an_unknown_part_is_refused():
 def test_shapes_are_those_of_a_real_forward(text_type):
     shapes = parameters.shapes(build_on_meta(tiny_config(text_type)))
     model = tiny_model(text_type)
-    ids = overhead.prompt(model)
+    ids = make_prompt(model)
     with torch.no_grad():
         out = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32))
     B, T = ids.shape
@@ -72,11 +57,11 @@ def test_the_table_in_the_docs_is_the_one_printed(capsys):
 
 
 def test_the_prompt_has_placeholders_once_and_text_without_them(monkeypatch):
-    monkeypatch.setattr(overhead, "TEXT_TOKENS", 2000)  # every id of the vocabulary is drawn
+    monkeypatch.setattr(models, "TEXT_TOKENS", 2000)  # every id of the vocabulary is drawn
     model = tiny_model()
-    ids = overhead.prompt(model)
+    ids = make_prompt(model)
     P = model.config.num_prefix_tokens
-    assert ids.shape == (1, P + overhead.TEXT_TOKENS)
+    assert ids.shape == (1, P + models.TEXT_TOKENS)
     assert (ids[:, :P] == IMAGE_ID).all()
     assert set(ids[0, P:].tolist()) == set(range(128)) - {IMAGE_ID}
 
@@ -84,9 +69,9 @@ def test_the_prompt_has_placeholders_once_and_text_without_them(monkeypatch):
 def test_the_end_of_text_does_not_stop_the_clock():
     model = tiny_model()
     model.generation_config.sequence_bias = {(0,): 1e4}  # it wants nothing but to stop
-    ids = overhead.prompt(model)[:, 5:]
+    ids = make_prompt(model)[:, 5:]
     assert model.generate(ids, max_new_tokens=4).shape[1] == ids.shape[1] + 1
-    first, rate = overhead.time_generate(model, 4, input_ids=ids)
+    first, rate = time_generate(model, 4, input_ids=ids)
     assert first > 0 and rate > 0
 
 
@@ -98,29 +83,5 @@ def test_generate_looks_for_placeholders_once_per_call(monkeypatch):
     monkeypatch.setattr(
         type(model.model), "get_placeholder_mask", lambda self, *a, **k: calls.append(1) or check(self, *a, **k)
     )
-    overhead.time_generate(model, 6, input_ids=overhead.prompt(model), pixel_values=torch.zeros(1, 3, 32, 32))
+    time_generate(model, 6, input_ids=make_prompt(model), pixel_values=torch.zeros(1, 3, 32, 32))
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize("text,qat", [("qwen2", {}), ("bitnet", TERNARY)])
-def test_the_overhead_command_measures_a_config(text, qat, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(overhead, "ROOT", tmp_path)  # without a checkpoint
-    monkeypatch.setattr(
-        overhead.transformers.utils.logging, "disable_progress_bar", lambda: None
-    )  # it is for all tests
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(tiny_config(text, qat_config=qat).to_dict()))
-    overhead.main(["--config", str(path), "--repeats", "2", "--new-tokens", "3"])
-    out = capsys.readouterr().out
-    assert "tiny with random weights: 4" in out and "bfloat16" in out
-    assert "| greedy decoding, tokens/s |" in out and out.count("%") == 2
-
-
-def test_different_weights_are_not_compared(tmp_path):
-    model = tiny_model()
-    overhead.write_text_model(model, tmp_path)
-    text_model = overhead.load_text_model(tmp_path)
-    with torch.no_grad():
-        text_model.model.norm.weight.add_(1)
-    with pytest.raises(ValueError, match="different logits"):
-        overhead.lend_layers(model, text_model)

@@ -11,8 +11,7 @@ import transformers
 from conftest import ROOT, tiny_model
 from torch import nn
 
-from benchmarks.models import v_config
-from benchmarks.overhead import prompt
+from benchmarks.models import make_prompt, v_config
 from benchmarks.speed.files import Scratch
 from benchmarks.speed.run import choose, main, parse
 from benchmarks.speed.shapes import SHAPES
@@ -43,7 +42,7 @@ def by_hand(text) -> int:
 
 
 def generate(model):
-    ids = prompt(model)
+    ids = make_prompt(model)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 32, 32)}
     return lambda n: model.generate(**inputs, do_sample=False, min_new_tokens=n, max_new_tokens=n)
 

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.machine import peak_memory, reset_peak, resident_memory, seconds
-from benchmarks.models import v_config
-from benchmarks.overhead import load, make_image_processor, prompt
+from benchmarks.models import TEXT_TOKENS, load_weights, make_image_processor, make_prompt, v_config
 from microvlm.evaluate.speed import Clock
 
 from .files import THREADS, Scratch, quiet_llama_cpp
@@ -24,7 +23,6 @@ from .shapes import SHAPES
 IMAGE_SIZE = (640, 640)  # pixels; square, so that SmolVLM cuts it into 4 x 4 tiles
 CAPTION = 32  # tokens
 MOST_TOKENS = 400  # BLIP has 512 positions
-TEXT_TOKENS = 16  # of SmolVLM's prompt, after the image; the same number as in overhead.py
 CONTEXT = 512  # positions of llama.cpp's cache
 
 
@@ -170,9 +168,9 @@ class MicroVLM(TransformersSubject):
     """A MicroVLM checkpoint: one image, then text."""
 
     def load(self) -> None:
-        self.model = load(self.path)
+        self.model = load_weights(self.path)
         self.image_processor = make_image_processor(self.model)
-        self.ids = prompt(self.model)
+        self.ids = make_prompt(self.model)
         self.positions = self.ids.shape[1]
 
     def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:

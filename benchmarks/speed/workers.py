@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import sys
-import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
 from unittest import mock
@@ -30,53 +30,32 @@ def read_bandwidth(buffer: torch.Tensor) -> float:
     return buffer.nbytes / min(seconds(way)[0] for way in ways for _ in range(READS))
 
 
-def serve(connection, subject: Subject) -> None:
-    """Call the methods that arrive on the connection, until None arrives."""
+def start(subject: Subject) -> None:
+    """Prepare a process for its subject."""
+    global SUBJECT
     torch.set_num_threads(THREADS)
     transformers.utils.logging.disable_progress_bar()
-    for method, args in iter(connection.recv, None):
-        try:
-            connection.send((True, getattr(subject, method)(*args)))
-        except Exception:
-            connection.send((False, traceback.format_exc()))
+    SUBJECT = subject
+
+
+def call(method: str, args: tuple):
+    return getattr(SUBJECT, method)(*args)
 
 
 class Worker:
     """A subject in a process of its own."""
 
     def __init__(self, subject: Subject):
-        context = multiprocessing.get_context("spawn")
         self.name = subject.name
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, subject), daemon=True)
-        with mock.patch.dict(os.environ, ENVIRONMENT):
-            self.process.start()
-        theirs.close()
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, (subject,))
 
     def ask(self, method: str, *args):
-        """Call a method of the subject; returns its result.
-
-        Raises:
-            RuntimeError: it failed, or the process is gone.
-        """
-        try:
-            self.connection.send((method, args))
-            success, answer = self.connection.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"{self.name}: its process ended (out of memory?).") from error
-        if not success:
-            raise RuntimeError(f"{self.name}: {method} failed.\n{answer}")
-        return answer
+        """Call a method of the subject; returns its result, or raises its error."""
+        with mock.patch.dict(os.environ, ENVIRONMENT):  # of the process, which starts with the first call
+            return self.pool.submit(call, method, args).result()
 
     def stop(self) -> None:
-        if self.process.is_alive():
-            try:
-                self.connection.send(None)
-                self.process.join(10)
-            except OSError:
-                pass
-            self.process.terminate()
-        self.process.join()
+        self.pool.shutdown()
 
 
 @dataclass
@@ -111,16 +90,16 @@ def measure_group(subjects: list[Subject], rounds: int, new_tokens: int, read: C
     """Open all subjects, then give each a turn in every round.
 
     Args:
+        subjects: to measure.
+        rounds: turns of each.
+        new_tokens: of a turn.
         read: measures the bandwidth, once a round.
 
     Returns:
         Results by name, and the bandwidths, bytes per second.
     """
-    workers, rates = [], []
+    workers, results, rates = [Worker(subject) for subject in subjects], {}, []
     try:
-        for subject in subjects:
-            workers.append(Worker(subject))
-        results = {}
         # load all
         for worker in workers:
             results[worker.name] = Result(worker.ask("open", new_tokens))
