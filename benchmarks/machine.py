@@ -23,7 +23,7 @@ def seconds(call: Callable) -> tuple[float, object]:
 
 
 def read_bytes(file: str, name: str) -> int | None:
-    """Read a number of kB from a file of /proc, as bytes; None on other systems."""
+    """Read a number of kB from /proc, as bytes; None on other systems."""
     if sys.platform != "linux":
         return None
     return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc", file).read_text())[1])

@@ -119,7 +119,7 @@ def timings(bench: Bench, row: dict, repeats: int = 7) -> dict[str, float]:
 
 
 def figure(result: dict, path: str) -> float | None:
-    """Look up a figure by the path of its keys, "forget.kept"; None where it was not measured."""
+    """Look up a figure by its path, "forget.kept"; None where it was not measured."""
     return reduce(lambda value, key: (value or {}).get(key), path.split("."), result)
 
 

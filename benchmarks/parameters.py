@@ -46,7 +46,7 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
 
 @torch.no_grad()
 def shapes(model: PreTrainedModel) -> dict[str, str]:
-    """Describe what flows through the model, one entry per row of the table; N images, B rows, T positions."""
+    """Describe what flows through the model: N images, B rows, T positions."""
     config, core = model.config, model.model
     text, adapter, memory = config.text_config, config.adapter_config, config.memory_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -41,7 +41,7 @@ def vocabulary(format: str, group_size: str | int = "row") -> dict[str, dict]:
 
 
 def variants(trained: bool) -> dict[str, tuple[bool, dict | BitsAndBytesConfig | None]]:
-    """List the rows: name -> of the trained checkpoint or not, and modules to pack, NF4, or None for bf16."""
+    """List the rows: of the trained checkpoint or not; modules to pack, NF4, or None."""
     rows = {
         "bf16": (False, None),
         "NF4": (False, NF4),

@@ -163,6 +163,7 @@ def saved_parts(config: MicroVLMConfig, trainable: list[str], positions: int = 1
             logits = model.lm_head(hidden(n))
             return model.loss_function(logits=logits, labels=labels, shift_labels=labels, vocab_size=text.vocab_size)
 
+        # every part at one and at two rows
         parts = {"vision tower": measure(run_vision, model), "adapter": measure(run_adapter, model)}
         parts |= {"head": measure(run_head, model, positions), "frozen": measure(run_layer, model, positions)}
         layer.requires_grad_(True)
@@ -224,11 +225,11 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """Count what the vision tower sees per row: with episodes also the written view and its grey copy."""
+        """Count the images per row; an episode adds the written view and its grey copy."""
         return 1 if not self.episode else 2 + bool(self.config.memory_config.gray_weight)
 
     def caption(self, batch: int) -> int:
-        """Estimate the tokens of the longest of `batch` captions with its end (Blom), cut as the recipe does."""
+        """Estimate the tokens of the longest caption with its end (Blom), cut to the recipe's limit."""
         mean, deviation = self.assumptions.caption_words, self.assumptions.caption_deviation
         sigma = math.sqrt(math.log1p((deviation / mean) ** 2))
         mu = math.log(mean) - sigma**2 / 2
@@ -308,6 +309,7 @@ def memory_table(plans: list[Plan]) -> str:
     ways = ({}, {"checkpointing": True}, {"ranks": 8}, {"ranks": 8, "sharded": True})
     fits = ((24e9, {}), (24e9, {"checkpointing": True}), (80e9, {}))
     rows = []
+    # counts, peaks of the recipe's batch, largest batches
     for plan in plans:
         counts = plan.counts
         row = [plan.name, counts.parameters, counts.trained, f"{counts.trained / counts.parameters:.1%}", plan.batch]

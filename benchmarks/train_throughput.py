@@ -93,7 +93,7 @@ class StepClock(TrainerCallback):
 
 
 def build(small: bool, processor) -> MicroVLMForConditionalGeneration:
-    """Build V, or a tiny model of its kind, with random weights and the tokens of `processor`."""
+    """Build V, or a tiny model of its kind, with random weights and the processor's tokens."""
     prompt = json.loads((ROOT / "config.json").read_text())["default_prompt_ids"]
     config = v_config(small, image_token_id=processor.image_token_id, default_prompt_ids=prompt)
     for name in ("bos", "eos", "pad"):
@@ -219,7 +219,7 @@ class Bench:
         return clock.times[-1] - clock.times[0]
 
     def losses(self) -> tuple[float, float]:
-        """Compute the first batch's loss by the plain loop and by the trainer, with the same dropout.
+        """Compute the first batch's loss by plain loop and trainer, with the same dropout.
 
         Raises:
             ValueError: they differ.

@@ -52,7 +52,7 @@ class Captioner:
         return x.transpose(2, 0, 1)[None].astype(np.float32)
 
     def generate(self, pixel_values: np.ndarray, max_new_tokens: int = 32) -> list[int]:
-        """Generate greedily after the default prompt; returns token ids, with the end token if it came."""
+        """Generate greedily after the default prompt; returns token ids, also the end token."""
         # the prompt, with P placeholders for the image
         token, P = self.config["image_token_id"], self.config["adapter_config"]["num_prefix_tokens"]
         prompt = [i for t in self.config["default_prompt_ids"] or [token] for i in [t] * (P if t == token else 1)]

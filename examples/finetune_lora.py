@@ -26,7 +26,7 @@ def logits_of(model, batch) -> torch.Tensor:
 
 
 def save_and_check(trainer, output: str, base, merge_base) -> None:
-    """Save adapter and processor and load them onto `base`; save a merged `merge_base` if it is plain."""
+    """Save and load onto `base`; save a merged `merge_base` if it is plain."""
     device, processor = trainer.model.device, trainer.processing_class
     rows = trainer.eval_dataset.select(range(min(8, len(trainer.eval_dataset))))
     batch = trainer.data_collator(list(rows)).to(device)

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 
 def load(name: str):
-    """Open the model with one part in NF4; unpack a packed one first, leave one in 4 bits as it is."""
+    """Open the model with one part in NF4, unless it is in 4 bits already."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
     stored, source = config.to_dict().get("quantization_config") or {}, {}
     if not stored.get("load_in_4bit"):
@@ -51,7 +51,7 @@ def load(name: str):
 
 
 def add_lora(model):
-    """Freeze all but the adapter and branches of the decoder's linear layers and all 4-bit layers."""
+    """Freeze all but the adapter and new branches of decoder layers and 4-bit layers."""
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     targets = [
         name

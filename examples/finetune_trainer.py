@@ -53,7 +53,7 @@ def parse_options(description: str, output: str, learning_rate: float) -> argpar
 
 
 def load_splits(options: argparse.Namespace):
-    """Load rows to train on and rows held out, with `image` and the columns that `--answer` names."""
+    """Load rows to train on and rows held out, with `image` and the columns of `--answer`."""
     splits = [load_dataset(options.data, split=name) for name in ("train", "validation")]
     return [rows.select(range(min(options.limit or len(rows), len(rows)))) for rows in splits]
 
@@ -68,7 +68,7 @@ def describe(model, processor, prompt: str, image) -> str:
 
 
 def load(name: str):
-    """Open the model in float32, where small steps are not rounded away; packed weights are unpacked to train."""
+    """Open the model in float32, which rounds no small step away, and unpack it."""
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
     return model.dequantize(torch.float32) if getattr(model, "is_quantized", False) else model
 

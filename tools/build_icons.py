@@ -142,7 +142,7 @@ def without_style(caption: str) -> str:
 
 
 def render(svg: str) -> bytes | None:
-    """Draw an SVG on white, 256 x 256, as WebP; None where it cannot be drawn, or is blank."""
+    """Draw an SVG on white as WebP of 256 x 256; None where that fails or is blank."""
     import resvg_py
 
     try:
@@ -175,7 +175,7 @@ def render_with_thumbnail(svg: str) -> tuple[bytes, np.ndarray] | None:
 
 
 def concepts_of(train) -> tuple[dict, dict]:
-    """Map emojis, and words of concepts, to caption and concept of rows that are not copyleft."""
+    """Map emojis and words to caption and concept of rows that are not copyleft."""
     by_emoji, by_words = {}, {}
     for row in train.remove_columns("image"):
         if is_copyleft(row["licence"]):
@@ -190,7 +190,7 @@ def concepts_of(train) -> tuple[dict, dict]:
 
 
 def icons_of(folder: Path, by_emoji: dict, by_words: dict, judging_ids: set[str]) -> list[dict]:
-    """List the icons of all sets with their SVG; caption and concept are empty where the training set has none.
+    """List the icons of all sets; caption and concept are empty where training has none.
 
     Args:
         folder: of the archives.
@@ -226,7 +226,7 @@ def icons_of(folder: Path, by_emoji: dict, by_words: dict, judging_ids: set[str]
 
 
 def clip_art(folder: Path, ids: set[str]) -> list[dict]:
-    """List the public domain SVG of Debian's openclipart-svg that have none of the ids, without words."""
+    """List the public domain files of Debian's openclipart-svg that have none of the ids."""
     rows, root = [], next(folder.rglob("openclipart/svg"), None)
     if root is None:
         raise FileNotFoundError(f"no openclipart/svg in {folder}: see the apt-get command in this file's docstring.")
@@ -241,7 +241,7 @@ def clip_art(folder: Path, ids: set[str]) -> list[dict]:
 
 
 def draw(rows: list[dict], judging: np.ndarray, similarity: float) -> tuple[list[dict], Counter]:
-    """Draw icons and leave out those that look like an image that judges; returns rows and counts.
+    """Draw icons, without those that look like an image that judges; returns rows and counts.
 
     Args:
         rows: with `svg`.

@@ -99,7 +99,7 @@ def use(path: Path | None) -> dict:
 
 
 def difference(answers: dict, expected: dict, number: str) -> str | None:
-    """Say how the answers of `use` with a version differ from the installed one's; None: they do not."""
+    """Say how the answers of `use` differ from the installed version's; None: they do not."""
     if Version(answers["transformers"]) != Version(number):
         return f"it ran with {answers['transformers']}."
     for name, value in expected.items():

@@ -20,7 +20,7 @@ from microvlm.model import load
 
 
 def put_in_place(source: Path, target: Path, names: list[str]) -> None:
-    """Rename files of the folder `source` to their places in `target`: all of them, or none."""
+    """Rename files of `source` to their places in `target`: all of them, or none."""
     with tempfile.TemporaryDirectory(prefix=".old.", dir=target) as old:
         # copies of what is there
         before = {name for name in names if (target / name).exists()}

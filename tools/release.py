@@ -113,7 +113,7 @@ def resolve_links(card: str, files: set[str], repository: str | None, revision: 
 
 
 def add_note(card: str, repo_id: str, revision: str, repository: str | None) -> str:
-    """Say under the title where the snippets find their images, and what else needs the repository."""
+    """Say under the title where the snippets find images, and what needs the repository."""
     source = f"[the source repository]({repository})" if repository else "the source repository"
     download = f"hf download {repo_id} --revision {revision} --local-dir microvlm"
     note = (
@@ -186,11 +186,13 @@ def load(folder: Path, python: Path | str, scratch: Path, variables: dict[str, s
     Raises:
         ReleaseError: the last line that the process wrote to stderr.
     """
+    # away from the checkout and from caches
     work = scratch / "work"
     work.mkdir(parents=True)
     ours = ("PYTHONPATH", "HF_MODULES_CACHE", "HF_HUB_CACHE", "HF_TOKEN")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | (variables or {})
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "home"), "TOKENIZERS_PARALLELISM": "false"}
+    # run, and check that nothing was written
     command = [python, str(ROOT / "tools" / "load_release.py"), str(folder.resolve())]
     before = sorted(folder.rglob("*"))
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
@@ -203,7 +205,7 @@ def load(folder: Path, python: Path | str, scratch: Path, variables: dict[str, s
 
 
 def push_commands(folder: Path, repo_id: str, revision: str) -> list[str]:
-    """Write the commands that put a release on the Hub and tag it; files it no longer has are deleted there."""
+    """Write the commands that put a release on the Hub, delete other files there, and tag it."""
     message = f"Release {revision}"
     upload = ["hf", "upload", repo_id, str(folder), ".", "--revision", "main", "--delete", "*"]
     tag = ["hf", "repos", "tag", "create", repo_id, revision, "--revision", "main", "--message", message]

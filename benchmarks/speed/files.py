@@ -28,7 +28,7 @@ def write_peer(shape: Shape, small: bool, folder: Path) -> None:
 
 
 def write_nf4(source: Path, folder: Path) -> None:
-    """Write a checkpoint with vision tower and language model in NF4, before any pass repacks its weights."""
+    """Write vision tower and language model in NF4, before any pass repacks the weights."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -41,7 +41,7 @@ def write_nf4(source: Path, folder: Path) -> None:
 
 
 def write_gguf(config: PreTrainedConfig, path: Path) -> None:
-    """Write a Qwen2 with a tied head, matrices in BF16 and vectors in F32, without a vocabulary."""
+    """Write a Qwen2 with a tied head, BF16 matrices, F32 vectors and no vocabulary."""
     import gguf
 
     D, inner = config.hidden_size, config.intermediate_size

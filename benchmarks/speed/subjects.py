@@ -37,7 +37,10 @@ def own_tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def read_modules(module: nn.Module, ran: set[nn.Module]) -> list[nn.Module]:
-    """List modules whose weights are read: those that ran, and all inside one that ran and called no part of it."""
+    """List modules whose weights are read.
+
+    These are those that ran, and all inside one that ran and called no part of it.
+    """
     inside = [m for m in module.modules() if m is not module]
     if module in ran and not any(m in ran for m in inside):
         return [module, *inside]
@@ -107,7 +110,7 @@ class Subject(ABC):
         return sum(file.stat().st_size for file in files)
 
     def turn(self, new_tokens: int) -> dict[str, float]:
-        """Time the first token, the caption's last, and tokens per second between the first and the last.
+        """Time the first token, the caption's last, and tokens per second after the first.
 
         Raises:
             RuntimeError: another number of tokens came.
@@ -119,7 +122,7 @@ class Subject(ABC):
         return {"first": times[0], "caption": times[CAPTION - 1], "rate": rate}
 
     def open(self, new_tokens: int) -> dict:
-        """Load, take a turn that does not count, and measure what does not change from turn to turn."""
+        """Load, take a turn that does not count, and measure what never changes."""
         reset_peak()
         self.before = resident_memory()
         load_seconds, _ = seconds(self.load)

@@ -29,7 +29,7 @@ def speed_table(results: dict[str, Result]) -> str:
 
 
 def limit_table(results: dict[str, Result], bandwidth: float) -> str:
-    """Write tokens per second if a step only read its weights, and the share that is reached."""
+    """Write the tokens per second of only reading the weights, and the share reached."""
     rows = []
     for name, r in results.items():
         formats = sorted(r.opened["read"].items(), key=lambda item: -item[1])

@@ -23,7 +23,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZE
 
 
 def read_bandwidth(buffer: torch.Tensor) -> float:
-    """Measure bytes per second of the fastest pass over a float32 buffer; 4,096 divides its size."""
+    """Measure bytes per second of the fastest pass over a buffer of n x 4,096 float32."""
     integers, matrix = buffer.view(torch.int64), buffer.view(-1, 4096)
     vector = matrix[0].clone()
     ways = (integers.sum, integers.max, lambda: matrix @ vector)
@@ -75,7 +75,7 @@ class Result:
 
 
 def in_groups(needs: dict[str, int], available: int | None) -> list[list[str]]:
-    """Cut names into groups that each need no more than is available; one alone may need more."""
+    """Cut names into groups that fit into memory; one alone may need more."""
     groups, used = [[]], 0
     for name, need in needs.items():
         if groups[-1] and available is not None and used + need > available:
