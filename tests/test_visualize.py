@@ -379,7 +379,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     broken.write_bytes(b"no picture")
     assert microvlm("visualize", "words", broken, swan, "--out", out) == 1  # the other one is done
     said = capsys.readouterr()
-    assert "broken.png is not a picture" in said.err and "swan_words.png" in said.out
+    assert "broken.png is not an image" in said.err and "swan_words.png" in said.out
     assert microvlm("visualize", "words", tmp_path / "none.png", "--out", out) == 1
     assert microvlm("visualize", "memory", "--memory", swan, "--out", out) == 1
     assert "refused" in capsys.readouterr().err
