@@ -20,7 +20,7 @@ demo: $(VENV)/.ready  ## environment, captions of examples/, then facts taught a
 	$(PY) -m microvlm demo
 
 test: $(VENV)/.test lint  ## everything but the slow checks
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test  ## torch.compile and other checks that take minutes
 	$(PY) -m pytest -m slow

@@ -4,8 +4,6 @@ import base64
 import json
 import math
 import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -138,16 +136,13 @@ def test_unreadable_row_ends_the_evaluation_and_is_named(monkeypatch, tmp_path):
         caption_rows(toy_model(), toy_processor(), rows, 8, 2)
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, monkeypatch, capsys):
+    use_cache(monkeypatch, tmp_path / "cache")
     model, data = toy_checkpoint(tmp_path / "model"), write_parquet(tmp_path / "toy.parquet", pairs())
     json_file = tmp_path / "scores.json"
-    command = [sys.executable, "-m", "microvlm", "evaluate", "--model", str(model), "--data", str(data)]
-    command += ["--limit", "6", "--batch-size", "4", "--show", "2", "--json", str(json_file)]
-    run = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "home")}
-    )
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+    few = ["--limit", 6, "--batch-size", 4, "--show", 2]
+    assert microvlm("evaluate", "--model", model, "--data", data, *few, "--json", json_file) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split("<- ")[1] for line in lines[:2]] == [repr(c) for c in CAPTIONS[:2]]
     assert lines[2] == f"{data} (6 pictures)"
     assert lines[3].split() == ["captions", *" ".join(CAPTION_LABELS.values()).split()]

@@ -402,27 +402,32 @@ from transformers import AutoModel, AutoModelForImageTextToText, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-folder, way = sys.argv[1:]
+folder = sys.argv[1]
 name = "modeling_microvlm.MicroVLMForConditionalGeneration"
-assert "microvlm" not in AUTO_QUANTIZER_MAPPING
-if way == "pipeline":
-    model = pipeline("image-text-to-text", model=folder, trust_remote_code=True).model
-elif way == "class":
-    model = get_class_from_dynamic_module(name, folder).from_pretrained(folder)
-else:
-    model = {"AutoModel": AutoModel, "AutoModelForImageTextToText": AutoModelForImageTextToText}[way]
-    model = model.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules.")
-print(type(model.lm_head).__name__, type(model.config.quantization_config).__name__)
+ways = {
+    "AutoModel": lambda: AutoModel.from_pretrained(folder, trust_remote_code=True),
+    "AutoModelForImageTextToText": lambda: AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True),
+    "pipeline": lambda: pipeline("image-text-to-text", model=folder, trust_remote_code=True).model,
+    "class": lambda: get_class_from_dynamic_module(name, folder).from_pretrained(folder),
+}
+for way, load in ways.items():
+    assert "microvlm" not in AUTO_QUANTIZER_MAPPING
+    model = load()
+    assert type(model).__module__.startswith("transformers_modules.")
+    print(way, type(model.lm_head).__name__, type(model.config.quantization_config).__name__)
+    # the next way finds the process as new
+    del AUTO_QUANTIZER_MAPPING["microvlm"], AUTO_QUANTIZATION_CONFIG_MAPPING["microvlm"]
+    for module in [module for module in sys.modules if module.startswith("transformers_modules.")]:
+        del sys.modules[module]
 """
 
 
-@pytest.mark.parametrize("way", ["AutoModel", "AutoModelForImageTextToText", "pipeline", "class"])
-def test_opens_in_a_fresh_process(tmp_path, way):
+def test_opens_in_a_fresh_process(tmp_path):
     folder = toy_checkpoint(tmp_path / "plain")
     model = packed(reopen(folder))
     model.save_pretrained(folder)
-    assert run_alone(WAYS, folder, way) == ["PackedHead PackedConfig"]
+    ways = ("AutoModel", "AutoModelForImageTextToText", "pipeline", "class")
+    assert run_alone(WAYS, folder) == [f"{way} PackedHead PackedConfig" for way in ways]
 
 
 COPIES = """

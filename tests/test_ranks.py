@@ -147,6 +147,8 @@ def runs(tmp_path_factory):
             if name in ("whole", "wide"):
                 sizes |= evaluated | {"per_device_eval_batch_size": batch}
             train(name, data={"validation": runs.train}, training=SGD | sizes)
+            if name in ("whole", "wide"):  # the loss of captions alone, without the embeddings of all ranks
+                train(f"captions_{name}", training=SGD | sizes | {"eval_strategy": "no"}, loss_weights={"lm": 1.0})
             if name != "narrow":  # a batch of one row that cannot be read ends a run
                 data = {"train": runs.broken, "max_unreadable_share": 0.5}
                 train(f"broken_{name}", data=data, training=SGD | sizes | {"eval_strategy": "no"})
@@ -217,7 +219,7 @@ def assert_same_losses(runs, name: str, reference: str) -> None:
     logs = [[e for e in runs.log(n) if "lm_loss" in e] for n in (reference, name)]
     assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]] == [1, 2]
     for a, b in zip(*logs):
-        for key in ("loss", "lm_loss", "align_loss"):
+        for key in {"loss", "lm_loss", "align_loss"} & a.keys():
             assert b[key] == pytest.approx(a[key], rel=1e-4), (key, a["step"])
 
 
@@ -228,6 +230,19 @@ def test_a_step_is_the_same_on_any_layout(layout, runs):
     assert sum(counts[:2]) != sum(counts[2:4])  # a mean of the ranks' means would be another loss
     assert_same_weights(runs, layout, "whole")
     assert_same_losses(runs, layout, "whole")
+
+
+def test_captions_alone_are_a_mean_over_the_tokens_of_all_ranks(runs):
+    assert_same_weights(runs, "captions_wide", "captions_whole")
+    assert_same_losses(runs, "captions_wide", "captions_whole")
+
+
+def test_two_ranks_teach_one_memory(runs):
+    """Every part is measured and what is frozen stays; gates and dropout are drawn for each rank."""
+    one, two = (next(e for e in runs.log(name) if "lm_loss" in e) for name in ("memory_one", "memory_two"))
+    assert {"reconstruction_loss", "key_loss", "memory_kl_loss", "scope_loss"} <= one.keys() == two.keys()
+    start, end = load_file(runs.folder / "plain" / "model.safetensors"), runs.weights("memory_two")
+    assert all(torch.equal(end[n], start[n]) for n in start if "vision_tower" in n or "language_model" in n)
 
 
 @pytest.mark.parametrize("layout", ["accumulated", "wide"])

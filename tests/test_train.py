@@ -1127,31 +1127,6 @@ def test_command_line_run(run, tmp_path):
     assert model.generate(pixel_values=batch["pixel_values"], max_new_tokens=3).shape[0] == 2
 
 
-def test_two_ranks_equal_one_of_twice_the_batch(run, tmp_path):
-    """The LM part is a mean over the tokens of all ranks: their gradients are averaged, not their shares."""
-    run["training"] |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 2, "warmup_steps": 0}
-    run["training"] |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "seed": 3}
-    run["data"] |= {"augmentation": None, "validation": run["data"]["train"]}
-    run |= {"learning_rates": {}, "loss_weights": {"lm": 1.0, "align": 0.0}, "model": str(tmp_path / "plain")}
-    toy_checkpoint(tmp_path / "plain")
-    one, two = (write_recipe(tmp_path, f"{name}.yaml", **run) for name in ("one", "two"))
-    sizes = [f"training.per_device_{part}_batch_size" for part in ("train", "eval")]
-    main([one, *(f"--set={size}=4" for size in sizes), f"--set=training.output_dir={tmp_path / 'one'}"])
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train_hf.py"), two, *(f"--set={size}=2" for size in sizes)]
-    command += [f"--set=training.output_dir={tmp_path / 'two'}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=hub_environment(tmp_path))
-    assert done.returncode == 0, done.stderr
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two")]
-    for x, y in zip(*logs):
-        for key in {"loss", "lm_loss", "eval_loss", "eval_lm_loss"} & set(x):
-            assert y[key] == pytest.approx(x[key], rel=1e-4), key
-
-
 def test_plain_trainer_learns_captions_by_heart(rows, tmp_path):
     """No subclass, four pairs: the loss falls and free generation says the captions."""
     model, processor = toy_model(), toy_processor()

@@ -321,33 +321,3 @@ def test_episode_recipes_say_what_is_wrong(memory_run, tmp_path):
         assert str(error.value) == message
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert os.listdir(tmp_path).count("x") == 0
-
-
-def test_two_ranks_teach_one_memory(memory_run, tmp_path):
-    """The memory's losses run beside the wrapped forward: every rank's gradients have to reach the other."""
-    memory_run["data"]["train"] = str(write_parquet(tmp_path / "train.parquet", pairs()))
-    del memory_run["data"]["stream"]
-    memory_run["training"] |= {"max_steps": 3, "gradient_accumulation_steps": 1, "eval_steps": 3, "save_steps": 3}
-    recipe = write_recipe(tmp_path, **memory_run)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "train_hf.py"), recipe],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=hub_environment(tmp_path) | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    main(
-        [recipe, "--set", f"training.output_dir={tmp_path / 'one'}", "--set", "training.gradient_accumulation_steps=2"]
-    )
-    logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("out", "one")]
-    two, one = ([e for e in log if "lm_loss" in e] for log in logs)
-    for name in ("reconstruction_loss", "key_loss", "memory_kl_loss", "lm_loss", "align_loss"):
-        assert two[0][name] == pytest.approx(one[0][name], rel=0.2), name  # gates and dropout are drawn otherwise
-    evaluations = [next(e for e in log if "eval_loss" in e) for log in logs]
-    assert evaluations[0]["eval_lm_loss"] == pytest.approx(evaluations[1]["eval_lm_loss"], rel=0.05)
-    start = load_file(tmp_path / "start_memory" / "model.safetensors")
-    end = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(end[n], t) for n, t in start.items() if "vision_tower" in n or "layers.0." in n)
