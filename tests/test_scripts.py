@@ -1,17 +1,14 @@
-"""Publishing a checkpoint, training the parts, calibrating: each changes what it says and nothing else."""
+"""Training the parts, calibrating: each changes what it says and nothing else."""
 
 import json
-import os
 import re
 
-import publish
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, tiny_model
-from safetensors.torch import load_file
-from toy_data import pairs, same_state, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
+from toy_data import pairs, toy_model, toy_processor, use_cache, write_parquet
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import train_hf
@@ -49,44 +46,6 @@ def dequantized(folder) -> dict[str, torch.Tensor]:
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     state = model.dequantize(torch.float32).state_dict()
     return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}  # tied, not stored
-
-
-# --- publish.py
-
-
-def test_a_checkpoint_is_published_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
-    """The third of the files cannot be renamed: the two before it are put back, one that was new is gone again."""
-    source, target = toy_checkpoint(tmp_path / "new", use_memory=True), tmp_path / "target"
-    target.mkdir()
-    (target / "config.json").write_text("the one before")
-    (target / "mine.txt").write_text("stays")
-
-    def read() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in target.iterdir()}
-
-    before, replace, renamed = read(), os.replace, []
-
-    def failing(source, place):
-        if os.path.dirname(place) == str(target) and ".new." in str(source):
-            renamed.append(os.path.basename(place))
-            if len(renamed) == 3:
-                raise OSError("disk full")
-        replace(source, place)
-
-    monkeypatch.setattr(publish.os, "replace", failing)
-    with pytest.raises(SystemExit, match="^not published: disk full$"):
-        publish.main([str(source), str(target)])
-    assert "config.json" in renamed[:2] and read() == before
-    monkeypatch.undo()
-    publish.main([str(source), str(target), "--dtype", "float32"])
-    assert read().keys() == before.keys() | {
-        path.name for path in source.iterdir() if path.suffix != ".py" and path.name != "README.md"
-    }
-    assert {p.name: p.stat().st_mode & 0o777 for p in target.iterdir()}["model.safetensors"] == 0o644
-    assert same_state(load_file(target / "model.safetensors"), load_file(source / "model.safetensors"))
-    assert "model.safetensors" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="^not published: .*nowhere is not a folder.$"):
-        publish.main([str(source), str(tmp_path / "nowhere")])
 
 
 # --- distill_vision.py
