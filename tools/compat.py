@@ -3,98 +3,65 @@
     python tools/compat.py              # what `make compat` does
     python tools/compat.py 5.23.0       # with a version of your choice
 
-- The range is that of pyproject.toml; `TRANSFORMERS` in configuration_microvlm.py has to say the same. The installed
-  version is left out: `make test` has run with it.
+- The range is that of pyproject.toml. The installed version is left out: `make test` has run with it.
 - A version lies in `build/compat/transformers-X.Y.Z` (`pip install --target`) and comes first on PYTHONPATH.
 - The shipped checkpoint has to say with it what it says with the installed version; then `TESTS` run.
 
-Exit code: 0, all passed or nothing differs; 1, something failed; 2, the ranges differ or pip cannot find a version.
+Exit code: 0, all passed or nothing differs; 1, something failed.
 """
 
 import argparse
-import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from release import FILES, ReleaseError, code_files, load
+from release import ReleaseError, build, load, project
 
-from microvlm.files import ROOT
+from microvlm.files import ROOT, atomic_folder
 
 FOLDER = ROOT / "build" / "compat"
 TESTS = [f"tests/test_{name}.py" for name in ("modeling", "processing", "generation", "memory_generation")]
 TESTS += ["tests/test_cache.py", "tests/test_export.py"]
 
 
-class CompatError(Exception):
-    """The ranges do not agree, or pip does not find a version."""
-
-
-def supported(root: Path = ROOT) -> SpecifierSet:
-    """Read the range of transformers in pyproject.toml, as `>=A,<B`.
-
-    Raises:
-        CompatError: the remote code says another range.
-    """
-    dependencies = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
-    (specifier,) = (r.specifier for r in map(Requirement, dependencies) if r.name == "transformers")
-    ranges = {}
-    for node in ast.parse((root / "configuration_microvlm.py").read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "TRANSFORMERS":
-            ranges = dict(zip((">=", "<"), ast.literal_eval(node.value)))
-    if {s.operator: s.version for s in specifier} != ranges:
-        raise CompatError(f"pyproject.toml says transformers{specifier}, configuration_microvlm.py {ranges}.")
+def supported() -> SpecifierSet:
+    """Read the range of transformers in pyproject.toml, as `>=A,<B`."""
+    (specifier,) = (r.specifier for r in map(Requirement, project()["dependencies"]) if r.name == "transformers")
     return specifier
+
+
+def pip(*arguments: str, **options) -> subprocess.CompletedProcess:
+    common = "--disable-pip-version-check --quiet --no-deps".split()
+    return subprocess.run([sys.executable, "-m", "pip", "install", *common, *arguments], text=True, **options)
 
 
 def newest(specifier: SpecifierSet) -> str | None:
     """Find the newest version in a range with pip; None: pip cannot look."""
-    done = pip("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", f"transformers{specifier}")
+    done = pip("--dry-run", "--ignore-installed", "--report", "-", f"transformers{specifier}", capture_output=True)
     return json.loads(done.stdout)["install"][0]["metadata"]["version"] if done.returncode == 0 else None
 
 
-def pip(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def overlay(number: str) -> Path:
-    """Install one version of transformers into a folder, which stays for the next run.
-
-    Raises:
-        CompatError: pip's last line.
-    """
+    """Install one version of transformers into a folder, which stays for the next run."""
     folder = FOLDER / f"transformers-{number}"
     if not folder.is_dir():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
-            done = pip("--quiet", "--no-deps", "--target", f"{temporary}/new", f"transformers=={number}")
-            if done.returncode:
-                raise CompatError(f"transformers {number}: {done.stderr.strip().splitlines()[-1]}")
-            os.replace(f"{temporary}/new", folder)
+        with atomic_folder(folder) as temporary:
+            pip("--target", str(temporary), f"transformers=={number}", check=True)
     return folder
 
 
 def use(path: Path | None) -> dict:
-    """Use the shipped checkpoint with `path` first on PYTHONPATH; returns what it says.
-
-    Raises:
-        ReleaseError: it does not load.
-    """
+    """Use the shipped checkpoint with `path` first on PYTHONPATH; returns what it says."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "checkpoint")
-        for name in {*FILES, *code_files(ROOT)}:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
+        build(ROOT, folder, "local/checkpoint", "main")
         return load(folder, sys.executable, Path(scratch), {"PYTHONPATH": str(path)} if path else {})
 
 
@@ -125,10 +92,6 @@ def run(number: str, expected: dict) -> bool:
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
 
 
-def version_number(text: str) -> str:
-    return str(Version(text))
-
-
 def versions_of(specifier: SpecifierSet, installed: str) -> list[str]:
     """Find both ends of the range, and print them."""
     (lowest,) = (s.version for s in specifier if s.operator == ">=")
@@ -140,22 +103,15 @@ def versions_of(specifier: SpecifierSet, installed: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", type=version_number, help="default: the ends of the supported range")
-    options = parser.parse_args(argv)
-    installed = version("transformers")
-    try:
-        specifier = supported()
-        numbers = options.versions or versions_of(specifier, installed)
-        # 5.23 and 5.23.0 are one version
-        numbers = sorted({Version(v): v for v in numbers if Version(v) != Version(installed)}.values(), key=Version)
-        if not numbers:
-            print("Nothing differs from the installed version, with which `make test` has run: nothing to do.")
-            return 0
-        expected = use(None)
-        return 0 if all([run(number, expected) for number in numbers]) else 1
-    except (CompatError, ReleaseError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    parser.add_argument("versions", nargs="*", type=Version, help="default: the ends of the supported range")
+    versions, installed = parser.parse_args(argv).versions, version("transformers")
+    # 5.23 and 5.23.0 are one version
+    wanted = {Version(str(v)) for v in versions or versions_of(supported(), installed)} - {Version(installed)}
+    if not wanted:
+        print("Nothing differs from the installed version, with which `make test` has run: nothing to do.")
+        return 0
+    expected = use(None)
+    return 0 if all([run(str(number), expected) for number in sorted(wanted)]) else 1
 
 
 if __name__ == "__main__":
