@@ -44,15 +44,13 @@ def test_parts_add_up_to_what_a_real_pass_keeps(text, trainable):
 
 
 def test_a_plan_by_hand():
-    assumptions, _ = train_memory.parse(["--prompt-tokens", "20"])
-    plan = train_memory.Plan(RECIPE, [], assumptions)
-    counts = plan.counts
-    assert counts.parameters == 504_276_800 and counts.trained == 4_719_616 and counts.nf4 == 0
-    fixed = {"weights": 4 * counts.parameters, "gradients": 4 * counts.trained, "AdamW": 8 * counts.trained}
+    plan = train_memory.Plan(RECIPE, [])
+    assert plan.parameters == 504_276_800 and plan.trained == 4_719_616 and plan.nf4 == 0
+    fixed = {"weights": 4 * plan.parameters, "gradients": 4 * plan.trained, "AdamW": 8 * plan.trained}
     assert plan.fixed() == fixed | {"buckets": 0.0, "gathered": 0.0}
-    assert plan.fixed(ranks=4)["buckets"] == 4 * counts.trained
-    assert plan.fixed(ranks=4, sharded=True)["weights"] == counts.parameters
-    assert plan.length(10) == 25 + 20 + plan.caption(10) and plan.images == 1
+    assert plan.fixed(ranks=4)["buckets"] == 4 * plan.trained
+    assert plan.fixed(ranks=4, sharded=True)["weights"] == plan.parameters
+    assert plan.length(10) == 25 + 24 + plan.caption(10) and plan.images == 1
     assert plan.peak(20) > plan.peak(10) > plan.peak(10, checkpointing=True)
     batch = plan.largest_batch(24e9)
     assert plan.peak(batch) <= 0.9 * 24e9 < plan.peak(batch + 1)
