@@ -1,6 +1,6 @@
 """Measure stage-1 training speed: `MicroVLMTrainer` next to a plain loop over the same modules.
 
-    python -m benchmarks.train_throughput --rounds 5 --steps 6 --json runs/train_throughput.json
+    python -m benchmarks.train_throughput --rounds 5 --steps 6
     python -m benchmarks.train_throughput --small --rounds 2 --steps 2 --batch-size 4
 
 V at full size with random weights, vision tower and language model frozen, lm 1.0 + align 1.0, bf16 autocast. Notable:
@@ -23,9 +23,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
 
-from benchmarks.machine import describe_machine, peak_memory, reset_peak, seconds
+from benchmarks.machine import describe_machine, peak_memory, reset_peak
 from benchmarks.models import v_config
 from microvlm.data.collators import CaptionCollator, FeatureCollator
 from microvlm.data.feature_cache import cache_vision_features
 from microvlm.data.rows import load_rows
-from microvlm.files import ROOT, write_json
+from microvlm.files import ROOT
 from microvlm.model import MicroVLMForConditionalGeneration
 from microvlm.tables import markdown_table
 from microvlm.train.setup import set_trainable
@@ -63,19 +63,17 @@ class Variant:
 
 
 PLAIN, TRAINER = Variant("plain loop", plain=True), Variant("MicroVLMTrainer")
-CACHED = Variant("MicroVLMTrainer, vision feature cache", cached=True)
 VARIANTS = (
     PLAIN,
     TRAINER,
-    CACHED,
+    Variant("MicroVLMTrainer, vision feature cache", cached=True),
     Variant("MicroVLMTrainer, gradient checkpointing", checkpointing=True),
     Variant("MicroVLMTrainer, 2 x accumulation", accumulation=2),
     Variant("MicroVLMTrainer, rows sorted by length", by_length=True),
 )
 
 
-@dataclass
-class Turn:
+class Turn(NamedTuple):
     """Seconds of the batches that count, data included, and the highest resident size, bytes or None."""
 
     seconds: float
@@ -124,21 +122,13 @@ class Bench:
         prompt = self.model.default_prompt(1)[0].tolist()
         self.collator = CaptionCollator(processor, prompt, image_size=side)
         # a round: a batch that only accumulation warms up with, one to warm up, those that count, one to read ahead
-        rows = load_rows(str(DATA)).shuffle(seed=0)
         self.per_round = (steps + 3) * batch_size
-        count = rounds * self.per_round
-        if count > len(rows):
-            raise ValueError(f"{rounds} rounds need {count} rows, {DATA.name} has {len(rows)}: fewer rounds or steps.")
-        self.rows = rows.select(range(count))
+        self.rows = load_rows(str(DATA)).shuffle(seed=0).select(range(rounds * self.per_round))
         answers = self.collator.answers([caption.strip() for caption in self.rows["caption"]])
         self.lengths = [len(ids) for ids in answers]
         # features of the vision tower
         tower, label = self.model.model.vision_tower, f"{side} x {side}"
-        self.cache_seconds, (features, self.cached_rows) = seconds(
-            lambda: cache_vision_features(tower, self.collator, self.rows, 1, folder, label)
-        )
-        if len(self.cached_rows) < count:
-            raise ValueError(f"{count - len(self.cached_rows)} images of {DATA.name} cannot be read.")
+        features, self.cached_rows = cache_vision_features(tower, self.collator, self.rows, 1, folder, label)
         self.feature_collator = FeatureCollator(features, processor, prompt)
 
     def round_rows(self, number: int, variant: Variant) -> list[int]:
@@ -199,14 +189,9 @@ class Bench:
             label_names=["labels"],
             dataloader_pin_memory=False,
         )
-        trainer = MicroVLMTrainer(
-            model=self.model,
-            args=args,
-            train_dataset=rows,
-            data_collator=collator,
-            callbacks=list(callbacks),
-            options=TrainerOptions(loss_weights=WEIGHTS),
-        )
+        options = TrainerOptions(loss_weights=WEIGHTS)
+        sources = {"train_dataset": rows, "data_collator": collator, "callbacks": list(callbacks)}
+        trainer = MicroVLMTrainer(model=self.model, args=args, options=options, **sources)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -219,23 +204,14 @@ class Bench:
         return clock.times[-1] - clock.times[0]
 
     def losses(self) -> tuple[float, float]:
-        """Compute the first batch's loss by plain loop and trainer, with the same dropout.
-
-        Raises:
-            ValueError: they differ.
-        """
+        """Compute the first batch's loss by plain loop and trainer, with the same dropout."""
         batch = self.collator([self.rows[i] for i in range(self.batch_size)])
         trainer = self.make_trainer(TRAINER, self.rows, self.collator)
         with torch.no_grad(), trainer.compute_loss_context_manager():
             torch.manual_seed(0)
             plain = plain_loss(self.model, batch).item()
             torch.manual_seed(0)
-            ours = trainer.compute_loss(self.model, dict(batch)).item()
-        if not math.isclose(plain, ours, rel_tol=5e-3):
-            raise ValueError(
-                f"the two sides compute different losses, {plain:.5f} and {ours:.5f}: no time is measured."
-            )
-        return plain, ours
+            return plain, trainer.compute_loss(self.model, dict(batch)).item()
 
 
 def plain_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -270,28 +246,16 @@ def measure(bench: Bench, rounds: int) -> dict[str, list[Turn]]:
     return dict(turns)
 
 
-def summary(turns: dict[str, list[Turn]], samples: int) -> dict[str, dict[str, float | None]]:
-    """Take the medians of every variant's turns, of `samples` rows each."""
-    base, out = turns[PLAIN.name], {}
-    for name, own in turns.items():
-        peaks = [t.peak for t in own]
-        out[name] = {
-            "samples_per_second": median(samples / t.seconds for t in own),
-            "time_by_plain": median(t.seconds / p.seconds for t, p in zip(own, base)),
-            "peak_bytes": None if None in peaks else max(peaks),
-        }
-    return out
-
-
-def table(results: dict[str, dict[str, float | None]], turns: dict[str, list[Turn]], samples: int) -> str:
-    """Write a row per variant."""
+def table(turns: dict[str, list[Turn]], samples: int) -> str:
+    """Write the medians of every variant's turns, of `samples` rows each."""
     header = ["stage 1, bf16 autocast", "samples/s, median (range)", "time by the plain loop's", "peak memory, GB"]
     rows = []
-    for name, r in results.items():
-        rates = [samples / t.seconds for t in turns[name]]
-        rate = f"{r['samples_per_second']:.3g} ({min(rates):.3g} to {max(rates):.3g})"
-        memory = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
-        rows.append([name, rate, f"{r['time_by_plain'] - 1:+.1%}", memory])
+    for name, own in turns.items():
+        rates, peaks = [samples / turn.seconds for turn in own], [turn.peak for turn in own]
+        time_by_plain = median(turn.seconds / plain.seconds for turn, plain in zip(own, turns[PLAIN.name]))
+        rate = f"{median(rates):.3g} ({min(rates):.3g} to {max(rates):.3g})"
+        memory = "not measured" if None in peaks else f"{max(peaks) / 1e9:.2f}"
+        rows.append([name, rate, f"{time_by_plain - 1:+.1%}", memory])
     return markdown_table(header, rows)
 
 
@@ -301,7 +265,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every variant, default %(default)s")
     parser.add_argument("--batch-size", type=int, default=10, help="default %(default)s")
     parser.add_argument("--small", action="store_true", help="a tiny shape: shows that this runs, not how fast")
-    parser.add_argument("--json", type=Path, help="JSON file for all numbers")
     options = parser.parse_args(argv)
     if options.steps < 2 or options.steps % 2 or options.rounds < 1 or options.batch_size < 2:
         parser.error("--steps must be even and 2 or more, --rounds 1 or more, --batch-size 2 or more.")
@@ -311,28 +274,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     transformers.utils.logging.disable_progress_bar()
-    machine = describe_machine()
-    print(f"{machine}\n", flush=True)
+    print(f"{describe_machine()}\n", flush=True)
     B, samples = options.batch_size, options.steps * options.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        # the model, which must have the same loss on both sides
         bench = Bench(options.small, B, options.steps, options.rounds, folder)
         parameters = bench.model.num_parameters()
         name = f"{'a tiny model' if options.small else 'microvlm-v'}: {parameters:,} parameters"
         print(f"## {name}; batch {B}, {options.rounds} rounds of {options.steps} batches\n", flush=True)
         plain, ours = bench.losses()
-        # the rounds
-        turns = measure(bench, options.rounds)
-        cache_ms = 1e3 * bench.cache_seconds / len(bench.rows)
-    results = summary(turns, samples)
-    print(f"{table(results, turns, samples)}\n")
-    print(f"Loss of one batch: plain loop {plain:.4f}, MicroVLMTrainer {ours:.4f}.")
-    print(f"The vision feature cache takes {cache_ms:.3g} ms an image, once.")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        turns = {name: [asdict(turn) for turn in own] for name, own in turns.items()}
-        values = {"machine": machine, "results": results, "turns": turns, "vision_cache_ms": cache_ms}
-        write_json(options.json, values | {"losses": {"plain": plain, "trainer": ours}})
+        if not math.isclose(plain, ours, rel_tol=5e-3):
+            sys.exit(f"the two sides compute different losses, {plain:.5f} and {ours:.5f}: no time is measured.")
+        print(table(measure(bench, options.rounds), samples))
 
 
 if __name__ == "__main__":
