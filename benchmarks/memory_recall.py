@@ -22,12 +22,12 @@ from benchmarks.machine import seconds
 from microvlm.data.rows import decode_row, load_rows
 from microvlm.evaluate.bench import BATCH, Bench
 from microvlm.evaluate.memory import mean, measure
-from microvlm.files import ROOT, write_json
+from microvlm.files import ROOT
 from microvlm.model import load
 from microvlm.tables import markdown_table
 
 FACT = "This is Bimo the penguin."
-# column -> figure of `measure`, by the path of its keys
+# tables: title, and columns: header -> figure of `measure`, by the path of its keys
 RECALL = {
     "same image": "same",
     "augmented view": "view",
@@ -41,6 +41,15 @@ RECALL = {
 }
 UNWRITTEN = {"images": "pictures", "false recall": "false_recall", "unchanged": "unchanged"}
 UNWRITTEN |= {"AUROC": "auroc", "EER": "eer", "accuracy": "accuracy"}
+HALF = {"forgotten": "forget.forgotten", "kept": "forget.kept", "kept, before": "forget.kept_before"}
+BY_FACTS = {
+    "All facts in the prompt, augmented views.": {"recall": "in_prompt"},
+    "Unrelated images.": {column: f"unrelated.{key}" for column, key in UNWRITTEN.items()}
+    | {"false recall, in words": "unrelated.words_false_recall"},
+    "Look-alikes.": {column: f"lookalike.{key}" for column, key in UNWRITTEN.items()},
+    "After forgetting half, augmented views.": HALF,
+    "Bytes.": {name: f"bytes.{name}" for name in ("posterior", "receipts", "retrieval")},
+}
 # three plots: title, and curves: label -> (figure, format of matplotlib)
 PLOTS = {
     "taught name said": {
@@ -126,36 +135,14 @@ def figure(result: dict, path: str) -> float | None:
 def report(results: list[dict], times: dict[str, float]) -> str:
     """Write all results as Markdown tables."""
     recall = [
-        [
-            r["facts"],
-            kind,
-            *(figure(r, f"{kind}.{key}") for key in RECALL.values()),
-            r.get("in_prompt") if kind == "seen" else None,
-        ]
+        [r["facts"], kind, *(figure(r, f"{kind}.{key}") for key in RECALL.values())]
         for r in results
         for kind in ("seen", "new")
         if kind in r
     ]
-    tables = {
-        "Recall: share of answers that say the taught name.": (
-            ["facts", "names", *RECALL, "in the prompt (view)"],
-            recall,
-        )
-    }
-    # the others have one row per number of facts
-    unwritten = {
-        f"{name}: {column}": f"{group}.{key}"
-        for group, name in (("unrelated", "unrelated"), ("lookalike", "look-alike"))
-        for column, key in UNWRITTEN.items()
-    } | {"unrelated, in words: false recall": "unrelated.words_false_recall"}
-    forget = {"forgotten": "forget.forgotten", "kept": "forget.kept", "kept, before": "forget.kept_before"}
-    stored = {name: f"bytes.{name}" for name in ("posterior", "receipts", "retrieval")}
-    for title, columns, among in (
-        ("Images that were not written.", unwritten, results),
-        ("After forgetting half, augmented views.", forget, [r for r in results if "forget" in r]),
-        ("Bytes.", stored, results),
-    ):
-        rows = [[r["facts"], *(figure(r, path) for path in columns.values())] for r in among]
+    tables = {"Recall: share of answers that say the taught name.": (["facts", "names", *RECALL], recall)}
+    for title, columns in BY_FACTS.items():
+        rows = [[r["facts"], *(figure(r, path) for path in columns.values())] for r in results]
         tables[title] = ["facts", *columns], rows
     title = "Milliseconds for one fact (median); all but forgetting encode the image, writing its grey copy too."
     tables[title] = list(times), [list(times.values())]
@@ -187,17 +174,14 @@ def plot(results: list[dict], slots: int, path: str) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = str(ROOT / "data/mini/validation.parquet")
-    parser.add_argument("--model", default=str(ROOT))
-    parser.add_argument("--data", default=data, help="images of concepts outside training")
-    parser.add_argument("--sizes", type=int, nargs="*", help="numbers of facts; default 1, 4, 16, 64, K, 2K, 4K")
-    parser.add_argument("--queries", type=int, default=128, help="questions of each sort per number of facts")
-    parser.add_argument(
-        "--draws", type=int, default=1, help="draws of memories, names and questions; figures are means"
-    )
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--plot", default="runs/memory_recall.png", help="PNG file; default: %(default)s")
-    parser.add_argument("--json", type=Path, help="JSON file")
+    add, data = parser.add_argument, str(ROOT / "data/mini/validation.parquet")
+    add("--model", default=str(ROOT))
+    add("--data", default=data, help="images of concepts outside training")
+    add("--sizes", type=int, nargs="*", help="numbers of facts; default 1, 4, 16, 64, K, 2K, 4K")
+    add("--queries", type=int, default=128, help="questions of each sort per number of facts")
+    add("--draws", type=int, default=1, help="draws of memories, names and questions; figures are means")
+    add("--dtype", default="float32")
+    add("--plot", default="runs/memory_recall.png", help="PNG file; default: %(default)s")
     return parser.parse_args(argv)
 
 
@@ -212,17 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     for size in [s for s in dict.fromkeys(sizes) if s <= len(rows)]:
         results.append(mean([measure(bench, size, options.queries) for _ in range(options.draws)]))
         print(f"{size} facts: {json.dumps(results[-1])}", file=sys.stderr, flush=True)
-    times = timings(bench, rows[0])
-    # tables, plot, JSON
-    draws = "" if options.draws == 1 else f", mean of {options.draws} draws"
+    # tables and plot
     concepts = f"{len(rows)} images of {len(bench.by_concept)} concepts, K = {slots} slots"
-    print(f"{concepts}, {options.queries} questions a figure{draws}\n")
-    print(report(results, times))
+    print(f"{concepts}, {options.queries} questions a figure, mean of {options.draws} draws\n")
+    print(report(results, timings(bench, rows[0])))
     Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
     plot(results, slots, options.plot)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, {"results": results, "milliseconds": times})
 
 
 if __name__ == "__main__":

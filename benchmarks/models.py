@@ -1,10 +1,13 @@
 """Build models for the benchmarks, without storage or with random weights, and their inputs."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+import transformers
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from microvlm.files import ROOT
 from microvlm.model import MicroVLMConfig, MicroVLMForConditionalGeneration, MicroVLMImageProcessor
@@ -56,6 +59,13 @@ def load_weights(folder: str | Path) -> PreTrainedModel:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
 
 
+def nf4_config(skipped: list[str]) -> BitsAndBytesConfig:
+    """Configure NF4 of all linear layers but the skipped ones."""
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    options |= {"bnb_4bit_compute_dtype": torch.bfloat16, "llm_int8_skip_modules": skipped}
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
 def make_image_processor(model: PreTrainedModel) -> MicroVLMImageProcessor:
     """Make the image processor for the model's image size."""
     height, width = model.model.vision_tower.timm_model.patch_embed.img_size
@@ -69,3 +79,69 @@ def make_prompt(model: PreTrainedModel) -> torch.Tensor:
     text = torch.randint(vocab_size - 1, (1, TEXT_TOKENS), generator=g)
     text += text >= token  # every id but the placeholder
     return torch.cat([torch.full((1, model.config.num_prefix_tokens), token), text], dim=1)
+
+
+# --- other captioners
+
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def smolvlm_config(small: bool) -> PreTrainedConfig:
+    """Configure SmolVLM-256M-Instruct: SigLIP base at 512 x 512, SmolLM2-135M, untied head."""
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    text |= {"model_type": "llama", "vocab_size": 49280, "num_key_value_heads": 3, "head_dim": 64}
+    text |= {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 100000.0}
+    side, token = 512, 49190
+    if small:
+        text |= TINY | {"vocab_size": 512, "num_key_value_heads": 2, "head_dim": 16}
+        vision, side, token = TINY, 64, 500
+    return transformers.Idefics3Config(
+        vision_config=vision | {"image_size": side, "patch_size": 16},
+        text_config=text,
+        scale_factor=4,
+        image_token_id=token,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+
+
+def blip_config(small: bool) -> PreTrainedConfig:
+    """Configure BLIP-base for captioning: ViT-B/16 at 384 x 384, a 12-layer BERT, a tied head."""
+    text, vision = (TINY, TINY | {"image_size": 32}) if small else ({"num_attention_heads": 12}, {"image_size": 384})
+    return transformers.BlipConfig(text_config=text, vision_config=vision)
+
+
+def git_config(small: bool) -> PreTrainedConfig:
+    """Configure GIT-base: CLIP ViT-B/16 at 224 x 224 and a 6-layer decoder."""
+    text, vision = (TINY, TINY | {"image_size": 32}) if small else ({}, {})
+    return transformers.GitConfig(vision_config=vision, **text)
+
+
+def vit_gpt2_config(small: bool) -> PreTrainedConfig:
+    """Configure ViT-GPT2: ViT-B/16 at 224 x 224 and GPT-2 with cross-attention."""
+    text, vision = ({"n_embd": 64, "n_layer": 2, "n_head": 4}, TINY | {"image_size": 32}) if small else ({}, {})
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**vision), transformers.GPT2Config(**text)
+    )
+    config.decoder_start_token_id = config.pad_token_id = config.decoder.bos_token_id
+    config.eos_token_id = config.decoder.eos_token_id
+    return config
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A published captioner: its model class, its image processor and a function for its config."""
+
+    model: str
+    image_processor: str
+    config: Callable[[bool], PreTrainedConfig]
+
+
+SHAPES = {
+    "SmolVLM-256M": Shape("Idefics3ForConditionalGeneration", "Idefics3ImageProcessor", smolvlm_config),
+    "BLIP-base": Shape("BlipForConditionalGeneration", "BlipImageProcessor", blip_config),
+    "GIT-base": Shape("GitForCausalLM", "CLIPImageProcessor", git_config),
+    "ViT-GPT2": Shape("VisionEncoderDecoderModel", "ViTImageProcessor", vit_gpt2_config),
+}

@@ -5,7 +5,7 @@
 
 Takes a checkpoint, and the same after quantisation-aware training. Every row is written to the disk and opened again.
 Perplexity is over the captions' tokens after their images; "same" is the share of captions equal to bf16's. NF4 is
-bitsandbytes', of vision tower and decoder, like training with `quantization`.
+bitsandbytes', of all linear layers but the head; training with `quantization` also leaves adapter and memory.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from benchmarks.models import nf4_config
 from microvlm.data.rows import load_rows
-from microvlm.files import ROOT, write_json
+from microvlm.files import ROOT
 from microvlm.model import PackedConfig
 from microvlm.pack import load_pack_recipe, pack, quality, token_counts
 from microvlm.tables import markdown_table
@@ -26,13 +27,8 @@ from microvlm.tables import markdown_table
 LAYERS, VOCABULARY = r"model\.language_model\.layers\.\d+\..*_proj", r"model\.language_model\.embed_tokens"
 TERNARY = {LAYERS: {"format": "ternary", "group_size": "row"}}
 PACK_RECIPE = ROOT / "recipes/v-135m/pack.yaml"
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-    llm_int8_skip_modules=["adapter", "alignment", "memory", "memory_projection", "scope", "lm_head"],
-)
+COUNTS = str(ROOT / "data/mini/train.parquet")  # captions that say which tokens are frequent
+NF4 = nf4_config(["lm_head"])
 
 
 def vocabulary(format: str, group_size: str | int = "row") -> dict[str, dict]:
@@ -40,9 +36,10 @@ def vocabulary(format: str, group_size: str | int = "row") -> dict[str, dict]:
     return {VOCABULARY: {"format": format, "group_size": group_size, "scale_type": "float16"}}
 
 
-def variants(trained: bool) -> dict[str, tuple[bool, dict | BitsAndBytesConfig | None]]:
+def variants() -> dict[str, tuple[bool, dict | BitsAndBytesConfig | None]]:
     """List the rows: of the trained checkpoint or not; modules to pack, NF4, or None."""
-    rows = {
+    everything = load_pack_recipe(str(PACK_RECIPE))["modules"]
+    return {
         "bf16": (False, None),
         "NF4": (False, NF4),
         "vocabulary int8": (False, vocabulary("int8")),
@@ -50,13 +47,10 @@ def variants(trained: bool) -> dict[str, tuple[bool, dict | BitsAndBytesConfig |
         "vocabulary int4, groups of 64": (False, vocabulary("int4", 64)),
         "vocabulary ternary": (False, vocabulary("ternary")),
         "decoder ternary by rounding": (False, TERNARY),
+        "decoder ternary, trained": (True, TERNARY),
+        "decoder ternary, trained; vocabulary int8": (True, TERNARY | vocabulary("int8")),
+        "decoder ternary, trained; the rest as recipes/v-135m/pack.yaml": (True, everything),
     }
-    if trained:
-        everything = load_pack_recipe(str(PACK_RECIPE))["modules"]
-        rows["decoder ternary, trained"] = (True, TERNARY)
-        rows["decoder ternary, trained; vocabulary int8"] = (True, TERNARY | vocabulary("int8"))
-        rows["decoder ternary, trained; the rest as recipes/v-135m/pack.yaml"] = (True, everything)
-    return rows
 
 
 def load(source: Path, **kwargs):
@@ -79,19 +73,15 @@ def write(source: Path, modules: dict | BitsAndBytesConfig | None, counts: torch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="the full-precision checkpoint")
-    parser.add_argument("--trained", type=Path, help="the same after quantisation-aware training")
+    parser.add_argument("--trained", type=Path, required=True, help="the same after quantisation-aware training")
     parser.add_argument("--data", required=True, help="images with captions that were not trained on")
-    counts = str(ROOT / "data/mini/train.parquet")
-    parser.add_argument("--counts", default=counts, help="captions that say which tokens are frequent")
-    parser.add_argument("--limit", type=int, help="only the first LIMIT rows")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file, after every row")
     options = parser.parse_args()
 
     processor = AutoProcessor.from_pretrained(options.checkpoint)
-    rows, results, reference = load_rows(options.data, limit=options.limit), {}, None
+    rows, results, reference = load_rows(options.data), {}, None
     config = json.loads((options.checkpoint / "config.json").read_text())
-    counts = token_counts(processor, options.counts, config["text_config"]["vocab_size"])
-    for name, (trained, modules) in variants(options.trained is not None).items():
+    counts = token_counts(processor, COUNTS, config["text_config"]["vocab_size"])
+    for name, (trained, modules) in variants().items():
         source = options.trained if trained else options.checkpoint
         # write, open, score
         with tempfile.TemporaryDirectory() as folder:
@@ -103,8 +93,6 @@ def main() -> None:
         same = sum(a == b for a, b in zip(reference, captions)) / len(captions)
         results[name] = {"bytes": size} | scores | {"same": same}
         print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
-        if options.json:
-            write_json(options.json, results)
     keys = ("perplexity", "exact", "word_f1", "cider", "same")
     lines = [[name, f"{r['bytes'] / 1e6:.1f}", *(f"{r[key]:.3f}" for key in keys)] for name, r in results.items()]
     print(f"{options.data}, {len(rows)} images\n")

@@ -1,6 +1,6 @@
 """benchmarks/quality.py: every row is a checkpoint that opens, and fewer bits are fewer bytes."""
 
-import json
+import ast
 import sys
 
 import pytest
@@ -15,16 +15,18 @@ def test_a_table_of_bytes_and_scores(tmp_path, monkeypatch, capsys):
     ternary = {"ternary_modules": [r"language_model\.layers\..*_proj"], "group_size": "row"}
     trained = toy_checkpoint(tmp_path / "trained", text="qwen2", qat_config=ternary)
     data = write_parquet(tmp_path / "data.parquet", pairs(style=["flat"] * 8))
-    rows = quality.variants(True)
+    rows = quality.variants()
     # names parts that the toy lacks; NF4 takes rows divisible by 32
     assert rows.pop("decoder ternary, trained; the rest as recipes/v-135m/pack.yaml")[0]
     assert rows.pop("NF4")[1] is quality.NF4
-    monkeypatch.setattr(quality, "variants", lambda trained: rows)
-    arguments = [str(start), "--trained", str(trained), "--data", str(data), "--counts", str(data)]
-    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--json", str(tmp_path / "out.json")])
+    monkeypatch.setattr(quality, "variants", lambda: rows)
+    monkeypatch.setattr(quality, "COUNTS", str(data))
+    arguments = [str(start), "--trained", str(trained), "--data", str(data)]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
     quality.main()
-    printed = capsys.readouterr().out
-    results = json.loads((tmp_path / "out.json").read_text())
+    printed, progress = capsys.readouterr()
+    lines = [line.partition(": ") for line in progress.splitlines() if line.partition(": ")[0] in rows]
+    results = {name: ast.literal_eval(values) for name, _, values in lines}
     assert list(results) == list(rows) and all(f"| {name} |" in printed for name in results)
     size = {name: values["bytes"] for name, values in results.items()}
     assert size["bf16"] > size["vocabulary int8"] > size["vocabulary int4"] > size["vocabulary ternary"]

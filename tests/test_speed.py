@@ -1,9 +1,8 @@
 """The speed benchmark runs on tiny models and counts what it says it counts; nothing here asserts a time."""
 
-import importlib.util
-import json
 import math
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -11,17 +10,12 @@ import transformers
 from conftest import ROOT, tiny_model
 from torch import nn
 
-from benchmarks.models import make_prompt, v_config
-from benchmarks.speed.files import Scratch
-from benchmarks.speed.run import choose, main, parse
-from benchmarks.speed.shapes import SHAPES
-from benchmarks.speed.subjects import CATALOGUE, LLAMA_CPP, step_bytes
-from benchmarks.speed.tables import limit_table, ratios, speed_table
-from benchmarks.speed.workers import Result, in_groups, measure_group
+from benchmarks import speed
+from benchmarks.models import SHAPES, make_prompt, v_config
+from benchmarks.speed import Result, choose, in_groups, limit_table, main, measure_group, parse, speed_table
+from benchmarks.subjects import CATALOGUE, LLAMA_CPP, LlamaCpp, Scratch, has_llama_cpp, step_bytes
 
-needs_llama_cpp = pytest.mark.skipif(
-    not all(importlib.util.find_spec(m) for m in ("llama_cpp", "gguf")), reason="llama-cpp-python is not installed"
-)
+needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -47,27 +41,29 @@ def generate(model):
     return lambda n: model.generate(**inputs, do_sample=False, min_new_tokens=n, max_new_tokens=n)
 
 
-def test_the_small_command_measures_each_in_its_own_process(tmp_path, capsys):
+def test_the_small_command_measures_each_in_its_own_process(tmp_path, capsys, monkeypatch):
     main(["--small", "--write-v", str(tmp_path / "packed")])
     assert "V with random weights" in capsys.readouterr().out
     names = ["ours", "V NF4", "GIT-base"]
-    out, plots = tmp_path / "out" / "speed.json", tmp_path / "plots"
-    command = ["--small", "--rounds", "2", "--tokens", "32", "--only", *names, "--json", str(out), "--plot", str(plots)]
-    main([*command, "--scratch", str(tmp_path / "runs"), "--checkpoint", f"ours={tmp_path / 'packed'}"])
-    printed, values = capsys.readouterr().out, json.loads(out.read_text())
-    assert list(values["results"]) == names
-    assert values["bandwidth_bytes_per_second"]["highest"] == max(values["bandwidth_bytes_per_second"]["rounds"]) > 0
-    for name, result in values["results"].items():
-        assert printed.count(f"| {name} |") >= 2
-        assert len(result["turns"]) == 2
-        for turn in result["turns"]:
+    plots, measured, measure = tmp_path / "plots", [], speed.measure
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "runs"))
+    monkeypatch.setattr(speed, "measure", lambda *args: measured.append(measure(*args)) or measured[0])
+    command = ["--small", "--rounds", "2", "--tokens", "32", "--only", *names, "--plot", str(plots)]
+    main([*command, "--checkpoint", f"ours={tmp_path / 'packed'}"])
+    printed, (results, rates, _) = capsys.readouterr().out, measured[0]
+    assert list(results) == names and min(rates) > 0
+    assert f"{max(rates) / 1e9:.1f} GB/s, the highest of {len(rates)} rounds" in printed
+    for name, result in results.items():
+        assert printed.count(f"| {name} |") == 2
+        assert len(result.turns) == 2
+        for turn in result.turns:
             assert 0 < turn["first"] < turn["caption"] and math.isfinite(turn["rate"]) and turn["rate"] > 0
-        assert result["disk"] > 0 and result["load"] > 0 and sum(result["read"].values()) > 0
+        assert result.opened["disk"] > 0 and result.opened["load"] > 0 and result.read > 0
         if sys.platform == "linux":
-            assert result["peak"] > 0
-    assert "ours is faster than" in printed
-    assert values["results"]["V NF4"]["read"]["uint8"] > 0
-    assert values["results"]["V NF4"]["disk"] < values["results"]["ours"]["disk"]
+            assert result.peak > 0
+    assert results["V NF4"].opened["read"]["uint8"] > 0
+    assert results["V NF4"].opened["disk"] < results["ours"].opened["disk"]
     assert sorted(path.name for path in plots.iterdir()) == ["speed_disk.png", "speed_tokens.png"]
     assert not list((tmp_path / "runs").iterdir())  # scratch weights are gone
 
@@ -148,30 +144,41 @@ def test_a_layer_that_calls_none_of_its_parts_counts_whole():
     assert step_bytes(model, model) == {"float32": 3 * 16 * 4, "uint8": 10}
 
 
+def count_types(kind: str) -> dict[str, int]:
+    """By hand, bytes of the tiny V's language model: all matrices in BF16, or in blocks of 32."""
+    text = v_config(True).text_config
+    vectors = text.num_hidden_layers * (3 * text.hidden_size + 2 * 2 * text.hidden_size // 4) + text.hidden_size
+    matrices, tied = by_hand(text) - vectors, text.vocab_size * text.hidden_size
+    counts = {
+        "BF16": {"BF16": 2 * matrices},
+        # 64 columns: rows of no 256, so layers fall back to blocks of 32 in 18 bytes, the head to 34 bytes
+        "TQ2_0": {"Q4_0": (matrices - tied) * 18 // 32, "Q8_0": tied * 34 // 32},
+        "Q4_0+head": {"Q4_0": matrices * 18 // 32},
+    }
+    return counts[kind] | {"F32": 4 * vectors}
+
+
+def test_the_gguf_holds_the_language_model(tmp_path):
+    pytest.importorskip("gguf")
+    subject = LlamaCpp("", Scratch(tmp_path, True).gguf("BF16", False), 21)
+    assert subject.read_bytes() == count_types("BF16")
+
+
 @needs_llama_cpp
-@pytest.mark.parametrize("name", ["llama.cpp V BF16", "llama.cpp V TQ2_0", "llama.cpp V Q4_0+head"])
-def test_llama_cpp_runs_and_stores_what_the_name_says(name, tmp_path):
+@pytest.mark.parametrize("kind", ["BF16", "TQ2_0", "Q4_0+head"])
+def test_llama_cpp_runs_and_stores_what_the_name_says(kind, tmp_path):
+    name = f"llama.cpp V {kind}"
     subject = CATALOGUE[name](name, Scratch(tmp_path, True))
     opened = subject.open(32)
     assert opened["positions"] == 5 + 16 and not opened["sees"]
     assert len(subject.emit(4)) == 4
     subject.close()
-    text = v_config(True).text_config
-    vectors = text.num_hidden_layers * (3 * text.hidden_size + 2 * 2 * text.hidden_size // 4) + text.hidden_size
-    matrices = by_hand(text) - vectors
-    head = text.vocab_size * text.hidden_size
-    expected = {
-        "llama.cpp V BF16": {"BF16": 2 * matrices},
-        # 64 columns: rows of no 256, so layers fall back to blocks of 32 in 18 bytes, the head to 34 bytes
-        "llama.cpp V TQ2_0": {"Q4_0": (matrices - head) * 18 // 32, "Q8_0": head * 34 // 32},
-        "llama.cpp V Q4_0+head": {"Q4_0": matrices * 18 // 32},
-    }[name]
-    assert opened["read"] == expected | {"F32": 4 * vectors}
+    assert opened["read"] == count_types(kind)
 
 
 def test_without_llama_cpp_its_rows_are_left_out_and_named(monkeypatch):
     options = parse(["--only", "V bf16", "llama.cpp V BF16"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(speed, "has_llama_cpp", lambda: False)
     assert choose(options) == (["V bf16"], ["llama.cpp V BF16"])
     assert len(LLAMA_CPP) == 6 and set(LLAMA_CPP) < set(CATALOGUE)
 
@@ -197,7 +204,7 @@ class FakeWorker:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(FakeWorker, "log", [])
-    monkeypatch.setattr("benchmarks.speed.workers.Worker", FakeWorker)
+    monkeypatch.setattr("benchmarks.speed.Worker", FakeWorker)
     return FakeWorker
 
 
@@ -222,16 +229,14 @@ def test_groups_hold_what_memory_holds():
     assert in_groups(needs, 8) == [["a", "b"], ["c"], ["d"]]
 
 
-def test_medians_ratios_and_the_limit_by_hand():
+def test_medians_and_the_limit_by_hand():
     opened = {"read": {"uint8": 30, "float32": 20}, "sees": True, "positions": 41, "load": 1.0, "disk": 2e6}
 
     def turn(rate, first):
         return {"rate": rate, "first": first, "caption": first + 1}
 
     fast = Result(opened, [turn(10.0, 1.0), turn(30.0, 1.0), turn(20.0, 4.0)], 3 * 10**6)
-    slow = Result(opened, [turn(5.0, 2.0), turn(10.0, 3.0), turn(20.0, 4.0)])
     assert fast.read == 50 and fast.median("rate") == 20
-    assert ratios(fast, slow) == {"rate": 2.0, "first": 2.0, "caption": 1.5}
     table = limit_table({"fast": fast}, 2000.0)
     assert table.endswith("| fast | uint8 0.0, float32 0.0 | 0.0 | 40.0 | 50.0% |")
     row = speed_table({"fast": fast}).splitlines()[-1]
@@ -246,7 +251,7 @@ def test_medians_ratios_and_the_limit_by_hand():
         (["--tokens", "401"], "--tokens 32 to 400"),
         (["--only", "V fp64"], "known are V bf16"),
         (["--checkpoint", "packed"], "is not NAME=FOLDER"),
-        (["--checkpoint", "packed=nowhere"], "has no config.json"),
+        (["--checkpoint", "packed=nowhere"], "a folder that has a config.json"),
         (["--checkpoint", f"V bf16={ROOT}"], "the name is taken"),
         (["--checkpoint", f"a={ROOT}", "--checkpoint", f"a={ROOT}"], "the name is taken"),
     ],

@@ -1,29 +1,143 @@
-"""Subjects of the measurement: MicroVLM, other captioners, llama.cpp."""
+"""Subjects of the speed measurement: MicroVLM, other captioners and llama.cpp, each in a process of its own."""
 
+import ctypes
+import importlib.util
+import logging
+import multiprocessing
+import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
 from PIL import Image
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from benchmarks.machine import peak_memory, reset_peak, resident_memory, seconds
-from benchmarks.models import TEXT_TOKENS, load_weights, make_image_processor, make_prompt, v_config
+from benchmarks.models import (
+    SHAPES,
+    TEXT_TOKENS,
+    build_on_meta,
+    load_weights,
+    make_image_processor,
+    make_prompt,
+    nf4_config,
+    v_config,
+    write_random,
+)
 from microvlm.evaluate.speed import Clock
+from microvlm.export.gguf import add_tensors, gguf_tensors, write_config
+from microvlm.model import MicroVLMConfig
+from microvlm.train.setup import unquantized_modules
 
-from .files import THREADS, Scratch, quiet_llama_cpp
-from .shapes import SHAPES
-
+THREADS = 2
 IMAGE_SIZE = (640, 640)  # pixels; square, so that SmolVLM cuts it into 4 x 4 tiles
 CAPTION = 32  # tokens
 MOST_TOKENS = 400  # BLIP has 512 positions
 CONTEXT = 512  # positions of llama.cpp's cache
+ENVIRONMENT = {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+# --- weight files
+
+
+def write_peer(name: str, small: bool, folder: Path) -> None:
+    """Write a captioner of random weights in bf16."""
+    torch.manual_seed(0)
+    shape = SHAPES[name]
+    getattr(transformers, shape.model)(shape.config(small)).to(torch.bfloat16).save_pretrained(folder)
+
+
+def write_nf4(source: Path, folder: Path) -> None:
+    """Write vision tower and language model in NF4, before any pass repacks the weights."""
+    quantization = nf4_config(unquantized_modules(build_on_meta(MicroVLMConfig.from_pretrained(source)), []))
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", quantization_config=quantization)
+    model.save_pretrained(folder)
+
+
+def write_gguf(source: Path, path: Path) -> None:
+    """Write the language model in BF16, without a vocabulary."""
+    import gguf
+
+    model = load_weights(source)
+    writer = gguf.GGUFWriter(path, model.config.text_config.model_type)
+    write_config(writer, model, "V", "bf16")
+    writer.add_tokenizer_model("none")
+    add_tensors(writer, gguf_tensors(model), "bf16")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quiet_llama_cpp():
+    """Import llama.cpp and silence it."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    return llama_cpp
+
+
+def quantize_gguf(source: Path, kind: str, head: bool, path: Path) -> None:
+    """Quantise with llama.cpp's own quantizer.
+
+    Args:
+        source: a GGUF in BF16.
+        kind: `Q4_0`, `TQ2_0`, ...
+        head: use this type for the tied embedding too, instead of the quantizer's choice.
+        path: of the new file.
+    """
+    import gguf
+
+    llama_cpp = quiet_llama_cpp()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.nthread, options.ftype = THREADS, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if head:
+        options.output_tensor_type = options.token_embedding_type = gguf.GGMLQuantizationType[kind].value
+    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options))
+    assert not failed, f"llama.cpp could not quantise {source.name} to {kind}"
+
+
+@dataclass
+class Scratch:
+    """Weight files of a run, each written when first used."""
+
+    folder: Path
+    small: bool
+
+    def make(self, name: str, write: Callable[[Path], None]) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            duration, _ = seconds(lambda: write(path))
+            print(f"{name} written in {duration:.1f} s", file=sys.stderr, flush=True)
+        return path
+
+    def v(self) -> Path:
+        return self.make("v", partial(write_random, v_config(self.small)))
+
+    def nf4(self) -> Path:
+        return self.make("v-nf4", partial(write_nf4, self.v()))
+
+    def peer(self, name: str) -> Path:
+        return self.make(name, partial(write_peer, name, self.small))
+
+    def gguf(self, kind: str, head: bool) -> Path:
+        source = self.make("v-BF16.gguf", partial(write_gguf, self.v()))
+        if kind == "BF16":
+            return source
+        return self.make(f"v-{kind}{'-head' if head else ''}.gguf", partial(quantize_gguf, source, kind, head))
+
+
+# --- bytes that a step reads
 
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -72,17 +186,18 @@ def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str,
         head = [part.matrix() for part in model.get_input_embeddings().modules() if hasattr(part, "matrix")]
         tensors = decoder.tensors() + [t for matrix in head for t in (matrix.panels, matrix.scale)]
     # each once
-    result, seen = Counter(), set()
-    for tensor in tensors:
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            result[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    result = Counter()
+    for tensor in {tensor.data_ptr(): tensor for tensor in reversed(tensors)}.values():
+        result[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(result)
+
+
+# --- subjects
 
 
 @dataclass
 class Subject(ABC):
-    """What is measured, in a process of its own.
+    """What is measured.
 
     Args:
         name: in the tables.
@@ -110,14 +225,9 @@ class Subject(ABC):
         return sum(file.stat().st_size for file in files)
 
     def turn(self, new_tokens: int) -> dict[str, float]:
-        """Time the first token, the caption's last, and tokens per second after the first.
-
-        Raises:
-            RuntimeError: another number of tokens came.
-        """
+        """Time the first token, the caption's last, and tokens per second after the first."""
         times = self.emit(new_tokens)
-        if len(times) != new_tokens:
-            raise RuntimeError(f"{self.name} gave {len(times)} tokens instead of {new_tokens}.")
+        assert len(times) == new_tokens, f"{self.name} gave {len(times)} tokens instead of {new_tokens}"
         rate = (new_tokens - 1) / (times[-1] - times[0])
         return {"first": times[0], "caption": times[CAPTION - 1], "rate": rate}
 
@@ -127,14 +237,8 @@ class Subject(ABC):
         self.before = resident_memory()
         load_seconds, _ = seconds(self.load)
         self.turn(new_tokens)
-        read = self.read_bytes()
-        return {
-            "load": load_seconds,
-            "disk": self.disk_bytes(),
-            "read": read,
-            "positions": self.positions,
-            "sees": self.sees,
-        }
+        measured = {"load": load_seconds, "disk": self.disk_bytes(), "read": self.read_bytes()}
+        return measured | {"positions": self.positions, "sees": self.sees}
 
     def close(self) -> int | None:
         """Read the peak memory since before loading, bytes."""
@@ -226,8 +330,7 @@ class SmolVLM(Captioner):
 
     def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
         pixels = self.pixels(image)
-        if (tiles := pixels["pixel_values"].shape[1]) != self.tiles:
-            raise RuntimeError(f"the image became {tiles} tiles, expected {self.tiles}.")
+        assert pixels["pixel_values"].shape[1] == self.tiles, f"expected {self.tiles} tiles"
         return self.text() | {name: pixels[name] for name in ("pixel_values", "pixel_attention_mask")}
 
 
@@ -242,8 +345,7 @@ class LlamaCpp(Subject):
         self.lib = library = quiet_llama_cpp()
         library.llama_backend_init()
         self.model = library.llama_model_load_from_file(str(self.path).encode(), library.llama_model_default_params())
-        if not self.model:
-            raise RuntimeError(f"llama.cpp cannot open {self.path.name}.")
+        assert self.model, f"llama.cpp cannot open {self.path.name}"
         options = library.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
         options.n_threads = options.n_threads_batch = THREADS
@@ -256,8 +358,8 @@ class LlamaCpp(Subject):
         tokens = (library.llama_token * self.positions)(*range(3, 3 + self.positions))
         times, start = [], time.perf_counter()
         for _ in range(new_tokens):
-            if library.llama_decode(self.context, library.llama_batch_get_one(tokens, len(tokens))):
-                raise RuntimeError(f"llama.cpp could not run {self.path.name}.")
+            failed = library.llama_decode(self.context, library.llama_batch_get_one(tokens, len(tokens)))
+            assert not failed, f"llama.cpp could not run {self.path.name}"
             token = library.llama_sampler_sample(self.sampler, self.context, -1)
             times.append(time.perf_counter() - start)
             tokens = (library.llama_token * 1)(token)
@@ -277,14 +379,6 @@ def make_llama_cpp(kind: str, head: bool, name: str, scratch: Scratch) -> LlamaC
     return LlamaCpp(name, scratch.gguf(kind, head), v_config(scratch.small).num_prefix_tokens + TEXT_TOKENS)
 
 
-def make_smolvlm(tiles: int, name: str, scratch: Scratch) -> SmolVLM:
-    return SmolVLM(name, scratch.peer("SmolVLM-256M"), "SmolVLM-256M", tiles)
-
-
-def make_captioner(name: str, scratch: Scratch) -> Captioner:
-    return Captioner(name, scratch.peer(name), name)
-
-
 LLAMA_CPP = {
     f"llama.cpp V {kind}": partial(make_llama_cpp, kind.removesuffix("+head"), kind.endswith("+head"))
     for kind in ("BF16", "Q8_0", "Q4_0", "TQ2_0", "TQ1_0", "Q4_0+head")
@@ -293,7 +387,44 @@ CATALOGUE: dict[str, Callable[[str, Scratch], Subject]] = {
     "V bf16": lambda name, scratch: MicroVLM(name, scratch.v()),
     "V NF4": lambda name, scratch: MicroVLM(name, scratch.nf4()),
     **LLAMA_CPP,
-    "SmolVLM-256M x1": partial(make_smolvlm, 1),
-    "SmolVLM-256M x17": partial(make_smolvlm, 17),
-    **dict.fromkeys(("BLIP-base", "GIT-base", "ViT-GPT2"), make_captioner),
+    "SmolVLM-256M x1": lambda name, scratch: SmolVLM(name, scratch.peer("SmolVLM-256M"), "SmolVLM-256M"),
+    "SmolVLM-256M x17": lambda name, scratch: SmolVLM(name, scratch.peer("SmolVLM-256M"), "SmolVLM-256M", 17),
+    **dict.fromkeys(
+        ("BLIP-base", "GIT-base", "ViT-GPT2"), lambda name, scratch: Captioner(name, scratch.peer(name), name)
+    ),
 }
+
+
+def has_llama_cpp() -> bool:
+    return all(importlib.util.find_spec(module) for module in ("llama_cpp", "gguf"))
+
+
+# --- processes
+
+
+def start(subject: Subject) -> None:
+    """Prepare a process for its subject."""
+    global SUBJECT
+    torch.set_num_threads(THREADS)
+    transformers.utils.logging.disable_progress_bar()
+    SUBJECT = subject
+
+
+def call(method: str, args: tuple):
+    return getattr(SUBJECT, method)(*args)
+
+
+class Worker:
+    """A subject in a process of its own."""
+
+    def __init__(self, subject: Subject):
+        self.name = subject.name
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, (subject,))
+
+    def ask(self, method: str, *args):
+        """Call a method of the subject; returns its result, or raises its error."""
+        with mock.patch.dict(os.environ, ENVIRONMENT):  # of the process, which starts with the first call
+            return self.pool.submit(call, method, args).result()
+
+    def stop(self) -> None:
+        self.pool.shutdown()

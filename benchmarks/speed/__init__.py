@@ -1,1 +1,0 @@
-"""Speed, memory and bytes at full size, next to other captioners and llama.cpp."""
