@@ -5,6 +5,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 
 from PIL import Image
 
@@ -13,17 +14,11 @@ URL_SCHEMES = ("http://", "https://", "file://")
 
 
 def find_images(sources: Iterable[str], recursive: bool = False) -> tuple[list[str], list[str]]:
-    """Find the images that paths, folders, globs and URLs stand for, each once.
+    """Find the images that paths, folders, globs and URLs stand for, each once, and the sources without one.
 
     Sources keep their order; inside a folder or a glob the order is natural (`p2` before `p10`). Folders give the files
-    with an image's suffix that are not hidden; files named outright are all taken.
-
-    Args:
-        sources: paths of files and folders, glob patterns (`**` crosses folders), URLs.
-        recursive: also look into the folders of folders.
-
-    Returns:
-        the paths, and the sources without an image.
+    with an image's suffix that are not hidden, with `recursive` also those of their folders; files named outright are
+    all taken.
     """
     images, empty = {}, []
     for source in sources:
@@ -64,3 +59,10 @@ def thumbnail(image: Image.Image, size: int) -> Image.Image:
 
 def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def small_jpeg(image: Image.Image, size: int) -> dict:
+    """Shrink an RGB image into a square of `size` pixels, for a page that needs no other file."""
+    small, data = thumbnail(image, size), BytesIO()
+    small.save(data, "JPEG", quality=85)
+    return {"uri": data_uri(data.getvalue(), "jpeg"), "width": small.width, "height": small.height}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .cache_microvlm import CACHE_NAME
-from .configuration_microvlm import MicroVLMConfig
+from .configuration_microvlm import AUTO_MAP, MicroVLMConfig, require
 from .memory_microvlm import in_float32
 from .memory_state_microvlm import MemoryState
 from .modeling_microvlm import MicroVLMForConditionalGeneration
@@ -38,6 +38,7 @@ from .quantization_microvlm import (
 )
 
 __all__ = [
+    "AUTO_MAP",
     "CACHE_NAME",
     "DEFAULT_MAX_PIXELS",
     "MemoryState",
@@ -59,6 +60,7 @@ __all__ = [
     "open_image",
     "replace_with_packed",
     "replace_with_ternary",
+    "require",
     "ternary_quantize",
     "to_rgb",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -36,8 +36,8 @@ def text_table(header: Iterable[str], rows: Iterable[Iterable], left: int = 1) -
     )
 
 
-def render_page(template: str, **values) -> str:
-    """Fill an HTML template of `microvlm/templates`; text is escaped, a missing value is an error."""
+def page_template(name: str) -> Template:
+    """Open an HTML template of `microvlm/templates`; text is escaped, a missing value is an error."""
     loader = FileSystemLoader(TEMPLATES)
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return pages.get_template(template).render(**values)
+    return pages.get_template(name)

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from ..files import ROOT
 from ..images import thumbnail
 from ..inference import Query, image_query, question_query, stream, teach
-from ..model import load, open_image
+from ..model import load, open_image, require
+from ..tables import TEMPLATES, page_template
 from ..visualize.attention import Recall, recall, stored_sentences, word_attention
 from ..visualize.figures import overlay
 
@@ -22,30 +23,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 EXAMPLES = ("swan", "robot", "drum", "grapes", "chipmunk", "saxophone")
 TABLE_ROWS, MAP_SIZE = 6, 224
 NO_MEMORY = "<p class='quiet'>The memory is empty.</p>"
-CSS = """
-.gradio-container { max-width: 46rem !important; margin: auto !important; }
-.gradio-container, body { overflow-wrap: anywhere; }
-#caption textarea, #answer textarea { font-size: 1.15rem; }
-#maps .grid-wrap { height: auto; max-height: none; min-height: 0; }
-#maps .grid-container { grid: auto-flow min-content / repeat(auto-fill, minmax(8rem, 1fr)) !important; }
-#maps .grid-container .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
-#maps .grid-container img { height: auto; aspect-ratio: 1; }
-#maps .caption-label { position: static; width: 100%; max-width: none; white-space: normal; text-align: left; }
-#maps .caption-label { font-size: .85rem; }
-.said table { width: 100%; border-collapse: collapse; border: 0 !important; }
-.said td, .said th { padding: .2rem .4rem; text-align: left; border: 0 !important; }
-.said tr { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
-.said td + td, .said th + th { text-align: right; white-space: nowrap; }
-.said .quiet { opacity: .65; }
-.said .speaks td:first-child, .said b { color: var(--primary-600); }
-@media (max-width: 30rem) {
-    #save, #load { padding-inline: .5rem; }
-}
-"""
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
-def require(condition, message: str) -> None:
+def ask_for(condition, message: str) -> None:
     """Show the visitor a message where something is missing."""
     if not condition:
         raise gr.Error(message)
@@ -68,7 +49,7 @@ def error_on_page(**names: str) -> Iterator[None]:
 def path_of(image: dict) -> Iterator[str]:
     """Give the path in gradio's description of a file; errors in here name the file without its folder."""
     path = image["path"]
-    require(path and os.path.isfile(path), "The picture is no longer here: show it again.")
+    ask_for(path and os.path.isfile(path), "The picture is no longer here: show it again.")
     with error_on_page(**{os.path.basename(path): path}):
         yield path
 
@@ -84,15 +65,9 @@ def recall_table(result: Recall | None) -> str:
         return ""
     if not result.items:
         return NO_MEMORY
-    verdict = "<b>The memory speaks.</b>" if result.speaks else "The memory is silent."
-    lines = [f"<p>{verdict} Probability {result.probability:.2f}, it speaks from {result.threshold:.2f} on.</p>"]
-    lines.append("<table><tr><th>stored</th><th>cosine</th><th>share</th></tr>")
-    for n in result.cosines.argsort(descending=True)[:TABLE_ROWS].tolist():
-        row = f"<td>{html.escape(result.items[n])}</td><td>{result.cosines[n]:.2f}</td><td>{result.shares[n]:.2f}</td>"
-        lines.append(f"<tr{' class=speaks' if result.speaks and result.shares[n] > 0.5 else ''}>{row}</tr>")
-    if len(result.items) > TABLE_ROWS:
-        lines.append(f"<tr><td class='quiet'>and {len(result.items) - TABLE_ROWS} more</td><td></td><td></td></tr>")
-    return "".join(lines) + "</table>"
+    best = result.cosines.argsort(descending=True)[:TABLE_ROWS].tolist()
+    rows = [(result.items[n], float(result.cosines[n]), float(result.shares[n])) for n in best]
+    return page_template("recall.html.jinja").render(recall=result, rows=rows, more=len(result.items) - TABLE_ROWS)
 
 
 class Page:
@@ -136,7 +111,7 @@ class Page:
 
     def ask(self, question: str, memory) -> Iterator[tuple[str, str]]:
         """Yield the answer to a question as it grows, and the recall table."""
-        require(question.strip(), "Type a question first.")
+        ask_for(question.strip(), "Type a question first.")
         with error_on_page(), torch.no_grad():
             query = question_query(self.model, self.processor, question.strip())
             _, result = self._recall(query, memory)
@@ -145,17 +120,17 @@ class Page:
 
     def teach(self, image: dict | None, sentence: str, memory):
         """Store a sentence under the image; returns the memory and the emptied text box."""
-        require(image is not None, "Choose a picture first.")
-        require(sentence.strip(), "Type a sentence first.")
+        ask_for(image is not None, "Choose a picture first.")
+        ask_for(sentence.strip(), "Type a sentence first.")
         with path_of(image) as path:
             memory = self.model.new_memory() if memory is None else memory
             return teach(self.model, self.processor, path, sentence.strip(), memory), ""
 
     def forget(self, uid: str | None, memory):
         """Forget the item of this uid; returns the memory."""
-        require(uid is not None, "Choose what to forget.")
+        ask_for(uid is not None, "Choose what to forget.")
         # not so after a second click, before the list is new
-        require(uid in uids(memory), "This is not in the memory any more: nothing was forgotten.")
+        ask_for(uid in uids(memory), "This is not in the memory any more: nothing was forgotten.")
         with error_on_page():
             return self.model.forget(memory, uids(memory).index(uid))
 
@@ -168,7 +143,7 @@ class Page:
 
     def save(self, memory) -> Iterator[gr.DownloadButton]:
         """Offer a file of the memory to download."""
-        require(memory is not None, "There is nothing to save: teach it something first.")
+        ask_for(memory is not None, "There is nothing to save: teach it something first.")
         with error_on_page(), tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "facts.safetensors")
             memory.save(path)
@@ -178,7 +153,7 @@ class Page:
 
     def load(self, path: str | None):
         """Open the memory of a file, in place of the one there is."""
-        require(path is not None, "Choose a file first.")
+        ask_for(path is not None, "Choose a file first.")
         with error_on_page(**{os.path.basename(path): path}):
             memory = self.model.load_memory(path)
             stored_sentences(memory, self.processor)  # raises for several rows
@@ -272,8 +247,8 @@ def build(model, processor) -> gr.Blocks:
 
 def main(model: str, revision: str, port: int, share: bool) -> None:
     opened, processor = load(model, revision)
-    if opened.config.model_type != "microvlm":
-        raise ValueError(f"{model} is a model of type {opened.config.model_type}, not a MicroVLM.")
+    kind = opened.config.model_type
+    require(kind == "microvlm", f"{model} is a model of type {kind}, not a MicroVLM.")
     blocks = build(opened, processor)
-    look = {"theme": THEME, "css": CSS, "footer_links": [], "ssr_mode": False}
+    look = {"theme": THEME, "css_paths": TEMPLATES / "app.css", "footer_links": [], "ssr_mode": False}
     blocks.launch(server_port=port, share=share, show_error=True, max_file_size="200mb", **look)

@@ -5,19 +5,17 @@ import os
 import sys
 import textwrap
 from contextlib import ExitStack
-from io import BytesIO
 from types import SimpleNamespace
 from typing import IO
 
-from jinja2 import Environment, FileSystemLoader
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ..files import atomic_file, check_outputs
-from ..images import data_uri, find_images, thumbnail
+from ..images import find_images, small_jpeg
 from ..inference import Caption, caption
-from ..model import load
-from ..tables import TEMPLATES
+from ..model import load, require
+from ..tables import page_template
+from ..visualize.figures import Sheet
 
 
 class Terminal:
@@ -49,67 +47,38 @@ class HtmlPage:
     """One page that needs no other file: images as small JPEG data URIs, one column on a phone."""
 
     def __init__(self, file: IO[str], size: int = 560):
-        environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-        self.page = environment.get_template("captions.html.jinja").module
+        self.page = page_template("captions.html.jinja").module
         self.file, self.size = file, size
         file.write(self.page.head())
 
     def add(self, result: Caption) -> None:
-        image, uri = None, None
-        if result.error is None:
-            image, data = thumbnail(result.image, self.size), BytesIO()
-            image.save(data, "JPEG", quality=85)
-            uri = data_uri(data.getvalue(), "jpeg")
-        self.file.write(self.page.figure(result, image, uri))
+        picture = small_jpeg(result.image, self.size) if result.error is None else None
+        self.file.write(self.page.figure(result, picture))
 
     def finish(self) -> None:
         self.file.write(self.page.foot())
 
 
-class ContactSheet:
+class ContactSheet(Sheet):
     """One PNG with a cell per image; only the sheet is in memory."""
 
     MAX_IMAGES = 1000
-    CELL, TEXT, GAP, COLUMNS = 240, 84, 12, 5  # pixels: side of an image, height of the text below it, space between
 
     def __init__(self, file: IO[bytes], count: int):
-        if count > self.MAX_IMAGES:
-            raise ValueError(f"a contact sheet holds {self.MAX_IMAGES} images, {count} were found: use --html.")
-        self.file, self.count = file, 0
-        columns, rows = min(count, self.COLUMNS), -(-count // self.COLUMNS)
-        size = columns * (self.CELL + self.GAP) + self.GAP, rows * (self.CELL + self.TEXT + self.GAP) + self.GAP
-        self.sheet = Image.new("RGB", size, "white")
-        self.font = ImageFont.load_default(size=13)
+        message = f"a contact sheet holds {self.MAX_IMAGES} images, {count} were found: use --html."
+        require(count <= self.MAX_IMAGES, message)
+        super().__init__(count, columns=5, cell=240, text=84, gap=12)
+        self.file = file
 
     def add(self, result: Caption) -> None:
-        cell = Image.new("RGB", (self.CELL, self.CELL + self.TEXT), "white")
-        text, colour = result.error, "firebrick"
-        if result.error is None:
-            text, colour = result.text, "black"
-            image = thumbnail(result.image, self.CELL)
-            cell.paste(image, ((self.CELL - image.width) // 2, self.CELL - image.height))
-        # the caption in three lines, the file's name below it
-        draw = ImageDraw.Draw(cell)
+        """Fill the next cell: the image, its caption in three lines, the file's name below them."""
+        text, colour = (result.text, "black") if result.error is None else (result.error, "firebrick")
         lines = textwrap.wrap(text, width=36, max_lines=3, placeholder=" ...")
-        draw.multiline_text((0, self.CELL + 6), "\n".join(lines), fill=colour, font=self.font)
-        name = self.shorten(" ".join(os.path.basename(result.path).split()))
-        draw.text((0, self.CELL + 62), name, fill="gray", font=self.font)
-        # the next free place on the sheet
-        row, column = divmod(self.count, self.COLUMNS)
-        self.count += 1
-        x, y = self.GAP + column * (self.CELL + self.GAP), self.GAP + row * (self.CELL + self.TEXT + self.GAP)
-        self.sheet.paste(cell, (x, y))
-
-    def shorten(self, name: str) -> str:
-        """Cut a name to the width of a cell, with an ellipsis where something is left out."""
-        if self.font.getlength(name) <= self.CELL:
-            return name
-        while self.font.getlength(f"{name}...") > self.CELL:
-            name = name[:-1]
-        return f"{name}..."
+        lines += [""] * (3 - len(lines)) + [" ".join(os.path.basename(result.path).split())]
+        self.add_cell(result.image, "\n".join(lines), colour)
 
     def finish(self) -> None:
-        self.sheet.save(self.file, "PNG")
+        self.page.save(self.file, "PNG")
 
 
 def warn(message: str) -> None:
@@ -135,8 +104,7 @@ def main(sources: list[str], **options) -> int:
     paths, missing = find_images(sources, options.recursive)
     for source in missing:
         warn(f"no image at {source}")
-    if not paths:
-        raise ValueError("nothing to caption: give images, folders (--recursive: and theirs) or quoted globs.")
+    require(paths, "nothing to caption: give images, folders (--recursive: and theirs) or quoted globs.")
     # only what was named outright is an input: a folder may hold the sheet of an earlier run
     json_file = None if options.json == "-" else options.json
     check_outputs([p for p in paths if p in sources], json=json_file, html=options.html, png=options.png)

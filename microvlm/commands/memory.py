@@ -7,7 +7,7 @@ from filelock import FileLock
 
 from ..files import ROOT, check_outputs
 from ..inference import Answer, ask as answer, teach
-from ..model import MemoryState, load
+from ..model import MemoryState, load, require
 
 FACTS = (("swan.png", "This is Bimo the swan."), ("robot.png", "This is Mirel the robot."))
 UNKNOWN, QUESTION = "drum.png", "Who is the robot?"
@@ -16,8 +16,7 @@ UNKNOWN, QUESTION = "drum.png", "Who is the robot?"
 def open_memory(file: str, model) -> MemoryState:
     """Open a memory file of one memory."""
     memory = model.load_memory(file)
-    if memory.num_rows != 1:
-        raise ValueError(f"{file} holds {memory.num_rows} memories; here it is one.")
+    require(memory.num_rows == 1, f"{file} holds {memory.num_rows} memories; here it is one.")
     return memory
 
 
@@ -55,8 +54,7 @@ def show(file: str, model: str, revision: str) -> None:
 
 def forget(file: str, fact: str, model: str, revision: str) -> None:
     model, processor = load(model, revision)
-    if not os.path.exists(file):
-        raise FileNotFoundError(f"memory file {file} does not exist.")
+    os.stat(file)  # no lock for a file that is not there
     change(file, model, processor, lambda memory: model.forget(memory, int(fact) if fact.isdigit() else fact))
 
 

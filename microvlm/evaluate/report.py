@@ -7,42 +7,22 @@ from textwrap import indent
 import torch
 from PIL import Image
 
-from ..images import data_uri, thumbnail
+from ..images import data_uri, small_jpeg
 from ..metrics import normalise, roc
-from ..tables import format_value, markdown_table, render_page, text_table
+from ..tables import format_value, markdown_table, page_template, text_table
 from ..visualize.attention import pooling_attention, word_attention
 from ..visualize.figures import overlay
 from .captions import CAPTIONERS, CaptionedRow
 from .memory import count_facts
 from .retrieval import RANKS
 
-CAPTION_LABELS = {
-    "exact": "exact match",
-    "word_f1": "word F1",
-    "cider": "CIDEr",
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "distinct": "distinct",
-}
-LANGUAGE_LABELS = {
-    "lm_loss": "loss, nats a token",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits a byte",
-    "tokens": "tokens",
-}
-RETRIEVAL_LABELS = {
-    **{
-        f"{way}_recall_at_{k}": f"{name}, R@{k}"
-        for way, name in (("image_to_text", "picture to text"), ("text_to_image", "text to picture"))
-        for k in RANKS
-    },
-    "alignment_loss": "InfoNCE",
-    "chance_loss": "InfoNCE of chance",
-    "pairs": "pairs",
-}
+CAPTION_LABELS = {"exact": "exact match", "word_f1": "word F1", "cider": "CIDEr"}
+CAPTION_LABELS |= {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {"rouge_l": "ROUGE-L", "distinct": "distinct"}
+LANGUAGE_LABELS = {"lm_loss": "loss, nats a token", "perplexity": "perplexity", "bits_per_byte": "bits a byte"}
+LANGUAGE_LABELS |= {"tokens": "tokens"}
+WAYS = {"image_to_text": "picture to text", "text_to_image": "text to picture"}
+RETRIEVAL_LABELS = {f"{way}_recall_at_{k}": f"{name}, R@{k}" for way, name in WAYS.items() for k in RANKS}
+RETRIEVAL_LABELS |= {"alignment_loss": "InfoNCE", "chance_loss": "InfoNCE of chance", "pairs": "pairs"}
 MEMORY_LABELS = {
     "recall_same": "recall, same picture",
     "recall_view": "recall, augmented view",
@@ -72,21 +52,14 @@ SPEED_LABELS = {
     "dtype": "dtype",
     "threads": "threads",
 }
-SIZE_LABELS = {
-    "parameters": "parameters",
-    "weights_bytes": "bytes on the disk",
-    "bits_per_parameter": "bits a parameter",
-}
+SIZE_LABELS = {"parameters": "parameters", "weights_bytes": "bytes on the disk"}
+SIZE_LABELS |= {"bits_per_parameter": "bits a parameter"}
 SINGLE = {"language": LANGUAGE_LABELS, "retrieval": RETRIEVAL_LABELS, "speed": SPEED_LABELS, "size": SIZE_LABELS}
 CURVES = ("recall_same", "recall_view", "recall_words", "recall_style", "recall_nearest", "recall_no_memory")
 
 
 def blocks(result: dict) -> list[tuple[str, dict[str, str], dict[str, dict]]]:
-    """List the tables of one data set.
-
-    Returns:
-        Title, metric -> label, and column name -> metric -> value.
-    """
+    """List the tables of one data set: title, metric -> label, and column name -> metric -> value."""
 
     def single(*keys: str) -> dict[str, tuple]:
         return {key.capitalize(): (SINGLE[key], {"": result[key]} if key in result else {}) for key in keys}
@@ -194,42 +167,25 @@ def draw_roc(axis, scopes: dict[int, dict]) -> None:
     axis.set(xlabel="unrelated", ylabel="known")
 
 
-def small_jpeg(image: Image.Image, size: int) -> dict:
-    """Shrink an RGB image into a square of `size` pixels and make it a JPEG data URI."""
-    small, data = thumbnail(image, size), BytesIO()
-    small.save(data, "JPEG", quality=85)
-    return {"uri": data_uri(data.getvalue(), "jpeg"), "width": small.width, "height": small.height}
-
-
 @torch.inference_mode()
 def example_figures(model, processor, examples: dict[int, CaptionedRow], details: dict) -> list[dict]:
     """Draw images with caption, reference, scores, and where the adapter and the words look.
 
-    Args:
-        examples: by the place of the row in the data.
-        details: of `evaluate`: per row `word_f1` and `loss`.
+    `examples` go by the place of the row in the data, `details` are those of `evaluate`.
     """
     figures = []
     for i, row in examples.items():
         image = Image.fromarray(row.image.permute(1, 2, 0).numpy())
         pixel_values = processor.image_processor([row.image], return_tensors="pt")["pixel_values"]
-        # where the adapter and the words look
         queries = pooling_attention(model, pixel_values)[0].mean(0)
         words = word_attention(model, processor, pixel_values, [row.ids])[0]
         scores = [f"word F1 {details['word_f1'][i]:.2f}"] if "word_f1" in details else []
         scores += [f"loss of the reference {details['loss'][i]:.2f}"] if "loss" in details else []
         # what the page says
-        figures.append(
-            {
-                "caption": row.caption,
-                "reference": row.reference,
-                "exact": normalise(row.caption) == normalise(row.reference),
-                "scores": ", ".join(scores),
-                "image": small_jpeg(image, 320),
-                "attention": small_jpeg(overlay(image, queries), 320),
-                "words": [(word, small_jpeg(overlay(image, m), 96)) for word, m in zip(words.words, words.maps)],
-            }
-        )
+        figure = {"row": row, "exact": normalise(row.caption) == normalise(row.reference), "scores": ", ".join(scores)}
+        figure |= {"image": small_jpeg(image, 320), "attention": small_jpeg(overlay(image, queries), 320)}
+        figure["words"] = [(word, small_jpeg(overlay(image, m), 96)) for word, m in zip(words.words, words.maps)]
+        figures.append(figure)
     return figures
 
 
@@ -244,7 +200,7 @@ def page_section(path: str, result: dict, figures: list[dict], examples: list[di
 
 def html_page(name: str, sections: list[dict]) -> str:
     """Write the report: one page that needs no other file."""
-    return render_page("report.html.jinja", name=name, sections=sections)
+    return page_template("report.html.jinja").render(name=name, sections=sections)
 
 
 def example_rows(number: int, rows: int) -> list[int]:

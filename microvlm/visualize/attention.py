@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
+from ..model import require
+
 
 @dataclass
 class WordAttention:
-    """Where the W words of one caption look: P prefix tokens, h x w patches.
-
-    Attention that is missing from 1 went to text.
+    """Where the W words of one caption look; what is missing from 1 went to text.
 
     Args:
-        words: the caption's words, joined from their tokens.
+        words: joined from their tokens.
         maps: over the patches, each sums to 1, (W, h, w).
-        prefix: on the prefix tokens, (W, P): means over layers, heads and a word's tokens.
+        prefix: on the P prefix tokens, (W, P): means over layers, heads and a word's tokens.
         memory: on the memory's tokens, (W,); 0 where the memory is silent.
     """
 
@@ -28,10 +28,7 @@ class WordAttention:
     memory: torch.Tensor
 
     def contrast(self) -> torch.Tensor:
-        """Subtract the mean map of the caption's words from each word's map, (W, h, w).
-
-        The sum of a word's positive part is the share of its attention that lies elsewhere than the mean's.
-        """
+        """Subtract the mean map of the caption's words from each word's map, (W, h, w)."""
         return self.maps - self.maps.mean(0)
 
 
@@ -41,13 +38,10 @@ class Recall:
 
     Args:
         items: the stored sentences, N.
-        cosines: similarity of every item, (N,): of the addresses, or for a question in words how much of it the item
-            says.
+        cosines: of the addresses, or for a question in words how much of it an item says, (N,).
         shares: of every item in what was read, (N,).
-        probability: ScopeNet's, that the memory knows the query.
-        threshold: from which the memory speaks.
-        speaks: whether it does.
-        readout: what it adds to a generation, `memory_readout` of `generate`.
+        probability: that the memory knows the query; it speaks from `threshold` on.
+        readout: `memory_readout` of `generate`.
     """
 
     items: list[str]
@@ -62,8 +56,8 @@ class Recall:
 def check_pixels(model, pixel_values: torch.Tensor) -> torch.Tensor:
     """Move pixel values to the model; refuse another shape than (N, 3, height, width)."""
     shape = tuple(getattr(pixel_values, "shape", ()))
-    if len(shape) != 4 or not shape[0]:
-        raise ValueError(f"pixel_values must have the shape (images, 3, height, width), got {shape}.")
+    expected = "pixel_values must have the shape (images, 3, height, width)"
+    require(len(shape) == 4 and shape[0] > 0, f"{expected}, got {shape}.")
     return pixel_values.to(model.device, model.dtype)
 
 
@@ -83,16 +77,7 @@ def encode(model, pixel_values: torch.Tensor):
 
 @torch.no_grad()
 def pooling_attention(model, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Map where each of the adapter's P queries looks, (B, P, h, w) float32.
-
-    A map is the mean of the heads and sums to 1.
-
-    Args:
-        pixel_values: (B, 3, height, width), of the image processor.
-
-    Raises:
-        ValueError: pixel values of another shape.
-    """
+    """Map where each of the adapter's P queries looks, (B, P, h, w): means of the heads that sum to 1."""
     return encode(model, check_pixels(model, pixel_values))[1]
 
 
@@ -120,11 +105,6 @@ def word_attention(
         pixel_values: (B, 3, height, width), of the image processor.
         ids: tokens of B captions after the default prompt; special tokens are left out. Default: generated, greedily.
         memory: speaks by its gate; default: none.
-        max_new_tokens: of a generated caption.
-
-    Raises:
-        ValueError: pixel values of another shape, not one caption per image, tokens outside the vocabulary, or a
-            memory of another model.
     """
     pixel_values = check_pixels(model, pixel_values)
     prompt = model.default_prompt(len(pixel_values))
@@ -154,25 +134,17 @@ def word_attention(
 
 def plain_captions(model, processor, ids, number: int) -> list[list[int]]:
     """Drop special tokens from captions; refuse another number and tokens outside the vocabulary."""
-    if len(ids) != number:
-        raise ValueError(f"{len(ids)} captions for {number} images.")
+    require(len(ids) == number, f"{len(ids)} captions for {number} images.")
     captions = [caption.tolist() if isinstance(caption, torch.Tensor) else list(caption) for caption in ids]
     size = model.config.text_config.vocab_size
-    if any(not isinstance(i, int) or not 0 <= i < size for caption in captions for i in caption):
-        raise ValueError(f"a caption has tokens outside the vocabulary of {size}.")
+    in_vocabulary = all(isinstance(i, int) and 0 <= i < size for caption in captions for i in caption)
+    require(in_vocabulary, f"a caption has tokens outside the vocabulary of {size}.")
     special = {*processor.tokenizer.all_special_ids, model.config.image_token_id}
     return [[i for i in caption if i not in special] for caption in captions]
 
 
 def join_words(words: list[tuple[str, list[int]]], prefix, memory, pooling) -> WordAttention:
-    """Average the attention of each word's tokens.
-
-    Args:
-        words: of `split_words`.
-        prefix: attention on the prefix tokens, (L, P).
-        memory: on the memory, (L,).
-        pooling: maps of the prefix tokens, (P, h, w).
-    """
+    """Average the attention of each word's tokens: on prefix (L, P), memory (L,), by maps `pooling` (P, h, w)."""
     places = [places for _, places in words]
     prefix, memory = (torch.stack([x[p].mean(0) for p in places]) if places else x[:0] for x in (prefix, memory))
     maps = torch.einsum("wp,phv->whv", prefix, pooling)
@@ -181,10 +153,7 @@ def join_words(words: list[tuple[str, list[int]]], prefix, memory, pooling) -> W
 
 
 def split_words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
-    """Split a caption's tokens into words, each with the places of its tokens.
-
-    A token that begins with a space begins a word.
-    """
+    """Split a caption's tokens into words, which begin with a space, with the places of their tokens."""
     words, before = [], ""
     for place in range(len(ids)):
         text = tokenizer.decode(ids[: place + 1])
@@ -198,28 +167,15 @@ def split_words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
 
 
 def stored_sentences(memory, processor) -> list[str]:
-    """List what a memory of one row holds, in the order in which `forget` counts.
-
-    Raises:
-        ValueError: a memory of several rows.
-    """
-    if memory.num_rows != 1:
-        raise ValueError(f"the memory has {memory.num_rows} rows, choose one: memory.select([row]).")
+    """List what a memory of one row holds, in the order in which `forget` counts."""
+    require(memory.num_rows == 1, f"the memory has {memory.num_rows} rows, choose one: memory.select([row]).")
     ids = [ids[ids >= 0].tolist() for ids in memory.token_ids[0][memory.active[0]]]
     return [processor.decode(i, skip_special_tokens=True).strip() for i in ids]
 
 
 @torch.no_grad()
 def recall(model, processor, memory, input_ids: torch.Tensor, image=None) -> Recall:
-    """Read a memory of one row with a prompt.
-
-    Args:
-        input_ids: (1, T), with an image's placeholders or a question in words.
-        image: of `get_image_features`; default: no image.
-
-    Raises:
-        ValueError: a memory of another model or of several rows.
-    """
+    """Read a memory of one row with a prompt (1, T), about an image of `get_image_features` or in words."""
     items, part = stored_sentences(memory, processor), model.model
     model._check_memory(memory)
     # what the model reads, and what it takes from each item

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files import atomic_file
 from ..images import thumbnail
-from ..model import DEFAULT_MAX_PIXELS, to_rgb
+from ..model import DEFAULT_MAX_PIXELS, require, to_rgb
 from .attention import Recall, WordAttention, check_pixels, recall, stored_sentences
 
 CELL, TEXT, GAP = 150, 34, 8  # pixels: side of an image, height of the text below it, space between
@@ -27,57 +27,38 @@ def heat(values: torch.Tensor) -> torch.Tensor:
     return torch.lerp(HEAT[low], HEAT[low + 1], (at - low).unsqueeze(-1))
 
 
-def overlay(image: Image.Image, map: torch.Tensor, size: tuple[int, int] | None = None) -> Image.Image:
+def overlay(image: Image.Image, map: torch.Tensor) -> Image.Image:
     """Draw a heat map over its image: the hottest patch yellow, the coldest dim grey.
 
-    Args:
-        map: not negative, (h, w), over the whole image; stretched from its least to its greatest value, a flat map is
-            cold.
-        size: of the result, (width, height) in pixels; default: the image's.
-
-    Raises:
-        ValueError: a map that is not (h, w), is negative or not finite.
+    The map (h, w) is not negative; it is stretched from its least to its greatest value, a flat map is cold.
     """
     map = finite_map(map)
-    if (map < 0).any():
-        raise ValueError("a map must not be negative: overlay_signed takes such.")
+    require(bool((map >= 0).all()), "a map must not be negative: overlay_signed takes such.")
     low, high = map.aminmax()
     map = (map - low) / (high - low) if high > low else torch.zeros_like(map)
-    return paint(image, map, lambda map: heat(0.3 + 0.7 * map), size)
+    return paint(image, map, lambda map: heat(0.3 + 0.7 * map))
 
 
-def overlay_signed(
-    image: Image.Image, map: torch.Tensor, limit: float, size: tuple[int, int] | None = None
-) -> Image.Image:
-    """Draw a signed map over its image: orange above 0, blue below, grey at 0.
+def overlay_signed(image: Image.Image, map: torch.Tensor, limit: float) -> Image.Image:
+    """Draw a signed map (h, w) over its image: orange above 0, blue below, grey at 0.
 
-    Args:
-        map: (h, w), over the whole image.
-        limit: absolute value with the full colour; maps with the same limit can be compared.
-        size: of the result, (width, height) in pixels; default: the image's.
-
-    Raises:
-        ValueError: a map that is not (h, w) or not finite.
+    Maps with the same `limit`, the absolute value with the full colour, can be compared.
     """
     map = finite_map(map)
     map = map / limit if limit else map
-    return paint(image, map, lambda map: torch.where(map.unsqueeze(-1) > 0, MORE, LESS), size)
+    return paint(image, map, lambda map: torch.where(map.unsqueeze(-1) > 0, MORE, LESS))
 
 
 def finite_map(map: torch.Tensor) -> torch.Tensor:
-    """Copy a map (h, w) to the CPU in float32; refuse other shapes and infinite values."""
-    if map.ndim != 2 or not map.numel():
-        raise ValueError(f"a map has the shape (h, w), got {tuple(map.shape)}.")
-    map = map.detach().float().cpu()
-    if not torch.isfinite(map).all():
-        raise ValueError("a map must be finite.")
-    return map
+    """Copy a map to the CPU in float32; refuse other shapes than (h, w) and infinite values."""
+    is_map = map.ndim == 2 and map.numel() > 0 and bool(torch.isfinite(map).all())
+    require(is_map, f"a map has the shape (h, w) and finite values, got {tuple(map.shape)}.")
+    return map.detach().float().cpu()
 
 
-def paint(image: Image.Image, map: torch.Tensor, colours, size: tuple[int, int] | None) -> Image.Image:
+def paint(image: Image.Image, map: torch.Tensor, colours) -> Image.Image:
     """Lay the colours of a map over a dim grey image: full at 1 and -1, none at 0."""
     image = to_rgb(image, max(DEFAULT_MAX_PIXELS, image.width * image.height))
-    image = image.resize(size, Image.Resampling.BICUBIC) if size else image
     # bilinear: a patch is hottest in its middle, and nothing overshoots
     map = F.interpolate(map[None, None], (image.height, image.width), mode="bilinear")[0, 0]
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
@@ -87,30 +68,42 @@ def paint(image: Image.Image, map: torch.Tensor, colours, size: tuple[int, int] 
     return Image.frombytes("RGB", image.size, mixed.round().clamp(0, 255).byte().numpy().tobytes())
 
 
-def sheet(cells: list[tuple[Image.Image, str]], columns: int, cell: int = CELL) -> Image.Image:
+class Sheet:
+    """A page of `count` cells in rows: a small image, and a label below it that is cut at the cell's edges."""
+
+    def __init__(self, count: int, columns: int, cell: int = CELL, text: int = TEXT, gap: int = GAP):
+        self.columns, self.cell, self.text, self.gap, self.number = min(count, columns), cell, text, gap, 0
+        rows, self.font = -(-count // self.columns), ImageFont.load_default(size=13)
+        size = self.columns * (cell + gap) + gap, rows * (cell + text + gap) + gap
+        self.page = Image.new("RGB", size, "white")
+
+    def add_cell(self, image: Image.Image | None, label: str, colour: str = "black") -> None:
+        cell = Image.new("RGB", (self.cell, self.cell + self.text), "white")
+        if image is not None:
+            small = thumbnail(image, self.cell)
+            cell.paste(small, ((self.cell - small.width) // 2, self.cell - small.height))
+        draw = ImageDraw.Draw(cell)
+        draw.multiline_text((0, self.cell + 2), label, fill=colour, font=self.font, spacing=2)
+        # the next free place
+        row, column = divmod(self.number, self.columns)
+        self.number += 1
+        place = column * (self.cell + self.gap), row * (self.cell + self.text + self.gap)
+        self.page.paste(cell, (self.gap + place[0], self.gap + place[1]))
+
+
+def sheet(cells: list[tuple[Image.Image, str]], columns: int) -> Image.Image:
     """Draw images in rows, each with a label of one or two lines below it."""
-    font, columns = ImageFont.load_default(size=13), min(columns, len(cells))
-    rows = -(-len(cells) // columns)
-    size = columns * (cell + GAP) + GAP, rows * (cell + TEXT + GAP) + GAP
-    page = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(page)
-    for number, (image, label) in enumerate(cells):
-        row, column = divmod(number, columns)
-        x, y = GAP + column * (cell + GAP), GAP + row * (cell + TEXT + GAP)
-        small = thumbnail(image, cell)
-        page.paste(small, (x + (cell - small.width) // 2, y + cell - small.height))
-        lines = [line if len(line) <= cell // 6 else f"{line[: cell // 6 - 3]}..." for line in label.split("\n")[:2]]
-        draw.multiline_text((x, y + cell + 2), "\n".join(lines), fill="black", font=font, spacing=2)
-    return page
+    page, width = Sheet(len(cells), columns), CELL // 6
+    for image, label in cells:
+        lines = [line if len(line) <= width else f"{line[: width - 3]}..." for line in label.split("\n")[:2]]
+        page.add_cell(image, "\n".join(lines))
+    return page.page
 
 
 def pooling_figure(image: Image.Image, maps: torch.Tensor) -> Image.Image:
-    """Draw the image, the mean of all maps and every query's map (P, h, w).
-
-    The label of the mean says how far the queries are apart: the mean share of a query's attention that lies elsewhere
-    than the mean's, 0 where all look alike.
-    """
+    """Draw the image, the mean of all maps and every query's map (P, h, w)."""
     small, mean = thumbnail(to_rgb(image), CELL), maps.mean(0)
+    # the mean share of a query's attention that lies elsewhere than the mean's: 0 where all look alike
     apart = (maps - mean).abs().sum((1, 2)).mean() / 2
     cells = [(small, "picture"), (overlay(small, mean), f"mean of {len(maps)}\n{apart:.1%} apart")]
     return sheet(cells + [(overlay(small, m), f"token {i}") for i, m in enumerate(maps)], 9)
@@ -143,14 +136,8 @@ def memory_figure(
 ) -> Image.Image:
     """Draw a memory of one row: slots, addresses, their similarity, and a query's answer.
 
-    Of many items every second, third, ... is named. Needs matplotlib.
-
-    Args:
-        pixel_values: of the query, (1, 3, height, width); default: no query.
-        image: of the query, as an inset.
-
-    Raises:
-        ValueError: a memory of another model or of several rows, or more than one query.
+    The query is `pixel_values` (1, 3, height, width), with `image` as an inset. Of many items every second, third, ...
+    is named.
     """
     from matplotlib.figure import Figure
 
@@ -171,8 +158,7 @@ def memory_figure(
     query.set(title="No query", xlabel="cosine and share")
     if pixel_values is not None:
         pixel_values = check_pixels(model, pixel_values)
-        if len(pixel_values) != 1:
-            raise ValueError(f"a figure has one query image, got {len(pixel_values)}.")
+        require(len(pixel_values) == 1, f"a figure has one query image, got {len(pixel_values)}.")
         features = model.get_image_features(pixel_values, return_dict=True)
         draw_query(query, recall(model, processor, memory, model.default_prompt(1), features), names, image)
     data = BytesIO()
