@@ -16,37 +16,18 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import cached_file
 
 from .files import write_text
+from .model import AUTO_MAP, require
 from .tables import TEMPLATES, markdown_table
 
+TASK = "image-text-to-text"
 # the classes that a repo's auto_map names
-AUTO_MAPS = {
-    "config.json": (
-        "AutoConfig",
-        "AutoModel",
-        "AutoModelForImageTextToText",
-        "AutoModelForCausalLM",
-        "AutoModelForMultimodalLM",
-    ),
-    "processor_config.json": ("AutoProcessor", "AutoImageProcessor"),
-}
+AUTO_MAPS = {"config.json": tuple(AUTO_MAP), "processor_config.json": ("AutoProcessor", "AutoImageProcessor")}
 TAGS = ("vision-language", "image-captioning", "bitnet", "deit", "tiny")
 LIBRARIES = ("transformers", "torch", "datasets", "huggingface_hub")
-TRAINING_STATE = (
-    "optimizer.pt",
-    "optimizer.bin",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-    "trainer_state.json",
-    "training_args.bin",
-    "data_rank*.json",
-    "checkpoint-*/**",
-    "captions/**",
-    "runs/**",
-    "*.tmp",
-    "*__pycache__/*",
-)
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_*")
+TRAINING_STATE = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json"]
+TRAINING_STATE += ["training_args.bin", "data_rank*.json", "checkpoint-*/**", "captions/**", "runs/**"]
+TRAINING_STATE += ["*.tmp", "*__pycache__/*"]
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_*"]
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SPEED = re.compile(r"(^|_)(epoch|runtime|.+_per_second|model_preparation_time)$")  # the Trainer logs them as metrics
 
@@ -56,26 +37,15 @@ class TrainingStatus:
     """What a model card says about a training run.
 
     Args:
-        recipe: name of the recipe.
         base_model: start of the run, a Hub id or a local folder.
         stage: in words, as "stage 1".
-        global_step: optimizer steps done.
-        max_steps: optimizer steps planned.
-        finished: the run is over.
-        data: training data: Hub ids, `hf://datasets/...` paths or local paths.
-        validation_loss: the last one; None: not measured yet.
-        date: ISO date or time, UTC; default: today.
+        global_step, max_steps: optimizer steps done and planned.
+        data: training data, one or more Hub ids, `hf://datasets/...` paths or local paths.
+        date: ISO, UTC; default: today.
         validation_data: data of `metrics`; default: the first of `data`.
-        metrics: name -> value, as `Trainer.evaluate` names them; values that are not finite are left out.
+        metrics: as `Trainer.evaluate` names them; values that are not finite are left out.
         repo_id: repo of the card; None: the card loads from its own folder.
-        licence: identifier of the Hub.
-        parameters, trainable_parameters: their number.
         effective_batch_size: rows per optimizer step, over all ranks and micro-batches.
-        tags: the Hub's tags.
-        versions: library -> version.
-
-    Raises:
-        ValueError: a date that is not ISO, no data, a negative step.
     """
 
     recipe: str
@@ -97,18 +67,14 @@ class TrainingStatus:
     tags: list[str] = field(default_factory=lambda: list(TAGS))
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
 
-    def __post_init__(self):
-        datetime.fromisoformat(self.date)
-        if not self.data:
-            raise ValueError("data is empty: a card names what the model was trained on.")
-        if self.global_step < 0 or self.max_steps < 1:
-            raise ValueError(f"step {self.global_step} of {self.max_steps}: steps count from 0 to at least 1.")
-
     def measured(self) -> dict[str, float]:
-        """List the finite metrics and `validation_loss` as `eval_loss`, without the Trainer's timings."""
+        """List the finite metrics and the `validation_loss`, without `eval_` and the Trainer's timings."""
         metrics = self.metrics | ({} if self.validation_loss is None else {"eval_loss": self.validation_loss})
-        finite = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
-        return {name: value for name, value in finite.items() if not SPEED.search(name)}
+        return {
+            name.removeprefix("eval_"): float(value)
+            for name, value in metrics.items()
+            if value is not None and math.isfinite(value) and not SPEED.search(name)
+        }
 
 
 def hub_id(name: str, kind: str = "datasets") -> str | None:
@@ -117,6 +83,12 @@ def hub_id(name: str, kind: str = "datasets") -> str | None:
         return match[1]
     is_file = Path(name).exists() or (kind == "datasets" and Path(name).suffix in (".parquet", ".tar"))
     return name if REPO_ID.fullmatch(name) and not is_file else None
+
+
+def check_source(source: str) -> None:
+    """Refuse what is neither a path on this machine nor a Hub id."""
+    is_known = Path(source).exists() or REPO_ID.fullmatch(source)
+    require(is_known, f"{source!r} is neither a folder on this machine nor a Hub id (owner/name).")
 
 
 def public_path(name: str) -> str:
@@ -131,8 +103,18 @@ def link(name: str, kind: str = "datasets") -> str:
     return f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})" if repo_id else f"`{public_path(name)}`"
 
 
-def metric_label(name: str) -> str:
-    return name.removeprefix("eval_").replace("_", " ")
+def metric_entry(data: str, split: str | None, metric: str, label: str, value: float, details=None) -> EvalResult:
+    """Make one entry of a card's `model-index`."""
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=data,
+        dataset_name=data,
+        dataset_split=split,
+        metric_type=metric,
+        metric_name=label,
+        metric_value=value,
+        metric_args=details,
+    )
 
 
 def format_metric(value: float) -> str:
@@ -144,33 +126,21 @@ def model_card(status: TrainingStatus) -> ModelCard:
     """Write the model card of a run; its validation metrics go into the `model-index`."""
     name = status.repo_id.split("/")[-1] if status.repo_id else "MicroVLM"
     validation = status.validation_data or status.data[0]
-    metrics = status.measured()
-    # one entry of the model-index per metric
-    dataset = hub_id(validation) or public_path(validation)
-    results = [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split="validation",
-            metric_type=metric.removeprefix("eval_"),
-            metric_name=metric_label(metric),
-            metric_value=value,
-        )
-        for metric, value in metrics.items()
-    ]
+    dataset, metrics = hub_id(validation) or public_path(validation), status.measured()
+    labels = {metric: metric.replace("_", " ") for metric in metrics}
+    results = [metric_entry(dataset, "validation", metric, labels[metric], value) for metric, value in metrics.items()]
     metadata = ModelCardData(
         language="en",
         license=status.licence,
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=TASK,
         base_model=hub_id(status.base_model, "models"),
         datasets=list(dict.fromkeys(filter(None, map(hub_id, status.data)))) or None,
         tags=status.tags,
         model_name=name if results else None,
         eval_results=results or None,
     )
-    rows = [[metric_label(metric), format_metric(value)] for metric, value in metrics.items()]
+    rows = [[labels[metric], format_metric(value)] for metric, value in metrics.items()]
     return ModelCard.from_template(
         metadata,
         template_path=TEMPLATES / "model_card.md.jinja",
@@ -178,7 +148,7 @@ def model_card(status: TrainingStatus) -> ModelCard:
         name=name,
         repo=status.repo_id or ".",
         progress=f"step {status.global_step:,} of {status.max_steps:,}",
-        loss=f"{metrics['eval_loss']:.4f}" if "eval_loss" in metrics else "not measured yet",
+        loss=f"{metrics['loss']:.4f}" if "loss" in metrics else "not measured yet",
         base_model_link=link(status.base_model, "models"),
         data_links=[link(data) for data in status.data],
         validation_link=link(validation),
@@ -194,36 +164,27 @@ def write_card(folder: str | Path, status: TrainingStatus) -> Path:
 
 
 def weight_files(name: str | Path, revision: str | None = None) -> list[Path]:
-    """Find the safetensors files of a folder or of a checkpoint that was loaded.
-
-    Raises:
-        OSError: there are none, or a shard is missing.
-    """
+    """Find the safetensors files of a folder or of a checkpoint that was loaded."""
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     for single in ("model.safetensors", "adapter_model.safetensors"):
         if (file := cached_file(name, single, **options)) is not None:
             return [Path(file)]
     index = cached_file(name, "model.safetensors.index.json", **options)
-    if index is None:
-        raise OSError(f"{name} has no safetensors files.")
+    require(index is not None, f"{name} has no safetensors files.")
     shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     return [Path(cached_file(name, shard, revision=revision)) for shard in shards]
 
 
 def check_repo(folder: str | Path) -> None:
-    """Refuse a folder with missing or broken code, weights or card.
-
-    Raises:
-        ValueError: names the first thing that is wrong.
-    """
+    """Raise a ValueError that names the first thing missing or broken: code, weights, tokenizer, card."""
     folder = path = Path(folder)
     try:
         # the code that the auto_maps name, with all that it imports
         for name, classes in AUTO_MAPS.items():
             path = folder / name
             auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
-            if missing := [auto_class for auto_class in classes if auto_class not in auto_map]:
-                raise ValueError(f"no auto_map entry {', '.join(missing)}")
+            missing = [auto_class for auto_class in classes if auto_class not in auto_map]
+            require(not missing, f"no auto_map entry {', '.join(missing)}")
             for module in {auto_map[auto_class].partition(".")[0] for auto_class in classes}:
                 path = folder / f"{module}.py"
                 get_relative_import_files(path)
@@ -255,23 +216,18 @@ def push_folder(
     prefer them.
 
     Args:
-        folder: config, code, processor, tokenizer, weights and card, see `check_repo`.
+        folder: complete by `check_repo`; nothing is sent otherwise.
         repo_id: `owner/name`, created when missing.
         private: the repo must be private; None: a new one follows its owner's settings on the Hub.
-        commit_message: first line of the commit.
         revision: branch, created when missing; default: main.
         token: default: the one of `hf auth login` or HF_TOKEN.
-
-    Raises:
-        ValueError: an incomplete folder (nothing is sent), or `private` with a public repo.
-        HfHubHTTPError: the Hub refused.
     """
     # the repo, never a private folder into a public one
     check_repo(folder)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.repo_info(repo_id).private:
-        raise ValueError(f"{repo_id} is public already: make it private on the Hub, or push with private=False.")
+    is_exposed = private and not api.repo_info(repo_id).private
+    require(not is_exposed, f"{repo_id} is public already: make it private on the Hub, or push with private=False.")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     # one commit
@@ -280,8 +236,8 @@ def push_folder(
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        ignore_patterns=list(TRAINING_STATE),
-        delete_patterns=list(WEIGHTS),
+        ignore_patterns=TRAINING_STATE,
+        delete_patterns=WEIGHTS,
     )
 
 

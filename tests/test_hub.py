@@ -218,17 +218,11 @@ def test_card_of_what_was_not_measured(loss):
 
 
 def test_status():
-    assert replace(STATUS, metrics={"eval_loss": 9.0}).measured() == {"eval_loss": 2.345678}
-    assert replace(STATUS, validation_loss=None).measured()["eval_loss"] == 2.345678
+    assert replace(STATUS, metrics={"eval_loss": 9.0}).measured() == {"loss": 2.345678}
+    assert replace(STATUS, validation_loss=None).measured()["loss"] == 2.345678
     today = TrainingStatus("r", "b", "stage 1", 0, 1, False, ["d"])
     assert today.date == datetime.now(UTC).date().isoformat()
     assert today.versions["torch"] == torch.__version__.split("+")[0]
-    with pytest.raises(ValueError, match="^Invalid isoformat string: '{timestamp}'$"):
-        replace(STATUS, date="{timestamp}")
-    with pytest.raises(ValueError, match="^data is empty: a card names what the model was trained on.$"):
-        replace(STATUS, data=[])
-    with pytest.raises(ValueError, match="^step -1 of 5000: steps count from 0 to at least 1.$"):
-        replace(STATUS, global_step=-1)
 
 
 def test_hub_ids(tmp_path, monkeypatch):

@@ -4,23 +4,22 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..files import ROOT, atomic_folder, check_out
-from ..model import MicroVLMConfig, MicroVLMForConditionalGeneration
-from .parts import IMAGE_TOKEN, TEXT_PREFIX, VISION_PREFIX
+from ..model import MicroVLMConfig, MicroVLMForConditionalGeneration, require
+from ..tables import text_table
 from .prompt import build_generation_config, build_processor, default_prompt
-from .text import TextPart, add_image_token, load_text
+from .text import IMAGE_TOKEN, TEXT_PREFIX, TextPart, add_image_token, load_text
 from .verify import text_logits, verify
-from .vision import VisionPart, load_vision
+from .vision import VISION_PREFIX, VisionPart, load_vision
 
 
 def fitting_sections(hidden_size: int) -> dict[str, Any]:
@@ -35,23 +34,16 @@ def fitting_sections(hidden_size: int) -> dict[str, Any]:
 
 
 def variant_sections(variant: str, vision: VisionPart, text_config: PreTrainedConfig) -> dict[str, Any]:
-    """Read the sections of configs/microvlm-VARIANT.json.
-
-    Raises:
-        ValueError: no such variant, or one made for other parts.
-    """
+    """Read the sections of configs/microvlm-VARIANT.json, which is made for these parts."""
     path = ROOT / "configs" / f"microvlm-{variant}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem.removeprefix("microvlm-") for p in path.parent.glob("microvlm-*.json")))
-        raise ValueError(f"--variant {variant!r}: there is no configs/{path.name}. Variants: {known}.")
+    known = ", ".join(sorted(p.stem.removeprefix("microvlm-") for p in path.parent.glob("microvlm-*.json")))
+    require(path.is_file(), f"--variant {variant!r}: there is no configs/{path.name}. Variants: {known}.")
     sections = json.loads(path.read_text(encoding="utf-8"))
     vision_config, width = sections.pop("vision_config"), sections.pop("text_config")["hidden_size"]
     expected = f"a text model of width {width} and the vision tower {vision_config['architecture']}"
     parts = f"a text model of width {text_config.hidden_size} and the vision tower {vision.architecture}"
-    if parts != expected:
-        raise ValueError(
-            f"--variant {variant!r} is made for {expected}, got {parts}. Leave --variant out for sizes that fit."
-        )
+    hint = "Leave --variant out for sizes that fit."
+    require(parts == expected, f"--variant {variant!r} is made for {expected}, got {parts}. {hint}")
     return sections | {"model_args": vision_config.get("model_args")}
 
 
@@ -63,25 +55,19 @@ def build_config(variant: str | None, vision: VisionPart, text: TextPart, image_
     sections["adapter_config"] |= {"vision_hidden_size": vision.width, "num_patches": vision.num_patches}
     dropped = ("architectures", "auto_map", "quantization_config", "transformers_version")
     text_config = {k: v for k, v in source.to_dict().items() if k[0] != "_" and k not in dropped}
-    return MicroVLMConfig.from_dict(
-        sections
-        | {
-            "text_config": text_config | {"vocab_size": text.vocab_size},
-            "vision_config": {
-                "model_type": "timm_wrapper",
-                "architecture": vision.architecture,
-                "model_args": model_args,
-                "do_pooling": False,
-            },
-            "qat_config": sections["qat_config"] | text.qat,
-            "image_token_id": image_token_id,
-            "tie_word_embeddings": source.tie_word_embeddings,
-        }
-    )
+    vision_config = {"model_type": "timm_wrapper", "architecture": vision.architecture, "do_pooling": False}
+    sections |= {
+        "text_config": text_config | {"vocab_size": text.vocab_size},
+        "vision_config": vision_config | {"model_args": model_args},
+        "qat_config": sections["qat_config"] | text.qat,
+        "image_token_id": image_token_id,
+        "tie_word_embeddings": source.tie_word_embeddings,
+    }
+    return MicroVLMConfig.from_dict(sections)
 
 
 def table(folder: Path) -> str:
-    """Print tensors, parameters and bytes of every part, as written."""
+    """Write tensors, parameters and bytes of every part, as in the files."""
     parts: dict[str, Counter] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -90,27 +76,16 @@ def table(folder: Path) -> str:
                 for key in (part, "total"):
                     parts.setdefault(key, Counter()).update(n=1, p=tensor.numel(), b=tensor.nbytes)
     parts["total"] = parts.pop("total")  # as the last line
-    rows = [f"{'part':<16}{'tensors':>9}{'parameters':>16}{'bytes':>16}"]
-    return "\n".join(rows + [f"{part:<16}{c['n']:>9,}{c['p']:>16,}{c['b']:>16,}" for part, c in parts.items()])
+    return text_table(["part", "tensors", "parameters", "bytes"], [[part, *c.values()] for part, c in parts.items()])
 
 
-@dataclass
-class Composition:
-    """A composed model in memory, and what its checkpoint has to reproduce.
+def join(vision: VisionPart, text: TextPart, variant: str | None, seed: int):
+    """Join both parts in one model with new adapter and alignment, drawn by `seed`.
 
-    Args:
-        weights: of the sources, by the names of the composed model, in its dtype.
-        logits: of `text_logits` on the text model alone.
+    Returns:
+        Model and processor; what the checkpoint has to reproduce: the weights of the sources, by the names of the
+        composed model, and the logits of `text_logits` on the text model alone.
     """
-
-    model: PreTrainedModel
-    processor: Any
-    weights: dict[str, torch.Tensor]
-    logits: torch.Tensor
-
-
-def join(vision: VisionPart, text: TextPart, variant: str | None, seed: int) -> Composition:
-    """Join both parts in one model with new adapter and alignment, drawn by `seed`."""
     # a row of the embedding for the image token
     source_rows = text.vocab_size
     image_token_id = add_image_token(text)
@@ -132,10 +107,10 @@ def join(vision: VisionPart, text: TextPart, variant: str | None, seed: int) -> 
             None, config=config, state_dict=dict(weights), dtype=text.dtype, output_loading_info=True
         )
     unfilled = [n for n in info["missing_keys"] if n.startswith((VISION_PREFIX, TEXT_PREFIX, "lm_head"))]
-    if unfilled or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"the parts do not fit the composed model: not filled {unfilled}, {info}")
+    is_whole = not (unfilled or info["unexpected_keys"] or info["mismatched_keys"])
+    require(is_whole, f"the parts do not fit the composed model: not filled {unfilled}, {info}")
     model.generation_config = build_generation_config(text, image_token_id)
-    return Composition(model, processor, weights, logits)
+    return model, processor, weights, logits
 
 
 def compose(
@@ -150,11 +125,7 @@ def compose(
     seed: int = 0,
     force: bool = False,
 ) -> Path:
-    """Write a MicroVLM checkpoint; arguments as on the command line, `dtype=None` keeps the text model's.
-
-    Raises:
-        ValueError: a part is not what is expected, or the result does not verify; nothing is written then.
-    """
+    """Write a MicroVLM checkpoint; arguments as on the command line, `dtype=None` keeps the text model's."""
     out = Path(out)
     check_out(out, force, [vision_source, text_source])
     vision = load_vision(vision_source, vision_revision)
@@ -162,18 +133,16 @@ def compose(
     print(f"vision: {vision.architecture}, {vision.num_patches} patches of width {vision.width}")
     print(f"text: {text.layout}, width {text.model.config.hidden_size}, {text.dtype}")
     exact, source_rows = text.qat["ternary_modules"] is None, text.vocab_size
-    result = join(vision, text, variant, seed)
+    model, processor, weights, logits = join(vision, text, variant, seed)
     added = text.vocab_size - source_rows
     place = f"{added} added row(s)" if added else "a spare row"
-    print(
-        f"{IMAGE_TOKEN} is token {result.model.config.image_token_id}, {place} of the embedding of {source_rows} rows"
-    )
+    print(f"{IMAGE_TOKEN} is token {model.config.image_token_id}, {place} of the embedding of {source_rows} rows")
     # write, and verify what was written
     with atomic_folder(out) as folder:
-        result.model.save_pretrained(folder)
-        result.processor.save_pretrained(folder)
-        result.model = text = None  # room for the model that `verify` opens
-        checks = verify(folder, result.weights, result.logits, exact)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        model = text = None  # room for the model that `verify` opens
+        checks = verify(folder, weights, logits, exact)
         print(table(folder))
         print("\n".join(f"ok: {line}" for line in checks))
     print(f"wrote {out}")

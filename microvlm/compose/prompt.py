@@ -7,9 +7,8 @@ from PIL import Image
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.image_utils import PILImageResampling
 
-from ..model import MicroVLMImageProcessor, MicroVLMProcessor
-from .parts import IMAGE_TOKEN
-from .text import TextPart
+from ..model import MicroVLMImageProcessor, MicroVLMProcessor, require
+from .text import IMAGE_TOKEN, TextPart
 from .vision import VisionPart
 
 REQUEST = "Describe the picture."
@@ -48,8 +47,7 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
     """Put a prelude that joins images and texts before the tokenizer's template."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        if "default" not in template:
-            raise ValueError(f"--text: of the chat templates {sorted(template)} none is called 'default'.")
+        require("default" in template, f"--text: of the chat templates {sorted(template)} none is called 'default'.")
         template = template["default"]
     if template and IMAGE_TOKEN in template:
         return template  # it knows images already
@@ -95,8 +93,7 @@ def build_generation_config(text: TextPart, image_token_id: int) -> GenerationCo
     generation._from_model_config = False
     generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), image_token_id})
     generation.pad_token_id = text.tokenizer.pad_token_id
-    if generation.eos_token_id is None:
-        generation.eos_token_id = text.tokenizer.eos_token_id
-    if generation.bos_token_id is None:
-        generation.bos_token_id = text.tokenizer.bos_token_id
+    for name in ("eos_token_id", "bos_token_id"):
+        if getattr(generation, name) is None:
+            setattr(generation, name, getattr(text.tokenizer, name))
     return generation

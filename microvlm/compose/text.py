@@ -17,9 +17,12 @@ from transformers import (
 )
 from transformers.integrations.bitnet import AutoBitLinear, BitLinear, unpack_weights
 
-from ..model import fake_quantize_activation, fake_ternary
-from .parts import IMAGE_TOKEN, TERNARY_MODULES, is_local
-from .verify import LAYER_TOLERANCE
+from ..hub import check_source
+from ..model import fake_quantize_activation, fake_ternary, require
+
+TERNARY_MODULES = r"language_model\.layers\..*_proj"
+IMAGE_TOKEN, TEXT_PREFIX = "<image>", "model.language_model."
+LAYER_TOLERANCE = 0.01  # of a BitNet layer's norm: what the rounding of a product may change
 
 
 @dataclass
@@ -29,7 +32,6 @@ class TextPart:
     Args:
         model: computes the logits that the composed model has to match.
         weights: of the composed model, under the names of the text model; without `lm_head.weight` when tied.
-        dtype: of the composed checkpoint.
         qat: the entries of `qat_config` with which `weights` compute what `model` does.
         layout: of the source, for people.
     """
@@ -50,24 +52,13 @@ class TextPart:
 def load_text(
     source: str, revision: str | None = None, gguf_file: str | None = None, dtype: torch.dtype | None = None
 ) -> TextPart:
-    """Read a causal language model and its tokenizer.
-
-    Args:
-        source: a folder or Hub repo of transformers.
-        revision: of the Hub repo.
-        gguf_file: name of a GGUF file in `source`, which is dequantised.
-        dtype: of the weights; None keeps the checkpoint's.
-
-    Raises:
-        ValueError: cannot be read, incomplete, not a decoder that MicroVLM can hold, or stored in a quantisation other
-            than BitNet's.
-    """
-    is_local(source, "--text")
+    """Read a causal language model and its tokenizer; `dtype=None` keeps the checkpoint's."""
     try:
+        check_source(source)
         model, tokenizer, info = open_model(source, revision or "main", gguf_file, dtype)
         incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if incomplete:
-            raise ValueError(f"it lacks {len(incomplete)} of its tensors, such as {incomplete[0]}. Is it complete?")
+        example = min(incomplete, default="none")
+        require(not incomplete, f"it lacks {len(incomplete)} of its tensors, such as {example}. Is it complete?")
         # weights as the composed model computes with them
         dtype, weights = dtype or model.dtype, dict(model.state_dict())
         qat, layout = unpack_bitnet(model, weights)
@@ -83,11 +74,7 @@ def load_text(
 
 
 def open_model(source: str, revision: str, gguf_file: str | None, dtype: torch.dtype | None):
-    """Open model, tokenizer and loading info with transformers.
-
-    Raises:
-        ValueError: another quantisation than BitNet's.
-    """
+    """Open model, tokenizer and loading info with transformers."""
     where = {"revision": revision, "trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
     config = AutoConfig.from_pretrained(source, **where)
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **where)
@@ -95,11 +82,9 @@ def open_model(source: str, revision: str, gguf_file: str | None, dtype: torch.d
     method = (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method")
     if gguf_file:
         where["quantization_config"] = GgufConfig(dequantize=True)
-    elif method not in (None, "bitnet"):
-        raise ValueError(
-            f"it is stored with quant_method {method!r}. Expected plain weights or BitNet's; "
-            "quantise the composed checkpoint instead."
-        )
+    else:
+        expected = "Expected plain weights or BitNet's; quantise the composed checkpoint instead."
+        require(method in (None, "bitnet"), f"it is stored with quant_method {method!r}. {expected}")
     # packed layers compute in the dtype of their scales only
     dtype = "auto" if dtype is None or method == "bitnet" else dtype
     with torch.compiler.set_stance("force_eager"):  # BitNet's layers in transformers need a C++ compiler otherwise
@@ -108,30 +93,21 @@ def open_model(source: str, revision: str, gguf_file: str | None, dtype: torch.d
 
 
 def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> tuple[dict, str]:
-    """Replace packed BitNet weights in `weights` by plain ones, float32.
-
-    Returns:
-        The `qat_config` entries, and the layout in words.
-
-    Raises:
-        ValueError: a layout that `TernaryLinear` cannot compute.
-    """
+    """Replace packed BitNet weights in `weights` by plain ones, float32; returns `qat_config` and layout in words."""
     bit_linears = {n: m for n, m in model.named_modules() if isinstance(m, (AutoBitLinear, BitLinear))}
     if not bit_linears:
         return {"ternary_modules": None}, "plain weights"
     linears = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, BitLinear))}
     projections = {n for n in linears if re.fullmatch(TERNARY_MODULES, n.replace("model.", "language_model.", 1))}
-    if projections != set(bit_linears):
-        raise ValueError(
-            "BitNet's quantisation is expected on all projections of the decoder layers and on nothing else, "
-            f"but {min(projections ^ set(bit_linears))} is an exception."
-        )
+    exception, expected = min(projections ^ set(bit_linears), default=None), "all projections of the decoder layers"
+    message = f"BitNet's quantisation is expected on {expected} and on nothing else, but {exception} is an exception."
+    require(exception is None, message)
     online = getattr(next(iter(bit_linears.values())), "online_quant", False)
     generator = torch.Generator().manual_seed(0)
     for name, module in bit_linears.items():
         weight, error = unpack_layer(module, online, generator)
-        if not error <= LAYER_TOLERANCE:
-            raise ValueError(f"{name} computes something else once unpacked, by {error:.2e} of its norm.")
+        message = f"{name} computes something else once unpacked, by {error:.2e} of its norm."
+        require(error <= LAYER_TOLERANCE, message)
         weights[f"{name}.weight"] = weight
         weights.pop(f"{name}.weight_scale", None)
     rounding = "absmean" if online else "none"
@@ -141,11 +117,7 @@ def unpack_bitnet(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> t
 
 @torch.no_grad()
 def unpack_layer(module: nn.Module, online: bool, generator: torch.Generator) -> tuple[torch.Tensor, float]:
-    """Unpack the weight of a BitNet layer, float32.
-
-    Returns:
-        The weight, and the relative error of what it computes.
-    """
+    """Unpack the weight of a BitNet layer, float32; returns it and the relative error of what it computes."""
     with torch.compiler.set_stance("force_eager"):
         if isinstance(module, BitLinear):  # y = (x W) / scale
             weight = unpack_weights(module.weight, dtype=torch.float32) / module.weight_scale.float()
@@ -169,12 +141,14 @@ def check_names(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> Non
         for name, tensor in weights.items()
         if not (name.startswith("model.") or name == "lm_head.weight") or not tensor.is_floating_point()
     ]
-    if "model.embed_tokens.weight" not in weights or foreign or type(model.get_output_embeddings()) is not nn.Linear:
-        raise ValueError(
-            f"its family {model.config.model_type!r} has tensors that are not laid out as 'model.embed_tokens', "
-            f"'model.layers' and 'lm_head' in floating point{f' (found {foreign[0]!r})' if foreign else ''}. "
-            "Expected a text model such as 'qwen2', 'bitnet' or 'llama'."
-        )
+    is_known = "model.embed_tokens.weight" in weights and type(model.get_output_embeddings()) is nn.Linear
+    example = f" (found {foreign[0]!r})" if foreign else ""
+    require(
+        is_known and not foreign,
+        f"its family {model.config.model_type!r} has tensors that are not laid out as 'model.embed_tokens', "
+        f"'model.layers' and 'lm_head' in floating point{example}. "
+        "Expected a text model such as 'qwen2', 'bitnet' or 'llama'.",
+    )
 
 
 def add_image_token(text: TextPart) -> int:
@@ -184,10 +158,8 @@ def add_image_token(text: TextPart) -> int:
     """
     tokenizer, weights = text.tokenizer, text.weights
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("--text: the tokenizer has neither a pad token nor an end-of-text token.")
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    require(tokenizer.pad_token, "--text: the tokenizer has neither a pad token nor an end-of-text token.")
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     missing = image_token_id + 1 - text.vocab_size
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
