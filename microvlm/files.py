@@ -13,11 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def _temporary(path: str | os.PathLike) -> Path:
-    """Create an empty file with a name of its own in the folder of `path`.
-
-    Raises:
-        OSError: `path` cannot be written.
-    """
+    """Create an empty file with a name of its own in the folder of `path`, which can be written."""
     folder, name = os.path.split(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise OSError(f"cannot write {path}: there is no folder {folder}.")
@@ -94,15 +90,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_outputs(inputs: Iterable[str], **outputs: str | None) -> None:
-    """Refuse, before any work, what could not be written after it.
+    """Refuse, before any work, outputs (option -> path, or None) that could not be written after it.
 
-    Args:
-        inputs: paths that are read.
-        outputs: option -> path, or None.
-
-    Raises:
-        OSError: a path that cannot be written.
-        ValueError: two options with one path, or one with the path of an input.
+    Two options cannot have one path, nor the path of an input.
     """
     options, read = {}, {os.path.realpath(path) for path in inputs}
     for option, path in outputs.items():
@@ -120,24 +110,20 @@ def check_out(out: Path, force: bool, sources: list[str], marker: str = "config.
     """Refuse to overwrite a folder by accident.
 
     Args:
-        out: folder to write.
-        force: whether it may replace one of its kind.
-        sources: folders or files it is made of; what does not exist is a Hub id.
-        marker: a file that every folder of its kind has.
-
-    Raises:
-        ValueError: `out` is a file, is or contains a source or this repository, or is a folder that is not empty and
-            either not `force`d or without `marker`.
+        out: folder to write; an empty one, or by `force` one of its kind, which all have the file `marker`.
+        sources: folders or files it is made of, which it may not contain; what does not exist is a Hub id.
     """
-    # never over its own sources or this repository
-    for path in [Path(source).resolve() for source in sources if os.path.exists(source)] + [ROOT]:
-        if path.is_relative_to(out.resolve()):
-            raise ValueError(f"OUT {out} would overwrite {path}: choose another folder.")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT {out} is a file, expected a folder.")
-    # only over an empty folder, or by force over one of its kind
-    if out.is_dir() and any(out.iterdir()):
-        if not force:
-            raise ValueError(f"OUT {out} exists and is not empty: choose another folder, or replace it with --force.")
-        if not (out / marker).exists():
-            raise ValueError(f"OUT {out} has no {marker}, so --force does not replace it: choose another folder.")
+    parts = [Path(source).resolve() for source in sources if os.path.exists(source)] + [ROOT]
+    inside = next((path for path in parts if path.is_relative_to(out.resolve())), None)
+    is_full = out.is_dir() and any(out.iterdir())
+    problems = {
+        f"would overwrite {inside}: choose another folder.": inside is not None,
+        "is a file, expected a folder.": out.exists() and not out.is_dir(),
+        "exists and is not empty: choose another folder, or replace it with --force.": is_full and not force,
+        f"has no {marker}, so --force does not replace it: choose another folder.": (
+            is_full and not (out / marker).exists()
+        ),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise ValueError(f"OUT {out} {problem}")

@@ -253,7 +253,7 @@ def test_refusals(tmp_path):
     out = tmp_path / "out.gguf"
     for message, call in (
         (f"OUT {tmp_path / 'out'} is no file name that ends in .gguf", ("x", tmp_path / "out", "f16")),
-        ("CHECKPOINT 'x' is neither a folder on this machine nor a Hub id", ("x", out, "f16")),
+        ("'x' is neither a folder on this machine nor a Hub id", ("x", out, "f16")),
     ):
         with pytest.raises(ValueError) as error:
             export_gguf(*map(str, call))

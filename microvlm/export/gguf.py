@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..files import atomic_path
-from ..model import TernaryLinear, ternary_quantize
-from .checkpoint import load_checkpoint, quiet
+from ..model import TernaryLinear, require, ternary_quantize
+from .checkpoint import head_size, load_checkpoint, quiet
 
 GGUF_ARCHITECTURES = ("qwen2", "llama", "bitnet")
 # Ways of cutting text before the merges, by llama.cpp's name: regular expression (None: GPT-2's, built into ByteLevel),
@@ -32,33 +33,23 @@ RELU2_ARCHITECTURE = "bitnet-b1.58"
 
 @dataclass
 class GGUFTensor:
-    """One tensor of the file.
-
-    Args:
-        data: float32, as llama.cpp is to see it.
-        kind: "weight" (a matrix of the decoder), "ternary" (-1, 0 or 1, times one scale), "embedding" or "plain" (a
-            vector, always float32).
-    """
+    """One tensor of the file, float32 as llama.cpp is to see it."""
 
     name: str
     data: np.ndarray
-    kind: str
+    kind: Literal["weight", "ternary", "embedding", "plain"]  # plain: a vector, always float32
 
 
 def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name a byte-level BPE tokenizer's way of cutting text as llama.cpp does.
-
-    Raises:
-        ValueError: llama.cpp has none that is known here, so its ids would differ.
-    """
+    """Name a byte-level BPE tokenizer's way of cutting text as llama.cpp does; by another one ids would differ."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, cutter = spec["model"], spec["pre_tokenizer"] or {}
     parts = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
-    if model["type"] != "BPE" or parts[-1].get("type") != "ByteLevel" or model.get("byte_fallback"):
-        kinds = f"{model['type']} after {parts[-1].get('type')}"
-        raise ValueError(f"the tokenizer is {kinds}, expected byte-level BPE (GPT-2, Qwen2, Llama 3).")
-    if (spec["normalizer"] or {}).get("type") not in (None, "NFC") or parts[-1]["add_prefix_space"]:
-        raise ValueError("the tokenizer changes text before it cuts it, which llama.cpp would not do.")
+    kinds = f"{model['type']} after {parts[-1].get('type')}"
+    is_byte_level = kinds == "BPE after ByteLevel" and not model.get("byte_fallback")
+    require(is_byte_level, f"the tokenizer is {kinds}, expected byte-level BPE (GPT-2, Qwen2, Llama 3).")
+    is_unchanged = (spec["normalizer"] or {}).get("type") in (None, "NFC") and not parts[-1]["add_prefix_space"]
+    require(is_unchanged, "the tokenizer changes text before it cuts it, which llama.cpp would not do.")
     # at most one step that cuts off digits and one that splits by a regular expression, then bytes
     digits = [p for p in parts[:-1] if p == {"type": "Digits", "individual_digits": True}]
     splits = [p for p in parts[:-1] if p["type"] == "Split"]
@@ -67,19 +58,17 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> str:
     is_simple = is_simple and parts[-1]["use_regex"] == (regex is None)
     is_simple = is_simple and all(s["behavior"] == "Isolated" and not s["invert"] for s in splits)
     way = (regex, bool(digits), bool(model.get("ignore_merges")))
-    names = [name for name, known in PRE_TOKENIZERS.items() if is_simple and way == known]
-    if not names:
-        known = sorted(PRE_TOKENIZERS)
-        raise ValueError(f"the tokenizer cuts text by {json.dumps(cutter)}, ignore_merges {way[2]}; known are {known}.")
-    return names[0]
+    name, known = next((name for name, known in PRE_TOKENIZERS.items() if way == known), ""), sorted(PRE_TOKENIZERS)
+    message = f"the tokenizer cuts text by {json.dumps(cutter)}, ignore_merges {way[2]}; known are {known}."
+    require(is_simple and name, message)
+    return name
 
 
 def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppressed: list[int]) -> None:
     """Add vocabulary, merges, special tokens and chat template to a `gguf.GGUFWriter`.
 
-    Args:
-        rows: of the embedding; ids beyond the tokenizer's become unused tokens.
-        suppressed: ids that are never to be generated.
+    Ids beyond the tokenizer's, up to the `rows` of the embedding, become unused tokens; those `suppressed` are never
+    to be generated.
     """
     from gguf import TokenType
 
@@ -87,8 +76,7 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["id"]: token for token in spec["added_tokens"]}
     names = {i: text for text, i in spec["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
-    if max(names) >= rows:
-        raise ValueError(f"the tokenizer has the id {max(names)}, the embedding {rows} rows only.")
+    require(max(names) < rows, f"the tokenizer has the id {max(names)}, the embedding {rows} rows only.")
     tokens, types = [], []
     for i in range(rows):
         tokens.append(names.get(i, f"[PAD{i}]"))
@@ -121,9 +109,8 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
 def check_architecture(model, text) -> None:
     """Raise ValueError where llama.cpp's graph would compute something else, except for BitNet's activation."""
     kind = text.model_type
-    if kind not in GGUF_ARCHITECTURES:
-        known = list(GGUF_ARCHITECTURES)
-        raise ValueError(f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {known}.")
+    known = f"expected one of {list(GGUF_ARCHITECTURES)}"
+    require(kind in GGUF_ARCHITECTURES, f"text_config.model_type {kind!r} has no GGUF architecture here, {known}.")
     act, rope = text.hidden_act, text.rope_parameters["rope_type"]
     acts = ("silu", "relu2") if kind == "bitnet" else ("silu",)
     ropes = ("default", "linear", "llama3") if kind == "llama" else ("default",)
@@ -144,27 +131,21 @@ def check_architecture(model, text) -> None:
         f"llama.cpp's {kind} has no {min(biases, default='')}.": bool(biases),
     }
     for message, is_problem in problems.items():
-        if is_problem:
-            raise ValueError(message)
+        require(not is_problem, message)
 
 
 def ternary_parts(layer: nn.Linear, groups: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Split a `TernaryLinear` into values in {-1, 0, 1} (out, in) and scale () or (out, 1); None for another layer.
-
-    Raises:
-        ValueError: other scales than `groups`, or weights that are not ternary though the config says so.
-    """
+    """Split a `TernaryLinear` into values in {-1, 0, 1} (out, in) and scale () or (out, 1); None for another layer."""
     if not isinstance(layer, TernaryLinear):
         return None
-    if layer.group_size not in groups:
-        known = " or ".join(groups)
-        raise ValueError(f"this GGUF has scales of a {known}, qat_config.group_size is {layer.group_size!r}.")
+    known, group = " or ".join(groups), layer.group_size
+    require(group in groups, f"this GGUF has scales of a {known}, qat_config.group_size is {group!r}.")
     if layer.ternary_weights:
         return ternary_quantize(layer.weight, layer.group_size)
     scale = layer.weight.abs().max()
     values = (layer.weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
-    if not torch.allclose(values * scale, layer.weight, rtol=1e-2, atol=0):  # bfloat16 keeps three digits
-        raise ValueError("qat_config.ternary_weights is 'none', but a ternary layer has more than three values.")
+    is_ternary = torch.allclose(values * scale, layer.weight, rtol=1e-2, atol=0)  # bfloat16 keeps three digits
+    require(is_ternary, "qat_config.ternary_weights is 'none', but a ternary layer has more than three values.")
     return values, scale
 
 
@@ -202,8 +183,7 @@ def gguf_tensors(model) -> list[GGUFTensor]:
             target = f"blk.{module.split('.')[1]}.{sub_norms[rest]}"
         else:
             target = table.get_name(f"model.{module}")
-        if target is None:
-            raise ValueError(f"{name} has no name in GGUF's architecture {kind}.")
+        require(target is not None, f"{name} has no name in GGUF's architecture {kind}.")
         array = data.numpy()
         if kind == "llama" and rest in ("self_attn.q_proj", "self_attn.k_proj"):
             array = permute_heads(array, text.num_attention_heads if "q_proj" in rest else text.num_key_value_heads)
@@ -239,7 +219,7 @@ def write_config(writer, model, name: str, dtype: str) -> None:
     import gguf
 
     text = model.config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = head_size(text)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{name or 'MicroVLM'} language model")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
@@ -302,16 +282,12 @@ def export_gguf(
         force: replace `out`.
         architecture: the file's `general.architecture`; default: the model type, for a BitNet with squared ReLU
             `RELU2_ARCHITECTURE`.
-
-    Raises:
-        ValueError: the checkpoint or `out` is not as expected, or the file does not verify; nothing is written then.
     """
     # refuse before the work
     out = Path(out)
-    if out.suffix != ".gguf" or out.is_dir():
-        raise ValueError(f"OUT {out} is no file name that ends in .gguf; export onnx writes a folder.")
-    if out.exists() and not force:
-        raise ValueError(f"OUT {out} exists: choose another name, or replace it with --force.")
+    is_file_name = out.suffix == ".gguf" and not out.is_dir()
+    require(is_file_name, f"OUT {out} is no file name that ends in .gguf; export onnx writes a folder.")
+    require(force or not out.exists(), f"OUT {out} exists: choose another name, or replace it with --force.")
     import gguf  # after the checks, which need no package
 
     # what to write, as llama.cpp sees it
@@ -320,8 +296,9 @@ def export_gguf(
     check_architecture(model, text)
     tokenizer_kind(tokenizer)
     tensors = gguf_tensors(model)
-    if dtype.startswith("tq") and not any(tensor.kind == "ternary" for tensor in tensors):
-        raise ValueError(f"--type {dtype} needs ternary layers, the checkpoint has none (qat_config.ternary_modules).")
+    is_possible = not dtype.startswith("tq") or any(tensor.kind == "ternary" for tensor in tensors)
+    needed = f"--type {dtype} needs ternary layers, the checkpoint has none (qat_config.ternary_modules)."
+    require(is_possible, needed)
     is_relu2 = text.model_type == "bitnet" and text.hidden_act == "relu2"
 
     # write under another name, read back, rename
@@ -343,27 +320,18 @@ def export_gguf(
 
 
 def verify_gguf(path: Path, tensors: list[GGUFTensor]) -> float:
-    """Read a file back; returns the largest distance of a tensor from its source, over its norm.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape, or is further off than 8 bits would put it.
-    """
+    """Read a file back; returns the largest distance of a tensor from its source, over its norm."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     worst = 0.0
     for tensor in tensors:
-        if tensor.name not in stored:
-            raise ValueError(f"verification: {tensor.name} was not written.")
         written = stored[tensor.name]
-        shape = tuple(int(n) for n in written.shape[::-1])
-        if shape != tensor.data.shape:
-            raise ValueError(f"verification: {tensor.name} is {shape} in the file, expected {tensor.data.shape}.")
-        data = dequantize(written.data, written.tensor_type).reshape(shape)
+        data = dequantize(written.data, written.tensor_type).reshape(tensor.data.shape)
         error = float(np.linalg.norm(data - tensor.data) / max(np.linalg.norm(tensor.data), 1e-30))
-        if not error <= 0.02:
-            raise ValueError(f"verification: {tensor.name} in the file is {error:.1e} of its norm off.")
+        # further off than 8 bits would put it
+        require(error <= 0.02, f"verification: {tensor.name} in the file is {error:.1e} of its norm off.")
         worst = max(worst, error)
     return worst
 

@@ -1,6 +1,5 @@
 """Export vision, embeddings and decoder of a checkpoint as ONNX graphs."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..files import atomic_folder, check_out
-from ..model import CACHE_NAME, MicroVLMProcessor, TernaryLinear
-from .checkpoint import load_checkpoint, quiet
+from ..model import CACHE_NAME, MicroVLMProcessor, TernaryLinear, require
+from .checkpoint import head_size, load_checkpoint, quiet
 
 # Logits of the ONNX graphs against the model's, largest difference over the largest logit. Where activations are
 # rounded to 8 bits, sums in another order move a few of them to the neighbouring step.
@@ -35,17 +34,6 @@ class VisionEncoder(nn.Module):
         return self.adapter(features[:, self.vision_tower.num_prefix_tokens :])[0]
 
 
-class EmbedTokens(nn.Module):
-    """input_ids (B, T) -> inputs_embeds (B, T, D)."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.embed_tokens = model.get_input_embeddings()
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.embed_tokens(input_ids)
-
-
 class Decoder(nn.Module):
     """One pass of the language model over T new positions after `past` cached ones.
 
@@ -65,11 +53,7 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Compute logits (B, T, V) and, per layer, keys and values (B, kv_heads, past + T, head_dim).
 
-        Args:
-            inputs_embeds: (B, T, D).
-            attention_mask: (B, past + T), 0 on padding.
-            position_ids: (B, T).
-            past_key_values: per layer, keys and values (B, kv_heads, past, head_dim).
+        The inputs are (B, T, D), (B, past + T) with 0 on padding, (B, T), and keys and values of the past.
         """
         T, length = inputs_embeds.shape[1], attention_mask.shape[1]
         columns = torch.arange(length, device=inputs_embeds.device)
@@ -89,39 +73,20 @@ class Decoder(nn.Module):
 
 
 @torch.no_grad()
-def freeze_ternary(model) -> int:
-    """Round the latent weights of ternary layers in place; returns the number of layers."""
-    layers = [m for m in model.modules() if isinstance(m, TernaryLinear)]
-    for layer in layers:
-        layer.weight.copy_(layer.rounded_weight())
-        layer.ternary_weights = False
-    return len(layers)
+def freeze_ternary(model) -> None:
+    """Round the latent weights of ternary layers in place."""
+    for layer in model.modules():
+        if isinstance(layer, TernaryLinear):
+            layer.weight.copy_(layer.rounded_weight())
+            layer.ternary_weights = False
 
 
-@dataclass
-class Graph:
-    """One graph of the export: a module, example inputs, their dynamic sizes, and the names in the file."""
-
-    name: str
-    module: nn.Module
-    inputs: dict
-    dynamic: dict
-    input_names: list[str]
-    output_names: list[str]
-
-    def save(self, folder: Path) -> None:
-        program = torch.onnx.export(
-            self.module.eval(),
-            kwargs=self.inputs,
-            dynamic_shapes=self.dynamic,
-            input_names=self.input_names,
-            output_names=self.output_names,
-            opset_version=ONNX_OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-        size = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        program.save(folder / f"{self.name}.onnx", external_data=size > MAX_EMBEDDED_BYTES)
+def save_graph(path: Path, module: nn.Module, inputs: dict, dynamic: dict, **names: list[str]) -> None:
+    """Export a module with example inputs, their dynamic sizes, and `input_names` and `output_names` in the file."""
+    options = {"opset_version": ONNX_OPSET, "dynamo": True, "verbose": False}
+    program = torch.onnx.export(module.eval(), kwargs=inputs, dynamic_shapes=dynamic, **names, **options)
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    program.save(path, external_data=size > MAX_EMBEDDED_BYTES)
 
 
 def cached(prefix: str, layers: int) -> list[str]:
@@ -129,33 +94,17 @@ def cached(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
 
 
-def head_size(text) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def graphs(model, image_size: tuple[int, ...]) -> list[Graph]:
-    """Describe the three graphs; `image_size` is (3, height, width)."""
+def save_graphs(model, image_size: tuple[int, ...], folder: Path) -> None:
+    """Write the three graphs; `image_size` is (3, height, width)."""
     text = model.config.text_config
     B, T, past = 2, 3, 4  # example sizes, all different
     batch, new = torch.export.Dim("batch", min=1), torch.export.Dim("sequence_length", min=1)
     ids, pixels = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, *image_size)
     # pixels to prefix tokens, ids to embeddings
-    vision = Graph(
-        "vision_encoder",
-        VisionEncoder(model),
-        {"pixel_values": pixels},
-        {"pixel_values": {0: batch}},
-        ["pixel_values"],
-        ["image_features"],
-    )
-    embedding = Graph(
-        "embed_tokens",
-        EmbedTokens(model),
-        {"input_ids": ids},
-        {"input_ids": {0: batch, 1: new}},
-        ["input_ids"],
-        ["inputs_embeds"],
-    )
+    vision, names = VisionEncoder(model), {"input_names": ["pixel_values"], "output_names": ["image_features"]}
+    save_graph(folder / "vision_encoder.onnx", vision, {"pixel_values": pixels}, {"pixel_values": {0: batch}}, **names)
+    embedding, names = model.get_input_embeddings(), {"input_names": ["input_ids"], "output_names": ["inputs_embeds"]}
+    save_graph(folder / "embed_tokens.onnx", embedding, {"input": ids}, {"input": {0: batch, 1: new}}, **names)
     # one pass over new positions, with keys and values of every layer in and out
     layers, auto = text.num_hidden_layers, torch.export.Dim.DYNAMIC
     inputs = {
@@ -165,37 +114,31 @@ def graphs(model, image_size: tuple[int, ...]) -> list[Graph]:
     }
     dynamic = {name: {0: auto, 1: auto} for name in inputs}
     key = torch.zeros(B, text.num_key_value_heads, past, head_size(text))
-    decoder = Graph(
-        "decoder_model_merged",
+    save_graph(
+        folder / "decoder_model_merged.onnx",
         Decoder(model),
         inputs | {"past_key_values": [(key.clone(), key.clone()) for _ in range(layers)]},
         dynamic | {"past_key_values": [({0: auto, 2: auto}, {0: auto, 2: auto}) for _ in range(layers)]},
-        [*inputs, *cached("past_key_values", layers)],
-        ["logits", *cached("present", layers)],
+        input_names=[*inputs, *cached("past_key_values", layers)],
+        output_names=["logits", *cached("present", layers)],
     )
-    return [vision, embedding, decoder]
 
 
 def export_onnx(source: str, out: str | Path, revision: str | None = None, force: bool = False) -> Path:
-    """Write vision tower with adapter, token embedding and decoder as ONNX, with config and tokenizer.
+    """Write vision tower with adapter, token embedding and decoder as ONNX, with config and processor.
 
     Args:
         source: folder or Hub id.
-        out: folder to write: `onnx/vision_encoder.onnx`, `onnx/embed_tokens.onnx`, `onnx/decoder_model_merged.onnx`,
-            `config.json`, `generation_config.json`, `tokenizer.json` and the rest of the processor.
+        out: folder to write, with `vision_encoder.onnx`, `embed_tokens.onnx` and `decoder_model_merged.onnx` in `onnx`.
         force: replace `out`.
-
-    Raises:
-        ValueError: bad input, or graphs that do not compute what the model does; nothing is written then.
     """
     # refuse before the work
     out = Path(out)
-    if out.suffix == ".gguf":
-        raise ValueError(f"OUT {out} ends in .gguf, expected a folder.")
+    require(out.suffix != ".gguf", f"OUT {out} ends in .gguf, expected a folder.")
     check_out(out, force, [source], marker="onnx")
-    for path in sorted(out.rglob("*")) if out.is_dir() else ():
-        if path.is_file() and path.suffix not in EXPORTED:
-            raise ValueError(f"OUT {out} holds {path.relative_to(out)}, which no export wrote: choose another folder.")
+    for path in sorted(out.rglob("*")):
+        is_exported = path.is_dir() or path.suffix in EXPORTED
+        require(is_exported, f"OUT {out} holds {path.name}, which no export wrote: choose another folder.")
     model, _ = load_checkpoint(source, revision)
     freeze_ternary(model)
     processor = MicroVLMProcessor.from_pretrained(source, revision=revision)
@@ -204,8 +147,7 @@ def export_onnx(source: str, out: str | Path, revision: str | None = None, force
     # write, compare with the model, rename
     with atomic_folder(out) as folder:
         (folder / "onnx").mkdir()
-        for graph in graphs(model, image.shape[1:]):
-            graph.save(folder / "onnx")
+        save_graphs(model, image.shape[1:], folder / "onnx")
         lines = verify_onnx(model, folder)
         for part in (processor, model.config, model.generation_config):
             part.save_pretrained(folder)
@@ -216,17 +158,11 @@ def export_onnx(source: str, out: str | Path, revision: str | None = None, force
 
 
 def compare(what: str, result: np.ndarray, expected: torch.Tensor, tolerance: float) -> str:
-    """Describe how far a result is off.
-
-    Raises:
-        ValueError: further than the tolerance.
-    """
+    """Describe how far a result is off; refuse more than the tolerance."""
     scale = expected.abs().max().item()
     error = float(np.abs(result - expected.numpy()).max()) / scale
-    if not error <= tolerance:
-        raise ValueError(
-            f"verification: {what} of onnxruntime differ by {error:.1e} of the largest, allowed is {tolerance}."
-        )
+    message = f"verification: {what} of onnxruntime differ by {error:.1e} of the largest, allowed is {tolerance}."
+    require(error <= tolerance, message)
     return f"{what} {result.shape} as the model's, to {error:.1e} of the largest ({scale:.3g})"
 
 
@@ -243,14 +179,7 @@ def draw_prompts(model, generator: torch.Generator) -> tuple[torch.Tensor, torch
 
 @torch.inference_mode()
 def verify_onnx(model, folder: Path) -> list[str]:
-    """Compare the graphs in onnxruntime with the model, on two prompts and three tokens after them.
-
-    Returns:
-        what was compared, one line each.
-
-    Raises:
-        ValueError: a difference beyond the tolerance.
-    """
+    """Compare the graphs in onnxruntime with the model, on two prompts and three tokens; returns lines about it."""
     import onnxruntime
 
     sessions = {
