@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from .model import DEFAULT_MAX_PIXELS, MemoryState, open_image
+from .model import DEFAULT_MAX_PIXELS, MemoryState, open_image, require
 
 MAX_NEW_TOKENS = 32
 
@@ -78,13 +78,10 @@ def caption(
         generate_kwargs: for `generate`, such as `max_new_tokens` and `num_beams`.
 
     Returns:
-        one `Caption` per path in their order, with an `error` where an image cannot be opened.
-
-    Raises:
-        ValueError: neither a prompt nor a default one, or a prompt and no chat template.
+        One `Caption` per path in their order, with an `error` where an image cannot be opened.
     """
-    if prompt is None and not hasattr(model, "default_prompt"):
-        raise ValueError(f"{type(model).__name__} has no default prompt: give one (--prompt 'Describe the picture.').")
+    kind, has_prompt = type(model).__name__, prompt is not None or hasattr(model, "default_prompt")
+    require(has_prompt, f"{kind} has no default prompt: give one (--prompt 'Describe the picture.').")
     text = None if prompt is None else chat_prompt(processor, prompt, image=True)
     return _caption(model, processor, paths, text, batch_size, generate_kwargs)  # a generator would check too late
 

@@ -46,10 +46,7 @@ def score(candidates: list[str], references: list[str]) -> dict[str, float]:
 
 
 def ngram_scores(candidates: list[str], references: list[str]) -> dict[str, float]:
-    """Compute bleu_1 to bleu_4 of the corpus and the mean rouge_l (beta 1.2).
-
-    Articles count; each caption has one reference.
-    """
+    """Compute bleu_1 to bleu_4 of the corpus and the mean rouge_l (beta 1.2); articles count."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.rouge.rouge import Rouge
 
@@ -62,15 +59,9 @@ def ngram_scores(candidates: list[str], references: list[str]) -> dict[str, floa
 
 
 def retrieval_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ranks: Iterable[int] = (1, 5, 10)) -> dict:
-    """Compute how often an image's own text is among the k nearest, and the reverse.
+    """Compute how often an image's own text is among the k nearest, and the reverse, for each k of `ranks`.
 
-    Args:
-        image_embeds: unit vectors (R, C).
-        text_embeds: unit vectors (R, C); equal texts count as each other's own.
-        ranks: the k.
-
-    Returns:
-        `image_to_text_recall_at_k` and `text_to_image_recall_at_k`.
+    Of R pairs the embeddings are unit vectors (R, C); equal texts count as each other's own.
     """
     similarity = image_embeds.double() @ text_embeds.double().mT
     text = torch.unique(text_embeds, dim=0, return_inverse=True)[1]
@@ -111,12 +102,7 @@ def equal_error_rate(positive: torch.Tensor, negative: torch.Tensor) -> float:
 
 
 def scope_metrics(probability: torch.Tensor, known: torch.Tensor) -> dict[str, float]:
-    """Compute ScopeNet's AUROC and its accuracy at 0.5, balanced over known and unknown queries.
-
-    Args:
-        probability: (N,).
-        known: whether the query was written, (N,) bool.
-    """
+    """Compute ScopeNet's AUROC and its accuracy at 0.5, balanced over known and unknown queries, both (N,)."""
     on, off = probability[known].double(), probability[~known].double()
     if not len(on) or not len(off):
         counts = f"got {len(on)} and {len(off)}."

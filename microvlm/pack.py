@@ -11,11 +11,20 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .data.rows import load_rows, text_ids
 from .evaluate.captions import caption_rows
-from .evaluate.language import perplexity
+from .evaluate.language import language_scores, teacher_forced
 from .evaluate.memory import share_recalled
 from .files import atomic_file, atomic_folder
 from .metrics import score
-from .model import PackedConfig, PackedEmbedding, PackedQuantizer, PackedWeight, TernaryLinear, replace_with_packed
+from .model import (
+    PackedConfig,
+    PackedEmbedding,
+    PackedQuantizer,
+    PackedWeight,
+    TernaryLinear,
+    replace_with_packed,
+    require,
+)
+from .tables import text_table
 
 PACK_KEYS = {"modules", "dtype", "counts"}
 PARTS = (
@@ -28,21 +37,15 @@ PARTS = (
 
 
 def load_pack_recipe(path: str, overrides: list[str] = ()) -> dict:
-    """Read a recipe and apply `key=value` overrides.
-
-    Raises:
-        ValueError: unknown keys, no modules, or an override without `=`.
-    """
+    """Read a recipe and apply `key=value` overrides."""
     recipe = yaml.safe_load(Path(path).read_text())
     for override in overrides:
         name, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes key=value, got {override!r}.")
+        require(equals, f"--set takes key=value, got {override!r}.")
         recipe[name] = yaml.safe_load(value)
-    if unknown := sorted(set(recipe) - PACK_KEYS):
-        raise ValueError(f"unknown key in {path}: {', '.join(unknown)}. Known: {', '.join(sorted(PACK_KEYS))}.")
-    if not recipe.get("modules"):
-        raise ValueError(f"{path} has no modules: what to pack.")
+    unknown = ", ".join(sorted(set(recipe) - PACK_KEYS))
+    require(not unknown, f"unknown key in {path}: {unknown}. Known: {', '.join(sorted(PACK_KEYS))}.")
+    require(recipe.get("modules"), f"{path} has no modules: what to pack.")
     return recipe
 
 
@@ -55,13 +58,10 @@ def token_counts(processor, source: str, size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def pack(model, config, counts: torch.Tensor | None = None) -> None:
-    """Replace the modules that `config` names by packed ones with the same weights, rounded.
+    """Replace the modules that a `PackedConfig` names by packed ones with the same weights, rounded.
 
-    Args:
-        model: in floating point; ternary training layers are packed as they round.
-        config: a `PackedConfig`.
-        counts: of the vocabulary's tokens (V,), for `frequent_rows`; default: the lower the id, the more frequent, as
-            BPE numbers its merges.
+    Ternary training layers are packed as they round. `counts` of the vocabulary's tokens (V,) are for `frequent_rows`;
+    by default, the lower the id, the more frequent, as BPE numbers its merges.
     """
     plain = dict(model.named_modules())
     # give each packed module the rounded weights of the one it replaces
@@ -71,10 +71,10 @@ def pack(model, config, counts: torch.Tensor | None = None) -> None:
             new.store(old.weight, torch.arange(len(old.weight), 0, -1) if counts is None else counts)
             continue
         trained = isinstance(old, TernaryLinear) and old.ternary_weights
-        if trained and (new.scheme.format, new.scheme.group_size) != ("ternary", old.group_size):
-            raise ValueError(
-                f"{name} was trained ternary with group_size {old.group_size!r}, {new.scheme} would round it otherwise."
-            )
+        if trained:
+            as_trained = (new.scheme.format, new.scheme.group_size) == ("ternary", old.group_size)
+            trained_as = f"{name} was trained ternary with group_size {old.group_size!r}"
+            require(as_trained, f"{trained_as}, {new.scheme} would round it otherwise.")
         new.store(old.weight, as_trained=trained)
         new.bias = old.bias
     # as if transformers had opened it packed
@@ -86,8 +86,9 @@ def pack(model, config, counts: torch.Tensor | None = None) -> None:
 def quality(model, processor, rows, facts: int) -> tuple[dict[str, float], list[str]]:
     """Measure a model on captioned images; returns the scores and its captions."""
     candidates, references = caption_rows(model, processor, rows)
-    scores = score(candidates, references)
-    out = {"perplexity": perplexity(model, processor, rows)} | {k: scores[k] for k in ("exact", "word_f1", "cider")}
+    forced, scores = teacher_forced(model, processor, rows, align=False), score(candidates, references)
+    scores |= language_scores(forced["loss"], forced["tokens"], references)
+    out = {k: scores[k] for k in ("perplexity", "exact", "word_f1", "cider")}
     if model.config.use_memory and facts:
         out[f"recall of {facts} facts"] = share_recalled(model, processor, rows, facts)
     return out, candidates
@@ -116,35 +117,24 @@ def size_table(model) -> str:
             parts[key][0] += weights
             parts[key][1] += tensor.numel() * tensor.element_size()
     # the parts in the order of a forward pass
-    lines = [f"{'part':<18}{'format':<12}{'weights':>16}{'bytes':>16}{'bits per weight':>18}"]
     order = [p for p, _ in PARTS] + ["rest", "total"]
-    for (part, kind), (weights, size) in sorted(parts.items(), key=lambda x: (order.index(x[0][0]), x[0][1])):
-        lines.append(f"{part:<18}{kind:<12}{weights:>16,}{size:>16,}{8 * size / max(1, weights):>18.3f}")
-    return "\n".join(lines)
+    lines = sorted(parts.items(), key=lambda x: (order.index(x[0][0]), x[0][1]))
+    rows = [[*names, weights, size, 8 * size / max(1, weights)] for names, (weights, size) in lines]
+    return text_table(["part", "format", "weights", "bytes", "bits per weight"], rows, left=2)
 
 
 def open_plain(checkpoint: str, revision: str, needs_processor: bool) -> tuple[PreTrainedModel, object | None]:
-    """Open a checkpoint in float32 with its processor, or None for a folder without one.
-
-    Raises:
-        ValueError: it is quantized, or has no processor where one is needed.
-    """
+    """Open a checkpoint in float32 with its processor, or None for a folder without one."""
     bare = Path(checkpoint).is_dir() and not (Path(checkpoint) / "processor_config.json").exists()
-    if bare and needs_processor:
-        raise ValueError(f"{checkpoint} has no processor: --data and counts need one.")
+    require(not (bare and needs_processor), f"{checkpoint} has no processor: --data and counts need one.")
     processor = None if bare else AutoProcessor.from_pretrained(checkpoint, revision=revision)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, revision=revision).eval()
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"{checkpoint} is quantized already.")
+    require(getattr(model.config, "quantization_config", None) is None, f"{checkpoint} is quantized already.")
     return model, processor
 
 
 def save_packed(model, processor, out: Path) -> PreTrainedModel:
-    """Write a packed model and its processor as a new folder; returns it as opened again.
-
-    Raises:
-        RuntimeError: a tensor comes back from the disk changed; nothing is written then.
-    """
+    """Write a packed model and its processor as a new folder; returns it as opened again."""
     with atomic_folder(out) as folder:
         for part in (model, processor):
             if part is not None:
@@ -153,8 +143,7 @@ def save_packed(model, processor, out: Path) -> PreTrainedModel:
         # what was written is what is in memory
         stored = model.state_dict()
         for name, tensor in opened.state_dict().items():
-            if not torch.equal(tensor, stored[name]):
-                raise RuntimeError(f"{name} comes back from the disk changed.")
+            require(torch.equal(tensor, stored[name]), f"{name} comes back from the disk changed.")
     return opened
 
 
@@ -162,22 +151,16 @@ def compare(data: str, count: int, before: tuple, after: tuple) -> dict:
     """Print the scores of a checkpoint before and after packing; returns them."""
     (scores, captions), (packed_scores, packed_captions) = before, after
     same = sum(a == b for a, b in zip(captions, packed_captions)) / count
-    print(f"\n{data}, {count} pictures\n{'':<24}{'before':>12}{'after':>12}")
-    for name, value in scores.items():
-        print(f"{name:<24}{value:>12.4f}{packed_scores[name]:>12.4f}")
-    print(f"{'same caption':<24}{'':>12}{same:>12.4f}")
+    rows = [[name, f"{value:.4f}", f"{packed_scores[name]:.4f}"] for name, value in scores.items()]
+    print(f"\n{data}, {count} pictures")
+    print(text_table(["", "before", "after"], [*rows, ["same caption", "", f"{same:.4f}"]]))
     return {"before": scores, "after": packed_scores, "same captions": same}
 
 
 def main(checkpoint: str, out: Path, recipe: Path, assignments: list[str], revision: str, **measure) -> None:
-    """Pack a checkpoint as a recipe says, and measure it before and after.
-
-    Args:
-        measure: `data`, `limit` and `facts` of the measurement, `json` the file for its scores.
-    """
+    """Pack a checkpoint as a recipe says, and measure it before and after."""
     settings = load_pack_recipe(str(recipe), assignments)
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another folder.")
+    require(not out.exists(), f"{out} exists: choose another folder.")
     counts, data, facts = settings.get("counts"), measure["data"], measure["facts"]
     model, processor = open_plain(checkpoint, revision, bool(data or counts))
     # measure, pack, print the sizes

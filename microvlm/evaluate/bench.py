@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..data.augment import gray_copy, image_augmentation
 from ..data.episodes import FACTS, QUESTIONS, caption_noun, make_names
 from ..data.rows import decode_row, text_ids
-from ..model import MemoryState
+from ..model import MemoryState, require
 
 STOPWORDS = set("a an the of with and in on to for from at by is 3d model picture".split())
 TRAINING_NAMES = 4000  # names that training draws from; the next ones are new
@@ -34,12 +34,7 @@ def name_share(names: list[str], texts: list[str]) -> float:
 class Lesson:
     """R memories with N facts each, and the M facts to ask for.
 
-    Args:
-        images: indices of the images, (R, N).
-        names: names in the facts, (R, N).
-        facts: sentences, (R, N).
-        memory: of R rows.
-        places: row and number of the facts to ask for, (M, 2).
+    Indices of images, names and sentences are (R, N), the memory has R rows, `places` are rows and numbers (M, 2).
     """
 
     images: list[list[int]]
@@ -68,8 +63,8 @@ class Bench:
         for i, concept in enumerate(self.concepts):
             self.by_concept.setdefault(concept, []).append(i)
         self.draw = random.Random(seed)
-        if model.config.default_prompt_ids is None:
-            raise ValueError("the benchmark asks with the model's default prompt, which this config does not have.")
+        has_prompt = model.config.default_prompt_ids is not None
+        require(has_prompt, "the benchmark asks with the model's default prompt, which this config does not have.")
         # names that no caption says and that the tokenizer splits
         names = make_names(2 * TRAINING_NAMES)
         taken = set().union(STOPWORDS, *(caption_words(text) for text in (*self.captions, *FACTS, *QUESTIONS)))
@@ -106,9 +101,6 @@ class Bench:
         features, prefix = (t[indices] for t in self.views[view])
         return {"image": self.features_class(last_hidden_state=features, pooler_output=tuple(prefix))}
 
-    def to_write(self, indices: list[int]) -> dict:
-        return self.image(0, indices) | {"gray": self.image(2, indices)["image"]}
-
     def tokens(self, text: str) -> list[int]:
         return text_ids(self.processor.tokenizer, text)
 
@@ -133,9 +125,7 @@ class Bench:
 
         Args:
             view: of the images: 0 as they are, 1 augmented, 2 grey.
-            indices: of the images, (M,).
             prompts: token ids of M prompts; default: the model's own.
-            memory: to ask; default: none.
             rows: row of the memory for each image; None: it has one row.
             gate: `memory_gate` of `generate()`.
         """
@@ -185,18 +175,12 @@ class Bench:
             steps = list(zip(zip(*images), zip(*facts)))
         for indices, texts in steps:
             inputs = self.pad([prefix + self.tokens(text) for text in texts])
-            image = self.to_write(list(indices))
-            memory = self.model.write_memory(memory, **inputs, mm_encoder_outputs=image, labels=list(texts))
+            images_to_write = self.image(0, list(indices)) | {"gray": self.image(2, list(indices))["image"]}
+            memory = self.model.write_memory(memory, **inputs, mm_encoder_outputs=images_to_write, labels=list(texts))
         return memory
 
     def lesson(self, rows: int, size: int, queries: int, kind: str) -> Lesson:
-        """Teach R memories N facts each and draw what to ask for.
-
-        Args:
-            rows, size: R and N.
-            queries: facts to ask for, at most.
-            kind: of names, `seen` in training or `new`.
-        """
+        """Teach R memories N facts each with names of a kind, and draw at most so many queries."""
         images = [self.choose(size) for _ in range(rows)]
         names = [self.draw.sample(self.names[kind], size) for _ in range(rows)]
         facts = [self.facts(*pair) for pair in zip(names, images)]

@@ -14,14 +14,7 @@ CAPTIONERS = {"model": "model", "shuffled": "model, others' references", "neares
 
 @dataclass
 class CaptionedRow:
-    """One row with its greedy caption.
-
-    Args:
-        image: decoded, (3, height, width) uint8.
-        ids: generated tokens, special ones included.
-        caption: the tokens' text.
-        reference: the row's own caption.
-    """
+    """One row: its image (3, height, width) uint8, greedy caption with its tokens, and own caption."""
 
     image: torch.Tensor
     ids: list[int]
@@ -61,14 +54,7 @@ def caption_rows(
 
 
 def caption_scores(sets: dict[str, tuple[list[str], list[str]]]) -> tuple[dict, dict[str, str]]:
-    """Score several lists of captions.
-
-    Args:
-        sets: name -> captions and references, both raw.
-
-    Returns:
-        Name -> scores; and what was not measured with its reason.
-    """
+    """Score lists of raw captions with their references; returns scores, and reasons for what was not measured."""
     scores = {name: score(*captions) | ngram_scores(*captions) for name, captions in sets.items()}
     if any(len(references) > 1 for _, references in sets.values()):
         return scores, {}

@@ -7,22 +7,18 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from ..hub import hub_id, public_path
+from ..hub import TASK, hub_id, metric_entry, public_path
+from ..model import require
 from .memory import count_facts
 from .report import CAPTION_LABELS, LANGUAGE_LABELS, MEMORY_LABELS, RETRIEVAL_LABELS
 
-TASK = "image-text-to-text"
 CARD_MEMORY = ("recall_same", "recall_view", "recall_words", "scope_accuracy", "scope_auroc", "scope_eer", "memory_kl")
 CARD_GROUPS = {"captions": CAPTION_LABELS, "language": LANGUAGE_LABELS, "retrieval": RETRIEVAL_LABELS}
 COUNTS = ("tokens", "pairs")  # no scores
 
 
 def card_metrics(result: dict) -> dict[str, tuple[str, float, dict[str, int]]]:
-    """Choose what a card says of one data set.
-
-    Returns:
-        Metric type -> label, value and sample size.
-    """
+    """Choose what a card says of one data set: metric type -> label, value and sample size."""
     metrics, size = {}, {"pictures": result["pictures"]}
     for group, labels in CARD_GROUPS.items():
         values = result.get("model" if group == "captions" else group, {})
@@ -42,55 +38,26 @@ def card_group(metric: str) -> str | None:
     return next((group for group, labels in CARD_GROUPS.items() if metric in labels), None)
 
 
-def split_of(path: str) -> str | None:
-    """Read the split from a file's name."""
-    return next((name for name in ("train", "validation", "test") if Path(path).stem.startswith(name)), None)
-
-
 def card_results(results: dict[str, dict]) -> list[EvalResult]:
-    """Write the entries of a card's `model-index`.
-
-    A data set goes by its Hub id or path, of an absolute path by the file's name.
-
-    Raises:
-        ValueError: two data sets of one name.
-    """
+    """Write the entries of a card's `model-index`; a data set goes by its Hub id or public path."""
     names = {path: hub_id(path) or public_path(path) for path in results}
     for name, number in Counter(names.values()).items():
-        if number > 1:
-            raise ValueError(f"{number} data sets would both be called {name} in the card: give relative paths.")
+        require(number == 1, f"{number} data sets would both be called {name} in the card: give relative paths.")
     entries = []
     for path, result in results.items():
-        # a dtype other than float32 is named
+        # the split by the file's name; a dtype other than float32 is named
+        split = next((name for name in ("train", "validation", "test") if Path(path).stem.startswith(name)), None)
         dtype = {} if result.get("dtype", "float32") == "float32" else {"dtype": result["dtype"]}
         for metric, (label, value, sample) in card_metrics(result).items():
-            entries.append(
-                EvalResult(
-                    task_type=TASK,
-                    dataset_type=names[path],
-                    dataset_name=names[path],
-                    dataset_split=split_of(path),
-                    metric_type=metric,
-                    metric_name=label,
-                    metric_value=round(value, 6),
-                    metric_args=sample | dtype,
-                )
-            )
+            entries.append(metric_entry(names[path], split, metric, label, round(value, 6), sample | dtype))
     return entries
 
 
 def card_with(path: str, results: dict[str, dict], groups, name: str) -> ModelCard:
     """Open a model card and put results into its `model-index`.
 
-    Earlier scores of the same data sets and `groups` go; all other metrics, other metadata and the text stay.
-
-    Args:
-        path: of the card, which needs no metadata yet.
-        groups: of metrics, that were measured.
-        name: of the model, for a card without `model-index` and heading.
-
-    Raises:
-        OSError, ValueError: the card or its metadata cannot be read.
+    Earlier scores of the same data sets and `groups` go; all other metrics, other metadata and the text stay. A card
+    without `model-index` and heading gets the `name` of the model.
     """
     try:
         card = ModelCard(Path(path).read_bytes().decode("utf-8-sig"))  # keeps the line ends

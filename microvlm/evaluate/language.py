@@ -17,11 +17,7 @@ class StrictCollator(CaptionCollator):
 
 
 def reference_batches(model, processor, rows, batch_size: int):
-    """Collate rows of `load_rows` in batches on the model's device, captions at the line ends.
-
-    Returns:
-        Pairs of a batch and the tokens of its longest caption, with its end token.
-    """
+    """Yield batches on the model's device, captions at the line ends, with the tokens of the longest one."""
     collator = StrictCollator(processor, model.default_prompt(1)[0].tolist())
     for start in range(0, len(rows), batch_size):
         batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
@@ -33,13 +29,9 @@ def reference_batches(model, processor, rows, batch_size: int):
 def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = True) -> dict[str, torch.Tensor]:
     """Compute the losses of N references, token by token after the image.
 
-    Args:
-        rows: N rows of `load_rows`.
-        align: also embed images and captions by the alignment heads.
-
     Returns:
         `loss` (N,) float64, nats of a caption with its end token; `tokens` (N,); with `align` unit vectors
-        `image_embeds` and `text_embeds` (N, C).
+        `image_embeds` and `text_embeds` (N, C) of the alignment heads.
     """
     out = {"loss": [], "tokens": []} | ({"image_embeds": [], "text_embeds": []} if align else {})
     for batch, length in reference_batches(model, processor, rows, batch_size):
@@ -61,25 +53,9 @@ def teacher_forced(model, processor, rows, batch_size: int = 16, align: bool = T
 def language_scores(losses: torch.Tensor, tokens: torch.Tensor, captions: list[str]) -> dict[str, float]:
     """Compute lm_loss (nats a token), perplexity, bits_per_byte of UTF-8 and the number of tokens.
 
-    Args:
-        losses: nats of each caption, (N,).
-        tokens: of each caption with its end, (N,).
+    Of N captions `losses` (N,) are nats, `tokens` (N,) numbers with the end token.
     """
     total, number = losses.double().sum(), int(tokens.sum())
     bits = float(total) / math.log(2) / sum(len(c.encode()) for c in captions)
     loss = total / number
     return {"lm_loss": float(loss), "perplexity": float(loss.exp()), "bits_per_byte": bits, "tokens": number}
-
-
-@torch.no_grad()
-def perplexity(model, processor, rows, batch_size: int = 16) -> float:
-    """Compute the perplexity of the captions per token."""
-    collator = CaptionCollator(processor, model.default_prompt(1)[0].tolist())
-    total, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
-        count = int((batch["labels"] != -100).sum())
-        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-        total += float(model(**batch).loss) * count
-        tokens += count
-    return math.exp(total / tokens)

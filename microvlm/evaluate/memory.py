@@ -37,11 +37,9 @@ def own_words(text: str) -> str:
 
 
 def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new"), details: dict | None = None) -> dict:
-    """Measure memories of `size` facts.
+    """Measure memories of `size` facts with at most so many `queries` of each sort.
 
     Args:
-        size: facts per memory.
-        queries: questions of each sort, at most.
         kinds: names to teach; `seen` in training or `new`. Of the first also what was not written and forgetting.
         details: takes the `memory` and the scope probabilities `known`, `unrelated` and `lookalike`.
     """
@@ -194,9 +192,6 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
 
     Returns:
         A dictionary per size; per size the scope probabilities `known` and `unrelated`; and what was not measured.
-
-    Raises:
-        UnreadableRowError: a row without caption or image.
     """
     if getattr(model.model, "memory", None) is None:
         return [], {}, {"memory": "the checkpoint has no memory (config.use_memory is false)"}
@@ -230,11 +225,7 @@ def memory_scores(model, processor, rows, sizes: list[int], queries: int) -> tup
 
 
 def memory_entry(bench: Bench, result: dict, details: dict) -> tuple[dict, dict[str, str]]:
-    """Name the figures of `measure` as a report does, and add the KL terms.
-
-    Returns:
-        The entry, and what was not measured.
-    """
+    """Name the figures of `measure` as a report does, and add the KL terms; returns also what was not measured."""
     model, size = bench.model, result["facts"]
     recall, scope, forget = result["new"], result["unrelated"], result.get("forget", {})
     # one read-out of the first memory

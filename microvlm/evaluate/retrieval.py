@@ -11,14 +11,7 @@ RETRIEVAL_POOL = 5000  # images, the first ones of a larger set
 
 
 def retrieval_scores(model, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[dict, dict[str, str]]:
-    """Compute recalls both ways and the InfoNCE loss over all R pairs.
-
-    Args:
-        image_embeds, text_embeds: unit vectors, (R, C).
-
-    Returns:
-        The scores, and what was not measured.
-    """
+    """Compute recalls both ways and the InfoNCE loss of R pairs (R, C), and reasons for what was not measured."""
     # recall at k among k images is no score
     R, missing = len(image_embeds), {}
     ranks = [k for k in RANKS if k < R]

@@ -14,7 +14,7 @@ from ..data.rows import load_rows, row_caption
 from ..data.stream import is_hub_dataset, load_stream, take_rows
 from ..files import ROOT, atomic_file, check_outputs
 from ..metrics import normalise, word_f1
-from ..model import load
+from ..model import load, require
 from ..teacher import nearest_neighbours, teacher_features
 from .captions import caption_scores, captioned_rows
 from .card import card_with
@@ -24,35 +24,15 @@ from .report import example_figures, example_rows, html_page, markdown, page_sec
 from .retrieval import RETRIEVAL_POOL, retrieval_scores
 from .speed import size_scores, speed_scores
 
-GROUPS = ("captions", "language", "retrieval", "memory", "speed", "size")
-DEFAULT_GROUPS = ("captions", "language", "retrieval", "size")
-
 
 @dataclass
 class EvaluateOptions:
-    """What to score, how, and where to write it.
-
-    Args:
-        data: parquet files, webdataset tars, folders of images, or Hub ids with `limit`; each is scored.
-        model: checkpoint folder or Hub id.
-        revision: of a model on the Hub.
-        metrics: groups, of GROUPS.
-        facts: sizes of memories.
-        queries: questions of each sort per memory size.
-        batch_size: images at once.
-        device: as `cpu` or `cuda`.
-        dtype: of weights that are not packed; auto: the checkpoint's.
-        limit: score the first rows only.
-        show: captions to print next to their references, per data set.
-        yardstick: training data for the nearest-neighbour caption.
-        json, markdown, html, card: files to write; the card is a README.md that exists.
-        examples: images in the HTML report, per data set.
-    """
+    """What to score, how, and where to write it: the options of `microvlm evaluate`, which explains them."""
 
     data: list[str]
     model: str = str(ROOT)
     revision: str = "main"
-    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_GROUPS))
+    metrics: list[str] = field(default_factory=lambda: ["captions", "language", "retrieval", "size"])
     facts: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
     queries: int = 32
     batch_size: int = 16
@@ -72,17 +52,8 @@ class EvaluateOptions:
         self.metrics = list(dict.fromkeys(self.metrics))
 
     def check(self) -> None:
-        """Refuse wrong options before any work.
-
-        Raises:
-            ValueError: options that do not go together, or an unknown group.
-            OSError: an output that cannot be written.
-            ModuleNotFoundError: an optional package is missing.
-        """
-        if unknown := sorted({*self.metrics} - {*GROUPS}):
-            raise ValueError(f"unknown metrics {', '.join(unknown)}: choose among {', '.join(GROUPS)}.")
-        if self.yardstick and "captions" not in self.metrics:
-            raise ValueError("--yardstick needs the group captions.")
+        """Refuse options that do not go together, outputs that cannot be written, and missing packages."""
+        require(not self.yardstick or "captions" in self.metrics, "--yardstick needs the group captions.")
         # no output may take the place of an input
         sources = [*self.data, *filter(None, [self.yardstick])]
         inputs = {file for source in sources for file in (source, *glob(source, recursive=True))}
@@ -98,28 +69,18 @@ class EvaluateOptions:
 
 
 def open_rows(path: str, limit: int | None = None) -> Dataset:
-    """Open a data set: files, or the first `limit` rows of a Hub id's train split.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no rows, no image or caption column, an unknown format, or a Hub id without limit.
-    """
+    """Open a data set: files, or the first `limit` rows of a Hub id's train split."""
     if is_hub_dataset(path):
-        if limit is None:
-            raise ValueError(f"{path} is no file or folder; as a data set of the Hub it needs --limit.")
+        require(limit is not None, f"{path} is no file or folder; as a data set of the Hub it needs --limit.")
         rows = take_rows(load_stream(path), limit)
     else:
         rows = load_rows(path, limit=limit)
-    if not len(rows):
-        raise ValueError(f"{path} has no rows.")
+    require(len(rows) > 0, f"{path} has no rows.")
     return rows
 
 
 def score_captions(model, processor, rows, options: EvaluateOptions, train=None) -> tuple[dict, dict, dict]:
     """Score greedy captions, the same against others' references, and those of the nearest neighbours.
-
-    Args:
-        train: rows and features (N, C) for the nearest-neighbour caption, or None.
 
     Returns:
         Captioner -> scores; details for the report; and what was not measured.
@@ -177,21 +138,21 @@ def evaluate(model, processor, rows, options: EvaluateOptions, train=None) -> tu
     """
     groups, details, missing = set(options.metrics), {}, {}
     result: dict = {"pictures": len(rows), "dtype": str(model.dtype).removeprefix("torch.")}
-    # each part: scores, details, reasons
-    parts = []
     if "captions" in groups:
-        parts.append(score_captions(model, processor, rows, options, train))
+        scores, details, missing = score_captions(model, processor, rows, options, train)
+        result |= scores
     if groups & {"language", "retrieval"}:
-        parts.append(score_references(model, processor, rows, options))
+        scores, losses, reasons = score_references(model, processor, rows, options)
+        result, details, missing = result | scores, details | losses, missing | reasons
     if "memory" in groups:
-        memory, scopes, reasons = memory_scores(model, processor, rows, options.facts, options.queries)
-        parts.append(({"memory": memory}, {"scopes": scopes}, reasons))
+        result["memory"], details["scopes"], reasons = memory_scores(
+            model, processor, rows, options.facts, options.queries
+        )
+        missing |= reasons
     if "speed" in groups:
-        parts.append(({"speed": speed_scores(model, processor, rows, options.batch_size)}, {}, {}))
+        result["speed"] = speed_scores(model, processor, rows, options.batch_size)
     if "size" in groups:
-        parts.append(({"size": size_scores(model, options.model, options.revision)}, {}, {}))
-    for scores, part, reasons in parts:
-        result, details, missing = result | scores, details | part, missing | reasons
+        result["size"] = size_scores(model, options.model, options.revision)
     # JSON has no NaN
     columns = {name: values for name, values in result.items() if isinstance(values, dict)}
     columns |= {f"memory of {count_facts(entry['facts'])}": entry for entry in result.get("memory", [])}
@@ -218,25 +179,18 @@ def examples_of(model, processor, rows, details: dict, options: EvaluateOptions)
     return example_figures(model, processor, examples, details)
 
 
-def open_inputs(options: EvaluateOptions) -> tuple[dict[str, Dataset], Dataset | None]:
-    """Open the data sets and the yardstick, and check the card."""
+def evaluate_files(options: EvaluateOptions) -> dict[str, dict]:
+    """Score a checkpoint on every data set; print and write the scores after each."""
+    # the data and the card, before the model
     sets = {path: open_rows(path, options.limit) for path in options.data}
     if options.card:
         empty = {path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()}
         card_with(options.card, empty, options.metrics, options.model)
-    return sets, open_rows(options.yardstick) if options.yardstick else None
-
-
-def evaluate_files(options: EvaluateOptions) -> dict[str, dict]:
-    """Score a checkpoint on every data set; print and write the scores after each.
-
-    Raises:
-        OSError, ValueError, SafetensorError, TarError, DatasetsError: data or a checkpoint that cannot be read.
-    """
-    sets, train = open_inputs(options)
+    train = open_rows(options.yardstick) if options.yardstick else None
     model, processor = load(options.model, options.revision, options.dtype, options.device)
-    if not hasattr(model, "default_prompt"):
-        raise ValueError(f"{options.model} is a {type(model).__name__}: only checkpoints of MicroVLM can be scored.")
+    kind = type(model).__name__
+    is_ours = hasattr(model, "default_prompt")
+    require(is_ours, f"{options.model} is a {kind}: only checkpoints of MicroVLM can be scored.")
     if train is not None:
         train = train, teacher_features(train, processor.image_processor)
     name = Path(options.model).resolve().name if Path(options.model).exists() else options.model

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..data.rows import text_ids
-from ..model import load, to_rgb
+from ..model import load, require, to_rgb
 
 GREEDY = {"max_new_tokens": 32, "do_sample": False, "num_beams": 1}
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -16,33 +16,20 @@ KNOWN = {*GREEDY, *SAMPLING, "min_new_tokens"}
 
 
 class Captioner:
-    """Answer contexts with their images by a checkpoint.
-
-    Args:
-        pretrained: folder or Hub id.
-        revision: on the Hub.
-        dtype: of the weights in memory.
-        device: default: the CPU.
-    """
+    """Answer contexts with their images by a checkpoint, a folder or a Hub id."""
 
     def __init__(self, pretrained: str, revision: str | None = None, dtype: str = "float32", device: str | None = None):
         self.model, self.processor = load(pretrained, revision or "main", dtype, device or "cpu")
 
     def prompt(self, context: str, images: list[Image.Image]) -> list[int]:
-        """Write the token ids of a context with its images.
-
-        Raises:
-            ValueError: not one image for an empty context, or not one for each `<image>`.
-        """
+        """Write the token ids of a context with its images."""
         token, number = self.processor.image_token, len(images)
         if not context.strip():
-            if number != 1:
-                raise ValueError(f"an empty context asks about one picture, got {number}.")
+            require(number == 1, f"an empty context asks about one picture, got {number}.")
             return self.model.default_prompt(1)[0].tolist()
         # the text between the images; without placeholders all of it stands after them
         parts = context.split(token) if token in context else [""] * number + [context]
-        if len(parts) - 1 != number:
-            raise ValueError(f"a context has {len(parts) - 1} {token} for {number} pictures.")
+        require(len(parts) - 1 == number, f"a context has {len(parts) - 1} {token} for {number} pictures.")
         content = []
         for place, part in enumerate(parts):
             content += [{"type": "image"}] if place else []
@@ -53,11 +40,7 @@ class Captioner:
         return list(ids)
 
     def inputs(self, contexts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Make `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` of B contexts.
-
-        Raises:
-            ValueError: a context with the wrong number of images.
-        """
+        """Make `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` of B contexts."""
         lines = [self.prompt(context, some) for context, some in zip(contexts, images, strict=True)]
         batch = self.processor.tokenizer.pad({"input_ids": lines}, padding_side="left", return_tensors="pt")
         batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -70,18 +53,14 @@ class Captioner:
     def generate(self, contexts: list[str], images: list[list[Image.Image]], **options) -> list[str]:
         """Answer B contexts with their images.
 
-        Args:
-            options: the harness's generation arguments; `until` ends an answer before any of its strings. Temperature,
-                top-p and top-k count with `do_sample` alone.
-
-        Raises:
-            ValueError: an unknown argument.
+        The options are the harness's; `until` ends an answer before any of its strings. Temperature, top-p and top-k
+        count with `do_sample` alone.
         """
         # the arguments, as `generate` takes them
         ends = options.pop("until", None) or []
         settings = GREEDY | {name: value for name, value in options.items() if value is not None}
-        if unknown := sorted(settings.keys() - KNOWN):
-            raise ValueError(f"generation arguments that MicroVLM does not take: {', '.join(unknown)}.")
+        unknown = ", ".join(sorted(settings.keys() - KNOWN))
+        require(not unknown, f"generation arguments that MicroVLM does not take: {unknown}.")
         if not settings["do_sample"]:
             settings = {name: value for name, value in settings.items() if name not in SAMPLING}
         inputs = self.inputs(contexts, images)

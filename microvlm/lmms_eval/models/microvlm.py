@@ -9,15 +9,7 @@ from microvlm.lmms_eval.captioner import Captioner
 
 @register_model("microvlm")
 class MicroVLM(lmms):
-    """Score a checkpoint of MicroVLM, in one process.
-
-    Args:
-        pretrained: folder or Hub id.
-        revision: on the Hub.
-        dtype: of the weights in memory.
-        device: as `cpu` or `cuda`; default: the CPU.
-        batch_size: contexts at once.
-    """
+    """Score a checkpoint of MicroVLM, a folder or a Hub id, in one process."""
 
     def __init__(
         self,
