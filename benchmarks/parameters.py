@@ -14,32 +14,17 @@ from microvlm.tables import markdown_table
 
 EMBEDDINGS = "language model embeddings"
 LAYERS = "language model layers"
-PARTS = {  # prefix of a parameter's name -> part
-    "model.vision_tower.": "vision tower",
-    "model.adapter.": "adapter",
-    "model.language_model.": LAYERS,
-    "model.alignment.": "alignment",
-    "model.fusion.": "alignment",
-    "model.memory.": "memory",
-    "model.memory_projection.": "memory",
-    "model.scope.": "memory",
-}
+PARTS = {"vision_tower": "vision tower", "adapter": "adapter", "language_model": LAYERS}  # module of the model -> part
+PARTS |= {"alignment": "alignment", "fusion": "alignment"}
+PARTS |= {"memory": "memory", "memory_projection": "memory", "scope": "memory"}
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
-    """Count the parameters of every part, `total` last.
-
-    Raises:
-        ValueError: a parameter that belongs to no part.
-    """
+    """Count the parameters of every part, `total` last."""
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     result = dict.fromkeys(("vision tower", "adapter", EMBEDDINGS, LAYERS, "alignment", "memory"), 0)
     for name, parameter in model.named_parameters():  # gives a tied weight once
-        part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), None)
-        if id(parameter) in embeddings:
-            part = EMBEDDINGS
-        if part is None:
-            raise ValueError(f"{name} belongs to none of {', '.join(PARTS)}: name its part in PARTS.")
+        part = EMBEDDINGS if id(parameter) in embeddings else PARTS[name.split(".")[1]]
         result[part] += parameter.numel()
     return result | {"total": sum(result.values())}
 

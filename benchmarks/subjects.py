@@ -88,14 +88,7 @@ def quiet_llama_cpp():
 
 
 def quantize_gguf(source: Path, kind: str, head: bool, path: Path) -> None:
-    """Quantise with llama.cpp's own quantizer.
-
-    Args:
-        source: a GGUF in BF16.
-        kind: `Q4_0`, `TQ2_0`, ...
-        head: use this type for the tied embedding too, instead of the quantizer's choice.
-        path: of the new file.
-    """
+    """Quantise a GGUF in BF16 with llama.cpp's own quantizer; `head`: the tied embedding too, whatever it chooses."""
     import gguf
 
     llama_cpp = quiet_llama_cpp()
@@ -247,18 +240,20 @@ class Subject(ABC):
 
 
 class TransformersSubject(Subject):
-    """A model of transformers, which `generate()` runs."""
+    """A model of transformers, which `generate()` runs on an image and, with `ids`, on text."""
 
-    @abstractmethod
+    ids = None
+
+    @property
+    def positions(self) -> int:
+        """Count the prompt's tokens; without text it is the start token."""
+        return 1 if self.ids is None else self.ids.shape[1]
+
     def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
         """Make the inputs of `generate()` from an image."""
-
-    def pixels(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        batch = self.image_processor(image, return_tensors="pt")
-        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
-
-    def text(self) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
+        pixels = self.image_processor(image, return_tensors="pt")
+        text = {} if self.ids is None else {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
+        return {**pixels, "pixel_values": pixels["pixel_values"].to(self.model.dtype), **text}
 
     def emit(self, new_tokens: int) -> list[float]:
         image, clock = Image.effect_noise(IMAGE_SIZE, 64).convert("RGB"), Clock()
@@ -278,10 +273,6 @@ class MicroVLM(TransformersSubject):
         self.model = load_weights(self.path)
         self.image_processor = make_image_processor(self.model)
         self.ids = make_prompt(self.model)
-        self.positions = self.ids.shape[1]
-
-    def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        return self.text() | self.pixels(image)
 
 
 @dataclass
@@ -289,7 +280,6 @@ class Captioner(TransformersSubject):
     """A published shape, by its name in SHAPES, that takes an image and no text."""
 
     shape: str
-    positions = 1  # the start token; what the decoder sees of the image has no token ids
 
     def load(self) -> None:
         shape = SHAPES[self.shape]
@@ -304,9 +294,6 @@ class Captioner(TransformersSubject):
             return {"size": {"shortest_edge": side}, "crop_size": square}
         return {"size": square}
 
-    def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        return self.pixels(image)
-
 
 @dataclass
 class SmolVLM(Captioner):
@@ -320,18 +307,12 @@ class SmolVLM(Captioner):
         per_tile = (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
         tile = [0, 0, *[config.image_token_id] * per_tile]  # separators are tokens like any other
         self.ids = torch.tensor([tile * self.tiles + list(range(3, 3 + TEXT_TOKENS))])
-        self.positions = self.ids.shape[1]
 
     def processor_options(self) -> dict:
         side = self.model.config.vision_config.image_size
         split = self.tiles > 1
         longest = {"longest_edge": 4 * side if split else side}
         return {"do_image_splitting": split, "size": longest, "max_image_size": {"longest_edge": side}}
-
-    def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        pixels = self.pixels(image)
-        assert pixels["pixel_values"].shape[1] == self.tiles, f"expected {self.tiles} tiles"
-        return self.text() | {name: pixels[name] for name in ("pixel_values", "pixel_attention_mask")}
 
 
 @dataclass
