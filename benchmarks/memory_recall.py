@@ -151,24 +151,18 @@ def report(results: list[dict], times: dict[str, float]) -> str:
 
 def plot(results: list[dict], slots: int, path: str) -> None:
     """Plot recall, what was not written, and bytes over the number of facts."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    canvas, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True)
-    facts = [r["facts"] for r in results]
-    for axis, (title, curves) in zip(axes, PLOTS.items()):
+    canvas, facts = Figure(figsize=(14, 4.2), layout="tight"), [r["facts"] for r in results]
+    for axis, (title, curves) in zip(canvas.subplots(1, 3, sharex=True), PLOTS.items()):
         for label, (key, style) in curves.items():
             axis.plot(facts, [figure(r, key) for r in results], style, ms=3, label=label)
-        axis.set(
-            title=title, xlabel=f"stored facts (line: K = {slots})", yscale="log" if title == "bytes" else "linear"
-        )
+        axis.set(title=title, xlabel=f"stored facts (line: K = {slots})")
+        axis.set_yscale("log" if title == "bytes" else "linear")
         axis.set_xscale("log", base=2)
         axis.axvline(slots, color="grey", lw=0.5)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
-    canvas.tight_layout()
     canvas.savefig(path, dpi=110)
 
 

@@ -186,10 +186,7 @@ def pick_colour(name: str) -> str:
 
 def plot(results: dict[str, Result], bandwidth: float, folder: Path) -> None:
     """Plot tokens per second with range and limit (`speed_tokens.png`), and over bytes on disk (`speed_disk.png`)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     names = list(results)
@@ -198,7 +195,8 @@ def plot(results: dict[str, Result], bandwidth: float, folder: Path) -> None:
     # bars with the range of the rounds, and a mark at the limit
     lowest = [rate - min(r.rates) for r, rate in zip(results.values(), rates)]
     highest = [max(r.rates) - rate for r, rate in zip(results.values(), rates)]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.34 * len(names)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.34 * len(names)), layout="constrained")
+    axes = figure.subplots()
     axes.barh(names, rates, xerr=[lowest, highest], color=colours, error_kw={"elinewidth": 1})
     limits = [bandwidth / r.read for r in results.values()]
     axes.plot(limits, names, "k|", markersize=12, label="limit: bandwidth / bytes read a token")
@@ -208,10 +206,10 @@ def plot(results: dict[str, Result], bandwidth: float, folder: Path) -> None:
     axes.grid(alpha=0.3, axis="x")
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(folder / "speed_tokens.png", dpi=120)
-    plt.close(figure)
 
     # a point per subject
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
     sizes = [r.opened["disk"] / 1e6 for r in results.values()]
     axes.scatter(sizes, rates, c=colours)
     for name, size, rate in zip(names, sizes, rates):
@@ -222,7 +220,6 @@ def plot(results: dict[str, Result], bandwidth: float, folder: Path) -> None:
         axis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(folder / "speed_disk.png", dpi=120)
-    plt.close(figure)
 
 
 # --- the command

@@ -102,26 +102,23 @@ def build(small: bool, processor) -> MicroVLMForConditionalGeneration:
 
 
 class Bench:
-    """Model, rows and collators of all variants.
+    """Model, rows and collators of all variants; `folder`: for the vision cache and the trainers."""
 
-    Args:
-        small: a tiny shape.
-        batch_size: rows of a batch.
-        steps: batches that count in a turn.
-        rounds: turns of every variant.
-        folder: for the vision cache and the trainers.
-    """
-
-    def __init__(self, small: bool, batch_size: int, steps: int, rounds: int, folder: str):
-        self.batch_size, self.steps, self.folder = batch_size, steps, folder
+    def __init__(self, options: argparse.Namespace, folder: str):
+        self.batch_size, self.steps, self.rounds, self.folder = (
+            options.batch_size,
+            options.steps,
+            options.rounds,
+            folder,
+        )
         processor = AutoProcessor.from_pretrained(ROOT)
-        self.model = build(small, processor)
+        self.model = build(options.small, processor)
         side = self.model.model.vision_tower.timm_model.patch_embed.img_size[0]
         prompt = self.model.default_prompt(1)[0].tolist()
         self.collator = CaptionCollator(processor, prompt, image_size=side)
         # a round: a batch that only accumulation warms up with, one to warm up, those that count, one to read ahead
-        self.per_round = (steps + 3) * batch_size
-        self.rows = load_rows(str(DATA)).shuffle(seed=0).select(range(rounds * self.per_round))
+        self.per_round = (self.steps + 3) * self.batch_size
+        self.rows = load_rows(str(DATA)).shuffle(seed=0).select(range(self.rounds * self.per_round))
         answers = self.collator.answers([caption.strip() for caption in self.rows["caption"]])
         self.lengths = [len(ids) for ids in answers]
         # features of the vision tower
@@ -223,14 +220,14 @@ def plain_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return WEIGHTS["lm"] * lm + WEIGHTS["align"] * model.contrastive_loss(image_embeds, text_embeds)
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, list[Turn]]:
+def measure(bench: Bench) -> dict[str, list[Turn]]:
     """Give every variant a turn in each round."""
     turns = defaultdict(list)
-    for i in range(rounds):
+    for i in range(bench.rounds):
         for variant in VARIANTS:
             turns[variant.name].append(bench.turn(i, variant))
             rate = bench.steps * bench.batch_size / turns[variant.name][-1].seconds
-            print(f"round {i + 1} of {rounds}, {variant.name}: {rate:.3g} samples/s", file=sys.stderr, flush=True)
+            print(f"round {i + 1} of {bench.rounds}, {variant.name}: {rate:.3g} samples/s", file=sys.stderr, flush=True)
     return dict(turns)
 
 
@@ -263,13 +260,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     transformers.utils.logging.disable_progress_bar()
     print(f"{describe_machine()}\n", flush=True)
-    B, samples = options.batch_size, options.steps * options.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.small, B, options.steps, options.rounds, folder)
-        parameters = bench.model.num_parameters()
-        name = f"{'a tiny model' if options.small else 'microvlm-v'}: {parameters:,} parameters"
-        print(f"## {name}; batch {B}, {options.rounds} rounds of {options.steps} batches\n", flush=True)
-        print(table(measure(bench, options.rounds), samples))
+        bench = Bench(options, folder)
+        name = f"{'a tiny model' if options.small else 'microvlm-v'}: {bench.model.num_parameters():,} parameters"
+        rounds = f"batch {options.batch_size}, {options.rounds} rounds of {options.steps} batches"
+        print(f"## {name}; {rounds}\n", flush=True)
+        print(table(measure(bench), options.steps * options.batch_size))
 
 
 if __name__ == "__main__":

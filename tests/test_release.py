@@ -85,12 +85,12 @@ def test_the_push_commands_are_hf_commands(tmp_path):
 
 
 def test_snippets_load_what_was_released(complete):
-    snippets = release.snippets((complete / "README.md").read_text())
+    snippets = release.SNIPPET.findall((complete / "README.md").read_text())
     whole = "\n".join(snippets)
     assert '"."' not in whole
     assert f'from_pretrained("{PIN[0]}", revision="{PIN[1]}", trust_remote_code=True)\n' in whole
     assert f'pipeline("image-text-to-text", model="{PIN[0]}", revision="{PIN[1]}", trust_remote_code=True)' in whole
-    assert len(snippets) == len(release.snippets((ROOT / "README.md").read_text()))
+    assert len(snippets) == len(release.SNIPPET.findall((ROOT / "README.md").read_text()))
 
 
 def test_the_card_says_what_the_hub_filters_by(complete):

@@ -11,6 +11,11 @@ from benchmarks import machine, train_throughput
 from benchmarks.train_throughput import PLAIN, TRAINER, VARIANTS, Turn
 
 
+def small_bench(folder, rounds: int) -> train_throughput.Bench:
+    options = ["--small", "--batch-size", "3", "--steps", "2", "--rounds", str(rounds)]
+    return train_throughput.Bench(train_throughput.parse(options), str(folder))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """What the command prints, and the turns that it took."""
@@ -49,7 +54,7 @@ def test_peak_memory_is_of_the_turn(run):
 
 def test_both_sides_compute_the_same_loss(tmp_path, monkeypatch):
     use_cache(monkeypatch, tmp_path / "cache")
-    bench = train_throughput.Bench(True, 3, 2, 1, str(tmp_path))
+    bench = small_bench(tmp_path, 1)
     batch = bench.collator([bench.rows[i] for i in range(3)])
     trainer = bench.make_trainer(TRAINER, bench.rows, bench.collator)
     with torch.no_grad(), trainer.compute_loss_context_manager():
@@ -61,7 +66,7 @@ def test_both_sides_compute_the_same_loss(tmp_path, monkeypatch):
 
 def test_variants_read_the_same_rows(tmp_path, monkeypatch):
     use_cache(monkeypatch, tmp_path / "cache")
-    bench = train_throughput.Bench(True, 3, 2, 2, str(tmp_path))
+    bench = small_bench(tmp_path, 2)
     batches = {}
     for variant in VARIANTS:
         for number in range(2):
@@ -100,4 +105,4 @@ def test_options_that_make_no_turn_are_refused(option, capsys):
 def test_more_rows_than_there_are_is_refused(tmp_path, monkeypatch):
     use_cache(monkeypatch, tmp_path / "cache")
     with pytest.raises(IndexError, match="out of range"):
-        train_throughput.Bench(True, 3, 2, 1000, str(tmp_path))
+        small_bench(tmp_path, 1000)

@@ -92,13 +92,14 @@ def run(number: str, expected: dict) -> bool:
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
 
 
-def versions_of(specifier: SpecifierSet, installed: str) -> list[str]:
+def find_ends(installed: str) -> list[str]:
     """Find both ends of the range, and print them."""
+    specifier = supported()
     (lowest,) = (s.version for s in specifier if s.operator == ">=")
     highest = newest(specifier)
-    ends = f"lowest {lowest}, newest {highest or 'unknown, pip cannot look'}, installed {installed}"
-    print(f"transformers{specifier}: {ends}.")
-    return [lowest] + ([highest] if highest else [])
+    newest_text = highest or "unknown, pip cannot look"
+    print(f"transformers{specifier}: lowest {lowest}, newest {newest_text}, installed {installed}.")
+    return [lowest, highest or lowest]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("versions", nargs="*", type=Version, help="default: the ends of the supported range")
     versions, installed = parser.parse_args(argv).versions, version("transformers")
     # 5.23 and 5.23.0 are one version
-    wanted = {Version(str(v)) for v in versions or versions_of(supported(), installed)} - {Version(installed)}
+    wanted = {Version(str(v)) for v in versions or find_ends(installed)} - {Version(installed)}
     if not wanted:
         print("Nothing differs from the installed version, with which `make test` has run: nothing to do.")
         return 0

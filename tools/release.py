@@ -57,11 +57,6 @@ def code_files(root: Path) -> list[str]:
     return sorted(path.name for path in needed)
 
 
-def snippets(card: str) -> list[str]:
-    """List the Python snippets of a card."""
-    return SNIPPET.findall(card)
-
-
 def pin_snippets(card: str, repo_id: str, revision: str) -> str:
     """Let the card's snippets load from a Hub id at a revision instead of `"."`."""
 
@@ -118,7 +113,7 @@ def project() -> dict:
 
 def fresh_environment(folder: Path) -> Path:
     """Make a virtual environment with the runtime dependencies; returns its Python."""
-    venv.create(folder, with_pip=True)
+    venv.create(folder, symlinks=True, with_pip=True)
     python = folder / "bin" / "python"
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *project()["dependencies"]]
     subprocess.run(command, check=True)
