@@ -39,10 +39,10 @@ LARGEST_SIZE = 2**24  # of one axis of a tensor
 LARGEST_COUNTS = {"num_hidden_layers": 1000, "depth": 1000, "num_labels": 100_000, "num_classes": 100_000}
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise a ValueError with the message unless the condition holds."""
+def require(condition: bool, message: str, *values) -> None:
+    """Raise a ValueError unless the condition holds; `values` fill the braces of the message."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message.format(*values) if values else message)
 
 
 # Fields that `@strict` checks: `name: int = size(default=512)`. No interval holds NaN, an open one no infinity.
@@ -58,12 +58,6 @@ positive = interval(min=0, exclude_min=True, exclude_max=True)
 not_negative = interval(min=0, exclude_max=True)
 
 
-def raise_first(problems: Iterator[str]) -> None:
-    """Raise a ValueError with the first problem, if there is one."""
-    problem = next(problems, None)
-    require(problem is None, problem)
-
-
 @contextmanager
 def naming_section(section: str) -> Iterator[None]:
     """Raise an error of the block as a ValueError that names a section of the configuration."""
@@ -76,23 +70,23 @@ def naming_section(section: str) -> Iterator[None]:
         raise ValueError(f"{section} is not valid: {kind}{error}") from error
 
 
-def foreign_problems(values: dict, section: str = "") -> Iterator[str]:
-    """Yield what is wrong with values of other libraries that they use before they check them."""
+def check_foreign(values: dict, section: str = "") -> None:
+    """Refuse values of other libraries that they use before they check them."""
     for name, value in values.items():
         # objects and types
         if name == "quantization_config":
-            if not (value is None or isinstance(value, dict) or hasattr(value, "to_dict")):
-                yield f"{section}{name} must be an object of names and values, got {value!r}."
+            known = value is None or isinstance(value, dict) or hasattr(value, "to_dict")
+            require(known, f"{section}{name} must be an object of names and values, got {value!r}.")
         elif name == "dtype":
-            if not isinstance(value, (str, torch.dtype, type(None))):
-                yield f"{section}{name} must be the name of one, got {value!r}."
+            known = isinstance(value, (str, torch.dtype, type(None)))
+            require(known, f"{section}{name} must be the name of one, got {value!r}.")
         # sections, and counts
         elif isinstance(value, dict):
-            yield from foreign_problems(value, f"{section}{name}.")
+            check_foreign(value, f"{section}{name}.")
         elif name in LARGEST_COUNTS and value is not None:
             largest = LARGEST_COUNTS[name]
-            if not (isinstance(value, int) and 0 <= value <= largest):
-                yield f"{section}{name} must be a whole number of at most {largest}, got {value!r}."
+            fits = isinstance(value, int) and 0 <= value <= largest
+            require(fits, f"{section}{name} must be a whole number of at most {largest}, got {value!r}.")
 
 
 @strict
@@ -186,25 +180,21 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
         if self.word_threshold is None:
             self.word_threshold = self.scope_threshold
 
-    def problems(self) -> Iterator[str]:
-        # slots
-        S = self.num_memory_tokens
-        if self.num_content_slots not in (1, S):
-            yield f"num_content_slots must be 1 or num_memory_tokens ({S}), got {self.num_content_slots}."
-        # thresholds: a number, or pairs in rising order
+    def validate_slots(self):
+        S, slots = self.num_memory_tokens, self.num_content_slots
+        require(slots in (1, S), f"num_content_slots must be 1 or num_memory_tokens ({S}), got {slots}.")
+
+    def validate_thresholds(self):
         for name in ("scope_threshold", "word_threshold"):
             threshold = getattr(self, name)
             pairs = threshold if isinstance(threshold, list) else [[0, threshold]]
-            if not pairs or any(len(pair) != 2 for pair in pairs):
-                yield f"{name} must be a number or pairs [facts, probability], got {threshold}."
+            known = pairs and all(len(pair) == 2 for pair in pairs)
+            require(known, f"{name} must be a number or pairs [facts, probability], got {threshold}.")
             facts, values = zip(*pairs)
-            if not all(a < b for a, b in zip((-1, *facts), (*facts, math.inf))):
-                yield f"{name} must be in rising order of facts, got {threshold}."
-            if not all(0 < value < 1 for value in values):
-                yield f"{name} must be between 0 and 1, got {threshold}."
-
-    def validate_problems(self):
-        raise_first(self.problems())
+            rising = all(a < b for a, b in zip((-1, *facts), (*facts, math.inf)))
+            require(rising, f"{name} must be in rising order of facts, got {threshold}.")
+            inside = all(0 < value < 1 for value in values)
+            require(inside, f"{name} must be between 0 and 1, got {threshold}.")
 
 
 @strict
@@ -249,9 +239,8 @@ class MicroVLMQuantizationConfig(PreTrainedConfig):
     group_size: Literal["tensor", "row"] | int = "tensor"
 
     def validate_group_size(self):
-        size = self.group_size
-        known = isinstance(size, str) or size >= 1
-        require(known, f"group_size must be 'tensor', 'row' or a number of columns, got {size}.")
+        known = isinstance(self.group_size, str) or self.group_size >= 1
+        require(known, f"group_size must be 'tensor', 'row' or a number of columns, got {self.group_size}.")
 
 
 @strict
@@ -312,7 +301,7 @@ class MicroVLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         sections = {name: getattr(self, name) for name in self.sub_configs_defaults}
         dictionaries = {name: values for name, values in sections.items() if isinstance(values, dict)}
-        raise_first(foreign_problems({"dtype": self.dtype, **kwargs, **dictionaries}))
+        check_foreign({"dtype": self.dtype, **kwargs, **dictionaries})
         # build the sections here, so that an error names the one it comes from
         for name, values in sections.items():
             with naming_section(name):
@@ -323,31 +312,28 @@ class MicroVLMConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
 
-    def problems(self) -> Iterator[str]:
-        # parts that fit together
-        vision, text = self.vision_config, self.text_config
-        if vision.model_type != "timm_wrapper":
-            yield f"vision_config.model_type must be 'timm_wrapper' (any timm model), got {vision.model_type!r}."
+    def validate_parts(self):
+        kind, text = self.vision_config.model_type, self.text_config
+        timm = "vision_config.model_type must be 'timm_wrapper' (any timm model)"
+        require(kind == "timm_wrapper", f"{timm}, got {kind!r}.")
         heads = {"adapter_config.num_attention_heads": self.adapter_config.num_attention_heads}
         if self.use_fusion:
             heads["alignment_config.fusion_num_attention_heads"] = self.alignment_config.fusion_num_attention_heads
         for name, number in heads.items():
-            if text.hidden_size % number:
-                yield f"{name} ({number}) must divide text_config.hidden_size ({text.hidden_size})."
-        if self.use_memory and any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or []):
-            yield "use_memory needs a text model with full attention in every layer, this one has sliding windows."
-        # tokens
-        image, prompt = self.image_token_id, self.default_prompt_ids
-        inside = f"must be inside the text vocabulary of {text.vocab_size} tokens"
-        if not 0 <= image < text.vocab_size:
-            yield f"image_token_id ({image}) {inside}."
-        if prompt is not None and prompt.count(image) != 1:
-            yield f"default_prompt_ids must hold image_token_id ({image}) exactly once, got {prompt}."
-        if not all(0 <= token < text.vocab_size for token in prompt or []):
-            yield f"default_prompt_ids {inside}, got {prompt}."
+            divides = text.hidden_size % number == 0
+            require(divides, f"{name} ({number}) must divide text_config.hidden_size ({text.hidden_size}).")
+        full = all(kind == "full_attention" for kind in getattr(text, "layer_types", None) or [])
+        needs = "use_memory needs a text model with full attention in every layer, this one has sliding windows."
+        require(full or not self.use_memory, needs)
 
-    def validate_problems(self):
-        raise_first(self.problems())
+    def validate_tokens(self):
+        size, image, prompt = self.text_config.vocab_size, self.image_token_id, self.default_prompt_ids
+        inside = f"must be inside the text vocabulary of {size} tokens"
+        require(0 <= image < size, f"image_token_id ({image}) {inside}.")
+        once = prompt is None or prompt.count(image) == 1
+        require(once, f"default_prompt_ids must hold image_token_id ({image}) exactly once, got {prompt}.")
+        known = all(0 <= token < size for token in prompt or [])
+        require(known, f"default_prompt_ids {inside}, got {prompt}.")
 
     def to_dict(self) -> dict:
         # every saved folder carries the code: the map points at its own files, wherever this config came from
@@ -360,11 +346,3 @@ class MicroVLMConfig(PreTrainedConfig):
 
 
 MicroVLMConfig.register_for_auto_class()
-
-__all__ = [
-    "MicroVLMAdapterConfig",
-    "MicroVLMAlignmentConfig",
-    "MicroVLMConfig",
-    "MicroVLMMemoryConfig",
-    "MicroVLMQuantizationConfig",
-]

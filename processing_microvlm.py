@@ -23,18 +23,14 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
+from .configuration_microvlm import require
+
 DEFAULT_MAX_PIXELS = 64_000_000  # 8000 x 8000
 DOWNLOAD_TIMEOUT = 60  # seconds
-# EXIF orientation -> how to turn the stored pixels
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+T = Image.Transpose
+# EXIF orientations from 2 on: how to turn the stored pixels
+TURNS = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)
+TURNS = dict(enumerate(TURNS, start=2))
 PNG_HEADER = re.compile(rb"\x89PNG\r\n\x1a\n....IHDR(....)(....)", re.DOTALL)
 AUTO_MAP = {
     "AutoImageProcessor": "processing_microvlm.MicroVLMImageProcessor",
@@ -49,8 +45,7 @@ AUTO_MAP = {
 def naming_image(name: str, problem: str, unknown: Exception | None = None) -> Iterator[None]:
     """Raise what Pillow raises on broken data, which can be anything, as a ValueError that names the image.
 
-    Args:
-        unknown: raised instead for data in no format that Pillow knows.
+    Data in no format that Pillow knows raises `unknown` instead.
     """
     try:
         yield
@@ -125,12 +120,8 @@ def name_of(image: Image.Image) -> str:
 
 def check_size(name: str, size: Sequence[int], max_pixels: int) -> None:
     """Raise a ValueError when a header claims no pixels or more than `max_pixels`."""
-    width, height = size
-    if not 0 < width * height <= max_pixels:
-        raise ValueError(
-            f"{name} has {width} x {height} pixels, the limit is {max_pixels} in all: `max_pixels` of the image "
-            "processor."
-        )
+    limit = f"the limit is {max_pixels} in all: `max_pixels` of the image processor."
+    require(0 < size[0] * size[1] <= max_pixels, f"{name} has {size[0]} x {size[1]} pixels, {limit}")
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -177,14 +168,10 @@ def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
 
     Integers are 16-bit; floats are in [0, 1], [0, 255] or 16-bit, by their maximum; what is larger still is divided
     by its maximum.
-
-    Raises:
-        ValueError: values that are not finite.
     """
     # the scale is that of the whole array
     largest, smallest = np.float64(values.max()), np.float64(values.min())
-    if not np.isfinite([smallest, largest]).all():
-        raise ValueError("it holds values that are not finite numbers.")
+    require(np.isfinite([smallest, largest]).all(), "it holds values that are not finite numbers.")
     tops = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
     top = next((top for top in tops if largest <= top), largest)
     # part by part: in float64 a value takes eight bytes
@@ -197,13 +184,12 @@ def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
 
 def check_array(image: np.ndarray | torch.Tensor) -> None:
     """Raise a ValueError for an array or tensor that is no image: not of numbers, or without pixels."""
-    is_tensor = isinstance(image, torch.Tensor)
-    numbers = not image.is_complex() if is_tensor else image.dtype.kind in "buif"
-    if not numbers or image.ndim not in (2, 3) or 0 in image.shape:
-        raise ValueError(
-            f"an array of {image.dtype} with the shape {tuple(image.shape)} is no image: it takes whole or real "
-            "numbers, (height, width) or three axes, none of them empty."
-        )
+    numbers = not image.is_complex() if isinstance(image, torch.Tensor) else image.dtype.kind in "buif"
+    require(
+        numbers and image.ndim in (2, 3) and 0 not in image.shape,
+        f"an array of {image.dtype} with the shape {tuple(image.shape)} is no image: it takes whole or real "
+        "numbers, (height, width) or three axes, none of them empty.",
+    )
 
 
 def as_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
@@ -259,21 +245,17 @@ class MicroVLMImageProcessor(TorchvisionBackend):
     max_pixels = DEFAULT_MAX_PIXELS
 
     def fetch_images(self, image_url_or_urls):
-        """Open paths, URLs and base64, nested as they are; nothing is decoded before `process_image` checks sizes.
-
-        Raises:
-            ValueError: images in one list with lists of images, or with arrays of several.
-        """
+        """Open paths, URLs and base64, nested as they are; nothing is decoded before `process_image` checks sizes."""
         if isinstance(image_url_or_urls, (list, tuple)):
             images = [self.fetch_images(x) for x in image_url_or_urls]
             # of one kind: transformers would take the rows of an image for images
             batches = ("batches" if getattr(x, "ndim", 3) == 4 else "images" for x in images)
             kinds = {"lists" if isinstance(x, list) else kind for x, kind in zip(images, batches)}
-            if len(kinds) > 1:
-                raise ValueError(
-                    f"`images` has {' and '.join(sorted(kinds))} side by side: give images alone, one list of images "
-                    "per text, or arrays of several images alone."
-                )
+            require(
+                len(kinds) < 2,
+                f"`images` has {' and '.join(sorted(kinds))} side by side: give images alone, one list of images "
+                "per text, or arrays of several images alone.",
+            )
             return images
         if isinstance(image_url_or_urls, (str, os.PathLike)):
             return fetch_image(image_url_or_urls, self.max_pixels)
@@ -282,8 +264,7 @@ class MicroVLMImageProcessor(TorchvisionBackend):
 
     def _prepare_images_structure(self, images, expected_ndims=3):
         images = super()._prepare_images_structure(images, expected_ndims)
-        if len(images) == 0:
-            raise ValueError("`images` is empty: give at least one image.")
+        require(len(images) > 0, "`images` is empty: give at least one image.")
         return images
 
     def process_image(self, image, do_convert_rgb=None, max_pixels=None, **kwargs) -> torch.Tensor:
@@ -303,8 +284,8 @@ class MicroVLMImageProcessor(TorchvisionBackend):
     def rescale_and_normalize(self, images: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Rescale and normalise like `super()`; refuse what is not finite in float32."""
         pixels = super().rescale_and_normalize(images, *args, **kwargs)
-        if not torch.isfinite(pixels).all():
-            raise ValueError("an array of pixels holds values that are not finite numbers, or out of all range.")
+        finite = bool(torch.isfinite(pixels).all())
+        require(finite, "an array of pixels holds values that are not finite numbers, or out of all range.")
         return pixels
 
     def to_dict(self) -> dict:
@@ -320,10 +301,6 @@ class MicroVLMProcessor(ProcessorMixin):
         chat_template: Jinja template for `apply_chat_template`.
         image_token: the placeholder.
         num_image_tokens: placeholders per image, the adapter's `num_prefix_tokens`.
-
-    Raises:
-        ValueError: the tokenizer does not have `image_token` as one token; or, on a call, the texts hold another
-            number of `image_token` than there are images.
     """
 
     # what a tokenizer may add and the model does not take
@@ -341,11 +318,11 @@ class MicroVLMProcessor(ProcessorMixin):
         self.image_token = image_token
         self.num_image_tokens = num_image_tokens
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id == tokenizer.unk_token_id:  # None without an unknown token
-            raise ValueError(
-                f"The tokenizer has no token {image_token!r}: add it with "
-                f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})."
-            )
+        require(
+            self.image_token_id != tokenizer.unk_token_id,  # None without an unknown token
+            f"The tokenizer has no token {image_token!r}: add it with "
+            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}}).",
+        )
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """Open images and wrap a single text; rows without any image (`[]`, `[[], []]`) count as no images."""
@@ -358,25 +335,20 @@ class MicroVLMProcessor(ProcessorMixin):
 
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
         super().validate_inputs(images=images, text=text, **kwargs)
-        if problem := next(self.text_problems(images, text), None):
-            raise ValueError(problem)
-
-    def text_problems(self, images, text: list[str] | None) -> Iterator[str]:
-        """Yield what is wrong with texts, and with the images of their rows."""
-        if text is not None and not text:
-            yield "`text` is an empty list: give one text or a list with at least one."
+        require(text is None or len(text) > 0, "`text` is an empty list: give one text or a list with at least one.")
         for number, row in enumerate(text or []):
             try:
                 row.encode()
             except UnicodeEncodeError as error:
-                yield f"text {number} is not valid Unicode: {error}."
+                raise ValueError(f"text {number} is not valid Unicode: {error}.") from error
+        # of the rows of images
         if text and isinstance(images, list) and all(isinstance(row, list) for row in images):
             placeholders, counts = [row.count(self.image_token) for row in text], [len(row) for row in images]
-            if placeholders != counts:
-                yield (
-                    f"The texts have {placeholders} {self.image_token} placeholders, but the rows of `images` hold "
-                    f"{counts} images: give one row of images per text and one placeholder per image."
-                )
+            require(
+                placeholders == counts,
+                f"The texts have {placeholders} {self.image_token} placeholders, but the rows of `images` hold "
+                f"{counts} images: give one row of images per text and one placeholder per image.",
+            )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
@@ -399,5 +371,3 @@ def with_auto_map(dictionary: dict, processor: MicroVLMImageProcessor | MicroVLM
 
 MicroVLMImageProcessor.register_for_auto_class()
 MicroVLMProcessor.register_for_auto_class()
-
-__all__ = ["MicroVLMImageProcessor", "MicroVLMProcessor"]
