@@ -66,8 +66,9 @@ class LinearKernel(Emitter):
         self.signed = bits == 8 and name == "neon-dotprod"  # its dot product takes signed weights
         self.bytes = ir.VectorType(I8, self.width)
 
-    def emit(self) -> str:
-        return self.finish(lambda p: [self.part_of_panel(p, i) for i in range(0, ROWS * GROUP, self.width)] and None)
+    def body(self, p) -> None:
+        for part in range(0, ROWS * GROUP, self.width):
+            self.part_of_panel(p, part)
 
     def part_of_panel(self, p, part: int) -> None:
         """All tokens times the rows whose bytes are a vector at `part` of the panel."""
@@ -129,7 +130,6 @@ class LinearKernel(Emitter):
                 acc = b.ashr(acc, const(I32, k * self.bits, self.lanes)) if in_place else acc
                 total = acc if total is None else b.add(total, acc)
             self.write_token(rows, token, total)
-        return ()
 
     def field(self, vector, k: int, in_place: bool):
         """The k-th field of every byte."""
@@ -194,7 +194,6 @@ class LinearKernel(Emitter):
             start = b.mul(token, self.wide)
             where = b.add(start, b.load(self.at(self.places, b.add(rows.row, k), I64), typ=I64))
             b.store(b.extract_element(raw, k), self.at(self.y, where, kind), align=kind.width // 8)
-            return ()
 
         self.loop(int64(0), rows.count, 1, place)
 
@@ -210,10 +209,7 @@ class LayoutKernel(Emitter):
         self.bits, self.fields = bits, 8 // bits
         self.panel_length = self.b.mul(self.padded, int64(ROWS * bits // 8))
 
-    def emit(self) -> str:
-        return self.finish(self.panel)
-
-    def panel(self, p) -> None:
+    def body(self, p) -> None:
         b = self.b
         start = self.at(self.panels, b.mul(p, self.panel_length))
         codes = self.at(self.scratch, b.mul(b.sdiv(p, int64(LAYOUT_PIECE)), b.add(self.padded, int64(16))))
@@ -228,7 +224,6 @@ class LayoutKernel(Emitter):
             byte = b.load(self.at(self.packed, b.add(b.mul(source, self.row_bytes), i)), typ=I8)
             word = b.load(self.at(self.digits, b.zext(byte, I64), I64), typ=I64)
             b.store(word, self.at(codes, b.mul(i, self.per_byte)), align=1)  # the next word overwrites the excess
-            return ()
 
         def join(c, _):
             word = None
@@ -238,7 +233,6 @@ class LayoutKernel(Emitter):
                 word = part if word is None else b.or_(word, part)
             vector = b.mul(c, int64(ROWS * self.bits // 8))
             b.store(word, self.at(start, b.add(vector, b.mul(r, int64(GROUP)))), align=1)
-            return ()
 
         # a code per byte, then the code of 0 up to the padded width
         self.loop(int64(0), b.select(inside, self.row_bytes, int64(0)), 1, spell)
@@ -246,7 +240,6 @@ class LayoutKernel(Emitter):
         self.loop(filled, self.padded, 1, lambda c, _: b.store(zero, self.at(codes, c)) and ())
         # four columns to a word
         self.loop(int64(0), self.padded, GROUP * self.fields, join)
-        return ()
 
 
 # ----------------------------------------------------------------------------------------------------- quantize kernel
@@ -263,10 +256,7 @@ class QuantizeKernel(Emitter):
         self.kind, self.bf16 = kind, bf16
         self.gated, self.normed = kind in ("silu", "relu2"), kind in ("rms", "relu2")
 
-    def emit(self) -> str:
-        return self.finish(self.token)
-
-    def token(self, m) -> None:
+    def body(self, m) -> None:
         b = self.b
         self.start = b.mul(m, self.columns)
         self.temporary = self.at(self.scratch, self.start, F32)
@@ -369,15 +359,13 @@ class AttentionKernel(Emitter):
             "tokens capacity groups heads items floats",
         )
         b = self.b
-        self.kind, self.bf16, self.half, self.d = kind, bf16, head_dim // 2, int64(head_dim)
+        self.body = self.turn_token if kind == "turn" else self.query_head
+        self.bf16, self.half, self.d = bf16, head_dim // 2, int64(head_dim)
         # two floats in one word
         floats = (b.bitcast(b.trunc(b.lshr(self.floats, int64(shift)), I32), F32) for shift in (0, 32))
         self.scaling, self.gate = floats
         self.past, self.query_heads = b.load(self.length, typ=I64), b.mul(self.heads, self.groups)
         self.qkv_width = b.mul(b.add(self.query_heads, b.add(self.heads, self.heads)), self.d)
-
-    def emit(self) -> str:
-        return self.finish(self.turn_token if self.kind == "turn" else self.query_head)
 
     def read_halves(self, pointer, at, kind=None):
         """The two halves of a head's vector, float32."""
@@ -405,14 +393,12 @@ class AttentionKernel(Emitter):
         def query(h, _):
             rounded = [self.to_float(self.from_float(v, self.bf16)) for v in turn(h)]
             self.write_halves(rounded, self.qkv, b.add(row, b.mul(h, d)))
-            return ()
 
         def key_and_value(g, _):
             place = b.mul(b.add(b.mul(g, self.capacity), b.add(self.past, m)), d)
             self.write_halves(turn(b.add(self.query_heads, g)), self.keys, place, self.bf16)
             value = b.add(row, b.mul(b.add(b.add(self.query_heads, self.heads), g), d))
             self.write_halves(self.read_halves(self.qkv, value), self.values, place, self.bf16)
-            return ()
 
         self.loop(int64(0), self.query_heads, 1, query)
         self.loop(int64(0), self.heads, 1, key_and_value)
@@ -441,7 +427,6 @@ class AttentionKernel(Emitter):
             share = self.splat(b.fdiv(ir.Constant(F32, 1.0), weight), self.half)
             place = b.mul(b.add(b.mul(m, self.query_heads), h), d)
             self.write_halves([b.fmul(value, share) for value in sums], self.out, place)
-            return ()
 
         self.loop(int64(0), self.tokens, 1, attend)
 

@@ -12,6 +12,7 @@ M counts tokens of all rows, D the hidden size, d the width of a head.
 
 import threading
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +23,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_microvlm import CACHE_NAME, GrowingLayer, memory_mask, one_cache
-from .kernels_microvlm import (
-    DTYPES,
-    Attention,
-    Program,
-    Quantized,
-    low_bit_linear_quantized,
-    quantize_rows,
-    relu2_norm_quantize,
-    rms_norm_quantize,
-    silu_mul_quantize,
-)
+from .kernels_microvlm import DTYPES, Attention, Eager, Matrix, Program
 from .llvm_microvlm import native_available
 from .quantization_microvlm import PackedLinear, matrix_of
 from .threads_microvlm import kernel_threads
@@ -50,48 +41,33 @@ def versions(tensors: Iterable[torch.Tensor]) -> list[tuple]:
     return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
 
-class Product:
-    """Packed linear layers of one input, as one matrix.
+class Product(NamedTuple):
+    """Packed linear layers of one input, as one matrix."""
 
-    Args:
-        linears: with row or tensor scales and the same columns and width.
-    """
+    matrix: Matrix
+    bias: torch.Tensor | None
 
-    def __init__(self, *linears: PackedLinear):
-        self.matrix, self.bias = matrix_of(linears), None
+    @classmethod
+    def of(cls, *linears: PackedLinear) -> "Product":
+        """Stack layers with row or tensor scales and the same columns and width."""
+        bias = None
         if any(m.bias is not None for m in linears):
             biases = [torch.zeros(m.rows) if m.bias is None else m.bias.detach().float() for m in linears]
-            self.bias = torch.cat(biases)
-
-    def record(self, program: Program, quantized: Quantized, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Add the product to a program."""
-        return program.linear(quantized, self.matrix, self.bias, residual)
-
-    def __call__(self, quantized: Quantized, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Multiply M rounded tokens: float32 (M, rows)."""
-        return low_bit_linear_quantized(quantized, self.matrix, torch.float32, self.bias, residual)
-
-    def tensors(self) -> list[torch.Tensor | None]:
-        return [self.matrix.panels, self.matrix.scale, self.bias]
+            bias = torch.cat(biases)
+        return cls(matrix_of(linears), bias)
 
 
-class Norm:
+class Norm(NamedTuple):
     """An RMSNorm, or nothing, whose output is rounded for a product."""
 
-    def __init__(self, module: nn.Module | None):
-        self.weight, self.eps = None, 0.0
-        if module is not None:
-            self.weight, self.eps = module.weight.detach().float().contiguous(), module.variance_epsilon
+    weight: torch.Tensor | None
+    eps: float
 
-    def record(self, program: Program, x: torch.Tensor) -> Quantized:
-        """Add the norm to a program."""
-        return program.quantize(x, self.weight, self.eps)
-
-    def __call__(self, x: torch.Tensor) -> Quantized:
-        return quantize_rows(x) if self.weight is None else rms_norm_quantize(x, self.weight, self.eps)
-
-    def tensors(self) -> list[torch.Tensor | None]:
-        return [self.weight]
+    @classmethod
+    def of(cls, module: nn.Module | None) -> "Norm":
+        if module is None:
+            return cls(None, 0.0)
+        return cls(module.weight.detach().float().contiguous(), module.variance_epsilon)
 
 
 class Layer:
@@ -106,23 +82,23 @@ class Layer:
         self.heads = attention.q_proj.rows // self.head_dim
         self.kv_heads = attention.k_proj.rows // self.head_dim
         # norms
-        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
-        self.attention_norm = Norm(getattr(attention, "attn_sub_norm", None))
-        self.hidden_norm = Norm(getattr(mlp, "ffn_sub_norm", None))
+        self.input_norm, self.mlp_norm = Norm.of(layer.input_layernorm), Norm.of(layer.post_attention_layernorm)
+        self.attention_norm = Norm.of(getattr(attention, "attn_sub_norm", None))
+        self.hidden_norm = Norm.of(getattr(mlp, "ffn_sub_norm", None))
         # products
-        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = Product(attention.o_proj)
-        self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
+        self.qkv = Product.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = Product.of(attention.o_proj)
+        self.gate_up, self.down = Product.of(mlp.gate_proj, mlp.up_proj), Product.of(mlp.down_proj)
 
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up, norm = self.gate_up(self.mlp_norm(x)), self.hidden_norm
-        if norm.weight is None:
-            return self.down(silu_mul_quantize(gate_up), x)
-        return self.down(relu2_norm_quantize(gate_up, norm.weight, norm.eps), x)
+    def before_attention(self, x: torch.Tensor, run: Eager | Program) -> torch.Tensor:
+        """Compute queries, keys and values: (M, D) -> (M, their rows); `run` computes now or records."""
+        return run.linear(run.quantize(x, *self.input_norm), *self.qkv)
 
-    def after_attention(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def after_attention(self, attended: torch.Tensor, x: torch.Tensor, run: Eager | Program) -> torch.Tensor:
         """Compute what follows the attention: (M, heads d) and (M, D) -> (M, D)."""
-        return self.mlp(self.out(self.attention_norm(attended), x))
+        x = run.linear(run.quantize(attended, *self.attention_norm), *self.out, x)
+        gate_up = run.linear(run.quantize(x, *self.mlp_norm), *self.gate_up)
+        return run.linear(run.quantize(gate_up, *self.hidden_norm, gated=True), *self.down, x)
 
     def attend(self, q, keys, values, mask) -> torch.Tensor:
         """Attend with torch.
@@ -165,8 +141,8 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, *args) -> torch.Tensor:
         """Run the layer with torch's attention: x (B T, D) -> the same."""
-        out = self.attention(self.qkv(self.input_norm(x)), *args)
-        return self.after_attention(out.flatten(0, 1).float().contiguous(), x)
+        out = self.attention(self.before_attention(x, Eager), *args)
+        return self.after_attention(out.flatten(0, 1).float().contiguous(), x, Eager)
 
     def native_attention(self, dtype: torch.dtype) -> Attention:
         return Attention(self.heads, self.kv_heads, self.head_dim, self.scaling, dtype)
@@ -184,10 +160,10 @@ class Layer:
             (T, D).
         """
         attention = self.native_attention(view.dtype)
-        out = attention.tokens(self.qkv(self.input_norm(x)), turns, length)
+        out = attention.tokens(self.before_attention(x, Eager), turns, length)
         attention.bind(*view.layer(self.index, len(x), (self.kv_heads, self.head_dim)))
         attention()
-        return self.after_attention(out, x)
+        return self.after_attention(out, x, Eager)
 
 
 class TokenStep:
@@ -205,17 +181,11 @@ class TokenStep:
         self.turn, self.length = torch.zeros(1, first.head_dim), torch.zeros((), dtype=torch.int64)
         self.attentions = []
         for layer in decoder.layers:
-            # attention
-            qkv = layer.qkv.record(program, layer.input_norm.record(program, x))
             attention = layer.native_attention(dtype)
             self.attentions.append(attention)
-            attended = attention.tokens(qkv, self.turn, self.length)
+            attended = attention.tokens(layer.before_attention(x, program), self.turn, self.length)
             program.attention(attention)
-            x = layer.out.record(program, layer.attention_norm.record(program, attended), x)
-            # MLP
-            gate_up = layer.gate_up.record(program, layer.mlp_norm.record(program, x))
-            hidden = program.gate(gate_up, layer.hidden_norm.weight, layer.hidden_norm.eps)
-            x = layer.down.record(program, hidden, x)
+            x = layer.after_attention(attended, x, program)
         self.out = x
 
     def __call__(self, x: torch.Tensor, turns: torch.Tensor, view: "CacheView") -> torch.Tensor:
@@ -284,7 +254,7 @@ class PackedDecoder:
     def __init__(self, model: nn.Module):
         self.model, self.config = model, model.config
         self.layers = [Layer(layer) for layer in model.layers]
-        self.norm = Norm(model.norm)
+        self.norm = Norm.of(model.norm)
         self.source = self.weights()
         self.local = threading.local()  # a step writes to tensors of its own: one for each thread
         self.table = None
@@ -311,11 +281,15 @@ class PackedDecoder:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what a token reads of the weights, as it lies in memory."""
-        parts = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, (Product, Norm))]
-        return [t for part in (*parts, self.norm) for t in part.tensors() if t is not None]
+        parts = [self.norm, *(part for layer in self.layers for part in vars(layer).values())]
+        tensors = [part.weight for part in parts if isinstance(part, Norm)]
+        for part in parts:
+            if isinstance(part, Product):
+                tensors += [part.matrix.panels, part.matrix.scale, part.bias]
+        return [t for t in tensors if t is not None]
 
     def turns(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return cosines, then sines, of positions (T,): (T, d).
+        """Return cosines, then sines, of positions (M,): (M, d).
 
         They come from a table, unless they depend on the length of the text.
         """
@@ -362,15 +336,16 @@ class PackedDecoder:
         past = self.prepare(cache)
         if position_ids is None:
             position_ids = torch.arange(past, past + T).unsqueeze(0)
+        turns = self.turns(position_ids.expand(B, -1).flatten())
         # all layers
         x = inputs_embeds.reshape(B * T, D).float()
         small = T == 1 or T * (T + past) <= MOST_PAIRS
         if native and small and CacheView.fits(cache, self.layers, dtype):
-            x = self.native(x, self.turns(position_ids[0]), CacheView(cache, dtype))
+            x = self.native(x, turns, CacheView(cache, dtype))
         else:
             make_mask = memory_mask if getattr(cache, "memory", None) else create_causal_mask
             mask = make_mask(self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids)
-            cos_sin = self.rotary(inputs_embeds, position_ids)
+            cos_sin = turns.unsqueeze(1).chunk(2, -1)
             for layer in self.layers:
                 x = layer(x, cos_sin, mask, cache, (B, T), dtype)
         x = F.rms_norm(x, (D,), self.norm.weight, self.norm.eps)
@@ -386,13 +361,6 @@ class PackedDecoder:
                 if type(layer) is DynamicLayer:
                     cache.layers[i] = GrowingLayer.of(layer)
         return cache.get_seq_length()
-
-    def rotary(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> list[torch.Tensor]:
-        """Return cosines and sines of all tokens, each (B T, 1, d / 2)."""
-        B, T, _ = inputs_embeds.shape
-        parts = self.model.rotary_emb(inputs_embeds.float(), position_ids)
-        half = parts[0].shape[-1] // 2
-        return [t[..., :half].expand(B, -1, -1).reshape(B * T, 1, half) for t in parts]
 
     def native(self, x: torch.Tensor, turns: torch.Tensor, view: CacheView) -> torch.Tensor:
         """Run all layers over one row: x (T, D), turns (T, d) -> (T, D), before the last norm."""

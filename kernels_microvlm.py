@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .codegen_microvlm import LAYOUT_PIECE, kernel
+from .configuration_microvlm import require
 from .llvm_microvlm import native_available
 from .packing_microvlm import (
     COLUMNS,
@@ -26,8 +27,6 @@ from .packing_microvlm import (
     ROWS,
     ZERO,
     Format,
-    check_columns,
-    check_panels,
     panel_bytes,
     panels_from_bytes_reference,
     round_up,
@@ -38,68 +37,31 @@ from .threads_microvlm import helper_count, run, run_many
 DTYPES = (torch.float32, torch.bfloat16)
 GRAIN = 2**17  # least products in a piece of work; smaller calls stay on the caller
 PIECES = 8  # of a large product, for each thread
+KINDS = {(False, False): "plain", (False, True): "rms", (True, False): "silu", (True, True): "relu2"}  # gated, normed
 
 
 class Quantized(NamedTuple):
-    """M tokens rounded to 8 bits, x ~ x_q / s.
+    """M tokens rounded to 8 bits, x ~ x_q / s."""
 
-    Attributes:
-        x_q: (M, C up to a multiple of 64) int8, padded with 0.
-        s: (M,) float32.
-        sums: (M,) int32, of x_q.
-    """
-
-    x_q: torch.Tensor
-    s: torch.Tensor
-    sums: torch.Tensor
+    x_q: torch.Tensor  # (M, C up to a multiple of 64) int8, padded with 0
+    s: torch.Tensor  # (M,) float32
+    sums: torch.Tensor  # (M,) int32, of x_q
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A packed weight (rows, columns) as the kernels read it.
+    """A packed weight (rows, columns) as the kernels read it."""
 
-    Args:
-        panels: uint8, from `pack_panels`.
-        scale: (rows,) float32; one scale for the matrix is expanded by the caller.
-        rows, columns, bits: as packed.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
-    """
-
-    panels: torch.Tensor
-    scale: torch.Tensor
+    panels: torch.Tensor  # uint8, see `pack_codes`
+    scale: torch.Tensor  # (rows,) float32
     rows: int
     columns: int
     bits: int
 
     def __post_init__(self):
-        check_panels(self.panels, self.rows, self.columns, self.bits)
-        check("scale", self.scale, (self.rows,), torch.float32, self.panels.device)
-
-
-@dataclass(frozen=True, eq=False)
-class MixedRows:
-    """Some rows of a matrix whose rows have several widths.
-
-    Args:
-        matrix: these rows.
-        places: (its rows,) int64, which rows of the whole matrix these are.
-        rows: of the whole matrix.
-
-    Raises:
-        ValueError: places that do not fit.
-    """
-
-    matrix: Matrix
-    places: torch.Tensor
-    rows: int
-
-    def __post_init__(self):
-        check("places", self.places, (self.matrix.rows,), torch.int64, self.matrix.panels.device)
-        low, high = (int(i) for i in self.places.aminmax()) if len(self.places) else (0, -1)
-        if low < 0 or high >= self.rows:
-            raise ValueError(f"places go from {low} to {high}; expected 0 to {self.rows - 1}.")
+        length, device = panel_bytes(self.rows, self.columns, self.bits), self.panels.device
+        check("panels", self.panels, (length,), torch.uint8, device)
+        check("scale", self.scale, (self.rows,), torch.float32, device)
 
 
 class Job(NamedTuple):
@@ -111,17 +73,16 @@ class Job(NamedTuple):
     chunk: int
 
 
-def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise a ValueError if a tensor is not what a kernel reads or writes."""
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-        found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name} is {found}; expected contiguous {dtype} {shape} on {device}.")
-
-
-def check_tokens(name: str, x: torch.Tensor) -> None:
-    if x.ndim != 2 or x.dtype not in DTYPES:
-        raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; expected float32 or bfloat16 (tokens, columns).")
-    check_columns(x.shape[1])
+def check(name: str, tensor: torch.Tensor | None, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise a ValueError if a tensor is not what a kernel reads or writes; None is nothing to read."""
+    if (
+        tensor is None
+        or (tensor.shape, tensor.dtype, tensor.device) == (shape, dtype, device)
+        and tensor.is_contiguous()
+    ):
+        return
+    found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+    raise ValueError(f"{name} is {found}; expected contiguous {dtype} {shape} on {device}.")
 
 
 def is_native(x: torch.Tensor) -> bool:
@@ -136,9 +97,9 @@ def pointers(*tensors: torch.Tensor | None) -> list[int]:
 # ------------------------------------------------------------------------------------------------------ rounding tokens
 
 
-def quantize_job(kind: str, x, weight=None, eps: float = 0.0) -> tuple[Job, Quantized, torch.Tensor | None]:
-    """Prepare a `QuantizeKernel`: the job, what it writes, and its scratch memory."""
-    gated = kind in ("silu", "relu2")
+def quantize_job(x, weight=None, eps: float = 0.0, gated: bool = False) -> tuple[Job, Quantized, torch.Tensor | None]:
+    """Prepare `quantize`: the job, what it writes, and its scratch memory."""
+    kind = KINDS[gated, weight is not None]
     M, columns = len(x), x.shape[1] // 2 if gated else x.shape[1]
     padded, scratch = round_up(columns, COLUMNS), torch.empty(M, columns) if gated else None
     x_q = torch.empty(M, padded, dtype=torch.int8)
@@ -148,118 +109,45 @@ def quantize_job(kind: str, x, weight=None, eps: float = 0.0) -> tuple[Job, Quan
     return job, quantized, scratch
 
 
-def quantize(kind: str, x: torch.Tensor, weight=None, eps: float = 0.0) -> Quantized:
-    """Run a `QuantizeKernel`."""
-    x = x.contiguous()
-    job, quantized, _scratch = quantize_job(kind, x, weight, eps)  # scratch memory lives until the run is over
-    run(*job)
-    return quantized
-
-
-def quantize_rows_reference(x: torch.Tensor) -> Quantized:
-    """Compute `quantize_rows` in torch, with the same bits."""
-    # one scale per token; a NaN gets the code 0
+def quantize_reference(x: torch.Tensor, weight=None, eps: float = 0.0, gated: bool = False) -> Quantized:
+    """Compute `quantize` in torch."""
     y = x.float()
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up if weight is None else gate.relu().square() * up
+    if weight is not None:
+        y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    # one scale per token; a NaN gets the code 0
     s = 127 / y.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     q = (y * s).round()  # at most 127 (1 + 2^-20) before rounding: needs no clamp
     q = q.masked_fill(q.isnan(), 0).to(torch.int8)
     return Quantized(F.pad(q, (0, -q.shape[1] % COLUMNS)), s[:, 0], q.sum(-1, dtype=torch.int32))
 
 
-def quantize_rows(x: torch.Tensor) -> Quantized:
+def quantize(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0, gated: bool = False) -> Quantized:
     """Round every token to 8 bits, as `fake_quantize_activation` does.
 
-    Args:
-        x: (M, C) float32 or bfloat16. A token with a NaN or an infinity gets 0 where x * s is NaN; its products are
-            NaN.
-
-    Raises:
-        ValueError: another dtype or rank, or more than 131071 columns.
-    """
-    check_tokens("x", x)
-    return quantize("plain", x) if is_native(x) else quantize_rows_reference(x)
-
-
-def rms_norm_quantize_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Quantized:
-    """Compute `rms_norm_quantize` in torch."""
-    x = x.float()
-    return quantize_rows_reference(x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight)
-
-
-def rms_norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Quantized:
-    """Round x / sqrt(mean x^2 + eps) * weight to 8 bits, all in float32.
-
-    Equal to torch up to the order of the sum: s within 1e-5 relative, codes within 1.
+    A token with a NaN or an infinity gets 0 where x * s is NaN; its products are NaN. Compiled code gives the bits of
+    torch; with a weight or a gate, up to the order of the sum and the error of exp: s within 1e-5 relative, codes
+    within 1.
 
     Args:
-        x: (M, C) float32 or bfloat16.
-        weight: (C,) float32.
+        x: (M, C) float32 or bfloat16; computed in float32.
+        weight: (C,) float32, to round the RMS norm x / sqrt(mean x^2 + eps) * weight.
         eps: added to the mean square.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        gated: x is (M, 2 C), gates in the first half, and silu(gate) up is rounded; with a weight, the RMS norm of
+            relu(gate)^2 up, which BitNet's MLP gives to its last product.
     """
-    check_tokens("x", x)
-    check("weight", weight, (x.shape[1],), torch.float32, x.device)
+    known, C = x.ndim == 2 and x.dtype in DTYPES, x.shape[-1]
+    require(known, "x is {} {}; expected float32 or bfloat16 (tokens, columns).", x.dtype, tuple(x.shape))
+    require(not gated or C % 2 == 0, "x has {} columns; expected an even number.", C)
+    check("weight", weight, (C // 2 if gated else C,), torch.float32, x.device)
     if not is_native(x):
-        return rms_norm_quantize_reference(x, weight, eps)
-    return quantize("rms", x, weight, eps)
-
-
-def check_gate(gate_up: torch.Tensor) -> int:
-    """Check gates and values (M, 2 I); returns I."""
-    check_tokens("gate_up", gate_up)
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up has {gate_up.shape[1]} columns; expected an even number.")
-    return gate_up.shape[1] // 2
-
-
-def silu_mul_quantize_reference(gate_up: torch.Tensor) -> Quantized:
-    """Compute `silu_mul_quantize` in torch."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return quantize_rows_reference(F.silu(gate) * up)
-
-
-def silu_mul_quantize(gate_up: torch.Tensor) -> Quantized:
-    """Round silu(gate) * up to 8 bits, all in float32.
-
-    Equal to torch up to the error of exp: s within 1e-5 relative, codes within 1.
-
-    Args:
-        gate_up: (M, 2 I) float32 or bfloat16, the gate in the first half.
-
-    Raises:
-        ValueError: a dtype or rank that does not fit, or an odd width.
-    """
-    check_gate(gate_up)
-    return quantize("silu", gate_up) if is_native(gate_up) else silu_mul_quantize_reference(gate_up)
-
-
-def relu2_norm_quantize_reference(gate_up: torch.Tensor, weight: torch.Tensor, eps: float) -> Quantized:
-    """Compute `relu2_norm_quantize` in torch."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return rms_norm_quantize_reference(gate.relu().square() * up, weight, eps)
-
-
-def relu2_norm_quantize(gate_up: torch.Tensor, weight: torch.Tensor, eps: float) -> Quantized:
-    """Round the RMS norm of relu(gate)^2 up to 8 bits, all in float32.
-
-    BitNet's MLP gives this to its last product. Equal to torch up to the order of the sum: s within 1e-5 relative,
-    codes within 1.
-
-    Args:
-        gate_up: (M, 2 I) float32 or bfloat16, the gate in the first half.
-        weight: (I,) float32.
-        eps: added to the mean square.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit, or an odd width.
-    """
-    columns = check_gate(gate_up)
-    check("weight", weight, (columns,), torch.float32, gate_up.device)
-    if not is_native(gate_up):
-        return relu2_norm_quantize_reference(gate_up, weight, eps)
-    return quantize("relu2", gate_up, weight, eps)
+        return quantize_reference(x, weight, eps, gated)
+    x = x.contiguous()
+    job, quantized, _scratch = quantize_job(x, weight, eps, gated)  # scratch memory lives until the run is over
+    run(*job)
+    return quantized
 
 
 # ------------------------------------------------------------------------------------------------------------- products
@@ -268,16 +156,8 @@ def relu2_norm_quantize(gate_up: torch.Tensor, weight: torch.Tensor, eps: float)
 def panels_from_bytes(packed: torch.Tensor, columns: int, form: Format) -> torch.Tensor:
     """Lay out packed rows for the kernels.
 
-    Args:
-        packed: (R, ceil(columns / per_byte)) uint8.
-        columns: C; numbers beyond it are ignored.
-        form: of the bytes.
-
-    Returns:
-        The same as `pack_panels` of the weights.
-
-    Raises:
-        ValueError: bytes that do not fit.
+    packed: (R, ceil(columns / per_byte)) uint8; numbers beyond `columns` are ignored. Bytes that do not fit the format
+    are refused. For the panels see `pack_codes`.
     """
     form.check(packed, columns)
     if not is_native(packed):
@@ -308,16 +188,11 @@ def linear_job(quantized: Quantized, matrix: Matrix, y: torch.Tensor, bias=None,
 
 
 def check_product(quantized: Quantized, matrix: Matrix, dtype: torch.dtype, bias=None, residual=None) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; expected torch.float32 or torch.bfloat16.")
-    M, device = quantized.x_q.shape[0], matrix.panels.device
+    require(dtype in DTYPES, "dtype is {}; expected torch.float32 or torch.bfloat16.", dtype)
+    M, device = len(quantized.x_q), matrix.panels.device
     check("x_q", quantized.x_q, (M, round_up(matrix.columns, COLUMNS)), torch.int8, device)
-    check("s", quantized.s, (M,), torch.float32, device)
-    check("sums", quantized.sums, (M,), torch.int32, device)
-    if bias is not None:
-        check("bias", bias, (matrix.rows,), torch.float32, device)
-    if residual is not None:
-        check("residual", residual, (M, matrix.rows), dtype, device)
+    check("bias", bias, (matrix.rows,), torch.float32, device)
+    check("residual", residual, (M, matrix.rows), dtype, device)
 
 
 def low_bit_linear_quantized_reference(
@@ -364,11 +239,7 @@ def low_bit_linear_quantized(
         quantized: M tokens, from one of the quantizers.
         matrix: (R, C).
         dtype: of the result, torch.float32 or torch.bfloat16.
-        bias: (R,) float32, or None.
-        residual: (M, R) of `dtype`, or None.
-
-    Returns:
-        (M, R). Raises ValueError for a shape, dtype or device that does not fit.
+        bias, residual: (R,) float32, and (M, R) of `dtype`.
     """
     check_product(quantized, matrix, dtype, bias, residual)
     if not is_native(quantized.x_q):
@@ -378,73 +249,39 @@ def low_bit_linear_quantized(
     return y
 
 
-def flat_tokens(x: torch.Tensor, columns: int) -> torch.Tensor:
-    """View x (..., C) as (M, C); padding to a multiple of 64 would hide another width."""
-    if x.shape[-1] != columns:
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected {columns} columns.")
-    return x.reshape(-1, columns)
-
-
-def low_bit_linear_reference(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `low_bit_linear` in torch, with the same bits, on any device."""
-    quantized = quantize_rows_reference(x.reshape(-1, x.shape[-1]))
-    y = low_bit_linear_quantized_reference(quantized, matrix, x.dtype, bias)
-    return y.view(*x.shape[:-1], matrix.rows)
+def quantize_tokens(x: torch.Tensor, columns: int) -> Quantized:
+    """Round x (..., C), whose width is checked here: padding to a multiple of 64 would hide another."""
+    require(x.shape[-1] == columns, "x is {} {}; expected {} columns.", x.dtype, tuple(x.shape), columns)
+    return quantize(x.reshape(-1, columns))
 
 
 @torch.compiler.disable
 def low_bit_linear(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Apply a linear layer with packed weights, its input rounded per token to 8 bits.
 
-    Args:
-        x: (..., C) float32 or bfloat16.
-        matrix: (R, C).
-        bias: (R,) float32, or None.
-
-    Returns:
-        (..., R) in the dtype of x. A token with a NaN or an infinity gives NaN in every row.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
+    x (..., C) float32 or bfloat16, bias (R,) float32 -> (..., R) in the dtype of x. A token with a NaN or an infinity
+    gives NaN in every row.
     """
-    quantized = quantize_rows(flat_tokens(x, matrix.columns))
+    quantized = quantize_tokens(x, matrix.columns)
     return low_bit_linear_quantized(quantized, matrix, x.dtype, bias).view(*x.shape[:-1], matrix.rows)
 
 
-def low_bit_linear_mixed_reference(x: torch.Tensor, parts: Sequence[MixedRows]) -> torch.Tensor:
-    """Compute `low_bit_linear_mixed` in torch, with the same bits, on any device."""
-    y = x.new_empty(*x.shape[:-1], parts[0].rows)
-    for part in parts:
-        y[..., part.places] = low_bit_linear_reference(x, part.matrix)
-    return y
-
-
 @torch.compiler.disable
-def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[MixedRows]) -> torch.Tensor:
+def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[tuple[Matrix, torch.Tensor]]) -> torch.Tensor:
     """Apply `low_bit_linear` with a matrix in parts, whose rows lie among each other.
 
-    Args:
-        x: (..., C) float32 or bfloat16.
-        parts: of one matrix; a row that is in none is not written.
-
-    Returns:
-        (..., rows of the whole matrix) in the dtype of x.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
+    Each part has its matrix, and the place of each of its rows in the whole, (its rows,) int64. Every row is in one.
     """
-    rows = parts[0].rows
-    quantized = quantize_rows(flat_tokens(x, parts[0].matrix.columns))
+    rows, quantized = sum(matrix.rows for matrix, _ in parts), quantize_tokens(x, parts[0][0].columns)
     y = x.new_empty(len(quantized.x_q), rows)
     # every part writes its own rows
-    for part in parts:
-        if part.rows != rows:
-            raise ValueError(f"parts are of matrices with {rows} and {part.rows} rows.")
+    for matrix, places in parts:
         if is_native(x):
-            check_product(quantized, part.matrix, x.dtype)
-            run(*linear_job(quantized, part.matrix, y, places=part.places))
+            check_product(quantized, matrix, x.dtype)
+            check("places", places, (matrix.rows,), torch.int64, x.device)
+            run(*linear_job(quantized, matrix, y, places=places))
         else:
-            y[:, part.places] = low_bit_linear_quantized(quantized, part.matrix, x.dtype)
+            y[:, places] = low_bit_linear_quantized(quantized, matrix, x.dtype)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -466,15 +303,12 @@ class Attention:
         self.buffer, self.bound = ctypes.create_string_buffer(8 * 15), None
 
     def tokens(self, qkv: torch.Tensor, turns: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        """Set the new tokens.
+        """Set the new tokens; returns what a run writes, (T, heads d) float32.
 
         Args:
             qkv: (T, (heads + 2 kv heads) d) float32: queries, keys, values. The queries are turned in place.
             turns: (T, d) float32: cosines, then sines, of the positions, as rotary embeddings by halves take them.
             length: () int64, tokens in the cache before them.
-
-        Returns:
-            (T, heads d) float32, which a run writes.
         """
         T, device = len(qkv), length.device
         check("qkv", qkv, (T, (self.heads + 2 * self.kv_heads) * self.head_dim), torch.float32, device)
@@ -491,9 +325,6 @@ class Attention:
             keys, values: contiguous (1, kv heads, capacity, d); new tokens are written from `length` on and must fit.
             memory: contiguous keys and values (1, kv heads, S, d) of the memory.
             gate: added to the memory's scores.
-
-        Raises:
-            ValueError: a shape, dtype or layout that does not fit.
         """
         parts = (keys, values, *(memory or ()))
         capacity, items = keys.shape[2], memory[0].shape[2] if memory else 0
@@ -521,6 +352,16 @@ class Attention:
             run(*job)
 
 
+class Eager:
+    """Operations that run at once, as a `Program` records them."""
+
+    quantize = staticmethod(quantize)
+
+    @staticmethod
+    def linear(quantized: Quantized, matrix: Matrix, bias=None, residual=None) -> torch.Tensor:
+        return low_bit_linear_quantized(quantized, matrix, torch.float32, bias, residual)
+
+
 class Program:
     """Operations recorded once and run in order by one call.
 
@@ -532,16 +373,9 @@ class Program:
         self.steps: list[Job] = []
         self.tensors, self.jobs = [], None  # tensors are kept alive
 
-    def quantize(self, x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0) -> Quantized:
-        """Record `quantize_rows` of x (M, C), or with a weight `rms_norm_quantize`."""
-        return self.add_quantize("plain" if weight is None else "rms", x, weight, eps)
-
-    def gate(self, gate_up: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0) -> Quantized:
-        """Record `silu_mul_quantize`, or with a weight `relu2_norm_quantize`."""
-        return self.add_quantize("silu" if weight is None else "relu2", gate_up, weight, eps)
-
-    def add_quantize(self, kind: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> Quantized:
-        job, quantized, scratch = quantize_job(kind, x, weight, eps)
+    def quantize(self, x: torch.Tensor, weight=None, eps: float = 0.0, gated: bool = False) -> Quantized:
+        """Record `quantize`."""
+        job, quantized, scratch = quantize_job(x, weight, eps, gated)
         self.add(job, x, weight, scratch, *quantized)
         return quantized
 

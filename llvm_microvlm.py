@@ -27,19 +27,14 @@ ROUND = 1.5 * 2**23  # adding it to |v| < 2**22 rounds v half to even and leaves
 
 
 class Target(NamedTuple):
-    """An instruction set.
+    """An instruction set."""
 
-    Attributes:
-        arch: of the CPU, "" for any.
-        width: bytes of the vector that a dot product takes.
-        tiles: numbers of tokens that share unpacked weights: the first as often as it goes, then the next.
-        features: that the CPU must have.
-    """
-
-    arch: str
-    width: int
-    tiles: tuple[int, ...]
-    features: tuple[str, ...]
+    arch: str  # of the CPU, "" for any
+    width: int  # bytes of the vector that a dot product takes
+    tiles: tuple[
+        int, ...
+    ]  # numbers of tokens that share unpacked weights: the first as often as it goes, then the next
+    features: tuple[str, ...]  # that the CPU must have
 
 
 AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
@@ -67,14 +62,7 @@ def runs_here(name: str) -> bool:
 
 @functools.cache
 def target() -> str:
-    """Choose the kernels: a key of `TARGETS`, or "torch".
-
-    MICROVLM_KERNELS is read once, at the first call.
-
-    Raises:
-        ValueError: MICROVLM_KERNELS is not a known name.
-        RuntimeError: it names a target that this CPU, or an environment without llvmlite, cannot run.
-    """
+    """Choose the kernels: a key of `TARGETS`, or "torch"; MICROVLM_KERNELS is read once, at the first call."""
     name = os.environ.get("MICROVLM_KERNELS", "auto")
     if name == "auto":
         return next((known for known in TARGETS if runs_here(known)), "torch")
@@ -105,7 +93,7 @@ def int64(value: int):
 
 
 class Emitter:
-    """A kernel while it is written: its IR builder `b`, and its arguments as attributes.
+    """A kernel while it is written: its IR builder `b`, its arguments as attributes; a subclass has its `body`.
 
     Args:
         pointers, integers: names of the words at `arguments`.
@@ -119,9 +107,9 @@ class Emitter:
         for i, (name, type_) in enumerate(zip(f"{pointers} {integers}".split(), types)):
             setattr(self, name, self.b.load(self.at(arguments, int64(i), I64), typ=type_))
 
-    def finish(self, body: Callable) -> str:
-        """Run body(i) over the range of the kernel; returns the IR."""
-        self.loop(self.begin, self.end, 1, lambda i, _: body(i) or ())
+    def emit(self) -> str:
+        """Run `body(i)` over the range of the kernel; returns the IR."""
+        self.loop(self.begin, self.end, 1, lambda i, _: self.body(i))
         self.b.ret_void()
         return str(self.b.module)
 
@@ -148,6 +136,8 @@ class Emitter:
         """Write a loop; returns the last i and carry.
 
         for (i = start; i + step <= stop; i += step) carry = body(i, carry)
+
+        A body without carry returns None.
         """
         b = self.b
         before, head, inside, after = b.block, *(b.append_basic_block() for _ in range(3))
@@ -161,7 +151,7 @@ class Emitter:
         b.cbranch(b.icmp_signed("<=", following, stop), inside, after)
         # inside: the body, whose result is carried to the head
         b.position_at_end(inside)
-        for phi, value in zip(phis, (following, *body(phis[0], phis[1:]))):
+        for phi, value in zip(phis, (following, *(body(phis[0], phis[1:]) or ()))):
             phi.add_incoming(value, b.block)
         b.branch(head)
         b.position_at_end(after)
@@ -243,14 +233,6 @@ def optimize(source: str, machine):
     builder = binding.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
     return module
-
-
-def assembly(name: str, source: str, triple: str) -> str:
-    """Return what IR becomes on another machine, to read."""
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    machine = machine_of(name, triple)
-    return machine.emit_assembly(optimize(source, machine))
 
 
 ENGINES = []  # keeps compiled code alive

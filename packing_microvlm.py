@@ -4,18 +4,19 @@
 
 Notable:
 - A byte on disk holds 8 signs, 5 trits, 2 nibbles or 1 number; rows start at a whole byte.
-- Panels hold 16 rows next to each other, one 32-bit lane of a vector register for each (`pack_panels`). A dot product
+- Panels hold 16 rows next to each other, one 32-bit lane of a vector register for each (`pack_codes`). A dot product
   of four bytes then adds up inside a row, so nothing is summed across lanes and memory is read in order.
 - Numbers in panels are unsigned, u = w + zero, because the x86 dot product takes unsigned times signed:
   sum w q = sum u q - zero sum q.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from .configuration_microvlm import require
 
 EPS = 1e-5  # floor of every scale, as in BitNet's reference code
 ROWS, COLUMNS = 16, 64  # rows of a panel, and what its columns are padded to a multiple of
@@ -32,116 +33,69 @@ def round_up(n: int, multiple: int) -> int:
 # ------------------------------------------------------------------------------------------------------ bytes on disk
 
 
-def pack_trits(values: torch.Tensor) -> torch.Tensor:
-    """Pack five values of {-1, 0, 1} into a byte: 1.6 bits a weight.
-
-    A byte is the sum of (value + 1) * 3**i over its five columns, i = 0 first; the last byte of a row is padded with 0.
-
-    Args:
-        values: (R, C), any dtype.
-
-    Returns:
-        uint8 (R, ceil(C / 5)).
-
-    Raises:
-        ValueError: another value than -1, 0 or 1.
-    """
-    if bool((values.abs() > 1).any()) or bool((values != values.round()).any()):
-        raise ValueError("values must be -1, 0 or 1.")
-    # base-3 digits, padded to whole bytes
-    digits = F.pad(values.to(torch.uint8) + 1, (0, -values.shape[1] % 5), value=1)
-    out = torch.zeros(len(digits), digits.shape[1] // 5, dtype=torch.uint8, device=values.device)
-    for i in range(5):
-        out += digits[:, i::5] * 3**i
-    return out
-
-
-def unpack_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Invert `pack_trits`: int8 (R, columns). Raises ValueError for another shape or a byte above 242."""
-    FORMATS["ternary"].check(packed, columns)
-    return trits_of_bytes(packed.device)[packed.int()].flatten(1)[:, :columns]
-
-
-@functools.cache
-def trits_of_bytes(device: torch.device) -> torch.Tensor:
-    """Return the five values of every byte, int8 (243, 5)."""
-    return (torch.arange(243).unsqueeze(1) // 3 ** torch.arange(5) % 3 - 1).to(device, torch.int8)
-
-
-def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
-    """Pack two values of -8 to 7 into a byte, the first low: uint8 (R, ceil(C / 2))."""
-    codes = F.pad((values + 8).to(torch.uint8), (0, values.shape[1] % 2), value=8)
-    return codes[:, ::2] | codes[:, 1::2] << 4
-
-
-def unpack_nibbles(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Invert `pack_nibbles`: int8 (R, columns)."""
-    return torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :columns].to(torch.int8) - 8
-
-
-def pack_signs(values: torch.Tensor) -> torch.Tensor:
-    """Pack eight values of -1 or 1 into a byte, the first lowest: uint8 (R, ceil(C / 8))."""
-    bits = F.pad((values > 0).to(torch.uint8), (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (bits << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_signs(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Invert `pack_signs`: int8 (R, columns)."""
-    bits = packed.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return bits.flatten(1)[:, :columns].to(torch.int8) * 2 - 1
-
-
-def pack_bytes(values: torch.Tensor) -> torch.Tensor:
-    """View int8 (R, C) as bytes (R, C)."""
-    return values.view(torch.uint8)
-
-
-def unpack_bytes(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """View bytes (R, C) as int8 (R, C)."""
-    return packed.view(torch.int8)
-
-
 @dataclass(frozen=True)
 class Format:
-    """How whole numbers are stored.
-
-    Attributes:
-        low, high: the range.
-        bits: of a number in panels.
-        per_byte: numbers in a byte on disk.
-        pack, unpack: between int8 (R, C) and uint8 (R, ceil(C / per_byte)).
-        largest: byte that numbers make.
-    """
+    """How whole numbers are stored: `per_byte` columns are the digits of a byte, the first the lowest."""
 
     low: int
     high: int
-    bits: int
-    per_byte: int
-    pack: Callable[[torch.Tensor], torch.Tensor]
-    unpack: Callable[[torch.Tensor, int], torch.Tensor]
-    largest: int = 255
+    bits: int  # of a number in panels
+    base: int  # of the digits
+    per_byte: int  # digits of a byte; with one, the byte is the number itself
 
-    def check(self, packed: torch.Tensor, columns: int) -> None:
+    @property
+    def largest(self) -> int:
+        """Largest byte that digits make."""
+        return self.base**self.per_byte - 1
+
+    @property
+    def step(self) -> int:
+        """Distance of two numbers."""
+        return (self.high - self.low) // (self.base - 1)
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """Pack numbers (R, C) into bytes, uint8 (R, ceil(C / per_byte)); rows are filled up with 0."""
+        if self.per_byte == 1:
+            return values.view(torch.uint8)
+        digits = ((values - self.low) // self.step).to(torch.uint8)
+        digits = F.pad(digits, (0, -values.shape[1] % self.per_byte), value=-self.low // self.step)
+        return sum(digits[:, i :: self.per_byte] * self.base**i for i in range(self.per_byte))
+
+    def unpack(self, packed: torch.Tensor, columns: int) -> torch.Tensor:
+        """Invert `pack`: int8 (R, columns)."""
+        if self.per_byte == 1:
+            return packed.view(torch.int8)
+        return numbers_of_bytes(self, packed.device)[packed.int()].flatten(1)[:, :columns]
+
+    def check(self, packed: torch.Tensor, columns: int, where: str = "") -> None:
         """Raise a ValueError if bytes are not rows of `columns` numbers in this format."""
-        width = -(-columns // self.per_byte)
-        if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
-            shape = f"{packed.dtype} {tuple(packed.shape)}"
-            raise ValueError(f"{columns} weights a row take uint8 (rows, {width}), got {shape}.")
-        if self.largest < 255 and packed.numel() and packed.max() > self.largest:
-            raise ValueError(f"a byte of five trits is at most {self.largest}, got {int(packed.max())}.")
+        width, shape = -(-columns // self.per_byte), f"{packed.dtype} {tuple(packed.shape)}"
+        fits = packed.dtype == torch.uint8 and packed.ndim == 2 and packed.shape[1] == width
+        require(fits, f"{where}{columns} weights a row take uint8 (rows, {width}), got {shape}.")
+        if self.largest < 255 and packed.numel():
+            most = int(packed.max())
+            require(most <= self.largest, f"{where}a byte of five trits is at most {self.largest}, got {most}.")
 
     def codes_of_bytes(self, device: torch.device) -> torch.Tensor:
         """Return the numbers of every byte plus `ZERO[bits]`, uint8 (256, per_byte)."""
-        every = torch.arange(256, device=device).clamp(max=self.largest).to(torch.uint8)
-        return self.unpack(every.unsqueeze(1), self.per_byte).view(torch.uint8) + ZERO[self.bits]  # wraps: -1 is 255
+        every = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)
+        return self.unpack(every, self.per_byte).view(torch.uint8) + ZERO[self.bits]  # wraps: -1 is 255
 
 
 FORMATS = {
-    "binary": Format(-1, 1, 2, 8, pack_signs, unpack_signs),
-    "ternary": Format(-1, 1, 2, 5, pack_trits, unpack_trits, largest=242),
-    "int4": Format(-8, 7, 4, 2, pack_nibbles, unpack_nibbles),
-    "int8": Format(-128, 127, 8, 1, pack_bytes, unpack_bytes),
+    "binary": Format(-1, 1, 2, 2, 8),
+    "ternary": Format(-1, 1, 2, 3, 5),
+    "int4": Format(-8, 7, 4, 16, 2),
+    "int8": Format(-128, 127, 8, 256, 1),
 }
+
+
+@functools.cache
+def numbers_of_bytes(form: Format, device: torch.device) -> torch.Tensor:
+    """Return the numbers of every byte, int8 (256, per_byte); a byte that is too large counts as the largest."""
+    every = torch.arange(256).clamp(max=form.largest).unsqueeze(1)
+    digits = every // form.base ** torch.arange(form.per_byte) % form.base
+    return (form.low + form.step * digits).to(device, torch.int8)
 
 
 # ----------------------------------------------------------------------------------------------------------- rounding
@@ -149,40 +103,27 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weight of a module is stored, an entry of `quantization_config.modules`.
+    """How the weight of a module is stored, an entry of `quantization_config.modules`."""
 
-    Args:
-        format: binary (1 bit, the sign), ternary (1.6 bits), int4 or int8.
-        group_size: which weights share a scale: "tensor", "row", or a number of columns of a row.
-        activation_bits: 8 rounds the input per token, so that products are of whole numbers; None unpacks the weight.
-        scale_type: float16 or float32.
-        frequent_rows: of an embedding: the number of rows stored in `frequent_format`.
-        frequent_format: of those rows.
-
-    Raises:
-        ValueError: another value.
-    """
-
-    format: str = "ternary"
-    group_size: int | str = "tensor"
-    activation_bits: int | None = 8
-    scale_type: str = "float32"
-    frequent_rows: int = 0
+    format: str = "ternary"  # binary (1 bit, the sign), ternary (1.6 bits), int4 or int8
+    group_size: int | str = "tensor"  # which weights share a scale: "tensor", "row", or a number of columns of a row
+    activation_bits: int | None = 8  # 8 rounds the input per token, for products of whole numbers; None unpacks
+    scale_type: str = "float32"  # or float16
+    frequent_rows: int = 0  # of an embedding: the number of rows stored in `frequent_format`
     frequent_format: str = "int8"
 
     def __post_init__(self):
-        size, frequent, formats = self.group_size, self.frequent_rows, [*FORMATS]
+        size, frequent, formats = self.group_size, self.frequent_rows, ", ".join(FORMATS)
         grouped = size in ("tensor", "row") or isinstance(size, int) and size > 0
         for name, fits, expected in (
-            ("format", self.format in formats, f"one of {', '.join(formats)}"),
-            ("frequent_format", self.frequent_format in formats, f"one of {', '.join(formats)}"),
+            ("format", self.format in [*FORMATS], f"one of {formats}"),  # a list: a value may have no hash
+            ("frequent_format", self.frequent_format in [*FORMATS], f"one of {formats}"),
             ("group_size", grouped, "'tensor', 'row' or a number of columns"),
             ("activation_bits", self.activation_bits in (8, None), "8 or null"),
             ("scale_type", self.scale_type in ("float16", "float32"), "float16 or float32"),
             ("frequent_rows", type(frequent) is int and frequent >= 0, "a whole number"),
         ):
-            if not fits:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+            require(fits, f"{name} must be {expected}, got {getattr(self, name)!r}.")
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -211,13 +152,10 @@ def spread(scale: torch.Tensor, group_size: int | str, columns: int) -> torch.Te
 def ternary_quantize(weight: torch.Tensor, group_size: int | str = "tensor") -> tuple[torch.Tensor, torch.Tensor]:
     """Round a matrix to three values by its mean magnitude (BitNet b1.58, arXiv 2402.17764).
 
-    Args:
-        weight: (R, C), any floating dtype.
-        group_size: what shares a scale: "tensor", "row", or a number of columns (the last group may be shorter).
+    group_size: what shares a scale: "tensor", "row", or a number of columns (the last group may be shorter).
 
-    Returns:
-        Values in {-1, 0, 1}, float32 (R, C), and the scales, float32: () for the tensor, else (R, 1) or
-        (R, ceil(C / group_size)). Values times scales approximate the weight.
+    Returns values in {-1, 0, 1}, float32 (R, C), and the scales, float32: () for the tensor, else (R, 1) or
+    (R, ceil(C / group_size)). Values times scales approximate the weight.
     """
     weight = weight.float()
     if group_size == "tensor":
@@ -234,12 +172,7 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor,
     Binary and ternary scales start at the mean magnitude and are refined by least squares, which leaves a ternary
     matrix what it is. Those of integers are the best of 16 fractions of the largest magnitude.
 
-    Args:
-        weight: (R, C), any floating dtype.
-        scheme: format and groups.
-
-    Returns:
-        int8 (R, C) and the scales, shape `scheme.groups(R, C)`. Numbers times scales approximate the weight.
+    Returns int8 (R, C) and the scales, shape `scheme.groups(R, C)`. Numbers times scales approximate the weight.
     """
     form, size = FORMATS[scheme.format], scheme.group_size
     groups = group_weights(weight.float(), size)
@@ -275,70 +208,32 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor,
 # ----------------------------------------------------------------------------------------------------------- panels
 
 
-def check_columns(columns: int) -> None:
-    """Raise a ValueError if a sum of products may not fit 32 bits."""
-    if not 0 < columns <= MAX_COLUMNS:
-        raise ValueError(f"columns is {columns}; expected 1 to {MAX_COLUMNS}, so that a sum fits 32 bits.")
-
-
 def panel_bytes(rows: int, columns: int, bits: int) -> int:
     """Return the length of the panels of a (rows, columns) matrix."""
-    if bits not in ZERO:
-        raise ValueError(f"bits is {bits}; expected 2, 4 or 8.")
-    check_columns(columns)
+    fits = 0 < columns <= MAX_COLUMNS
+    require(fits, f"columns is {columns}; expected 1 to {MAX_COLUMNS}, so that a sum fits 32 bits.")
     return round_up(rows, ROWS) * round_up(columns, COLUMNS) * bits // 8
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Lay out unsigned codes (R, C) uint8 as panels."""
+    """Lay out unsigned codes (R, C) uint8 as panels, (`panel_bytes`(R, C, bits),) uint8.
+
+    A panel holds 16 rows as vectors of 64 bytes, four bytes of every row. A byte has 8 / bits fields, the first in the
+    lowest bits. The first fields of the four bytes are four neighbouring columns, the next fields the next four.
+    Columns are padded with zero weights to a multiple of 64, rows to a multiple of 16.
+    """
     R, C = codes.shape
-    codes = F.pad(codes, (0, round_up(C, COLUMNS) - C, 0, round_up(R, ROWS) - R), value=ZERO[bits])
+    codes = F.pad(codes, (0, -C % COLUMNS, 0, -R % ROWS), value=ZERO[bits])
     # (panel, row, vector, field, byte), then fields joined into bytes
-    codes = codes.view(round_up(R, ROWS) // ROWS, ROWS, -1, 8 // bits, GROUP)
+    codes = codes.view(len(codes) // ROWS, ROWS, -1, 8 // bits, GROUP)
     packed = codes[:, :, :, 0].clone()
     for k in range(1, 8 // bits):
         packed |= codes[:, :, :, k] << (k * bits)
     return packed.transpose(1, 2).reshape(-1)
 
 
-def pack_panels(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Lay out signed weights for the kernels.
-
-    A panel holds 16 rows as vectors of 64 bytes, four bytes of every row. A byte has 8 / bits fields, the first in the
-    lowest bits. The first fields of the four bytes are four neighbouring columns, the next fields the next four.
-    Columns are padded with zero weights to a multiple of 64, rows to a multiple of 16.
-
-    Args:
-        values: (R, C) int8; -1..1 for 2 bits, -8..7 for 4, -128..127 for 8.
-        bits: 2, 4 or 8.
-
-    Returns:
-        (`panel_bytes`(R, C, bits),) uint8. Raises ValueError for another width, dtype, shape or range.
-    """
-    if values.ndim != 2 or values.dtype != torch.int8:
-        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}; expected int8 (rows, columns).")
-    panel_bytes(*values.shape, bits)
-    # shift to unsigned codes
-    low, high = -ZERO[bits], 1 if bits == 2 else ZERO[bits] - 1
-    if values.numel() and (values.min() < low or values.max() > high):
-        span = f"{int(values.min())}..{int(values.max())}"
-        raise ValueError(f"values span {span}; expected {low}..{high} for {bits} bits.")
-    return pack_codes(values.view(torch.uint8) + ZERO[bits], bits)  # wraps: -1 is 255
-
-
-def check_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> None:
-    """Raise a ValueError if panels do not fit a matrix of this shape and width."""
-    length = panel_bytes(rows, columns, bits)
-    if panels.dtype != torch.uint8 or panels.shape != (length,) or not panels.is_contiguous():
-        raise ValueError(
-            f"panels are {panels.dtype} {tuple(panels.shape)}; expected contiguous uint8 ({length},) for "
-            f"{rows} x {columns} weights of {bits} bits."
-        )
-
-
 def unpack_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> torch.Tensor:
-    """Invert `pack_panels`: (rows, columns) int8. Raises ValueError if the length does not fit."""
-    check_panels(panels, rows, columns, bits)
+    """Return the numbers of panels, int8 (rows, columns)."""
     count, padded = round_up(rows, ROWS) // ROWS, round_up(columns, COLUMNS)
     # split bytes into fields, (panel, vector, field, row, byte)
     packed = panels.view(count, padded * bits // (8 * GROUP), 1, ROWS, GROUP)

@@ -23,17 +23,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .kernels_microvlm import Matrix, MixedRows, low_bit_linear, low_bit_linear_mixed, panels_from_bytes
-from .packing_microvlm import (
-    EPS,
-    FORMATS,
-    Scheme,
-    pack_signs,
-    quantize_weight,
-    spread,
-    ternary_quantize,
-    unpack_signs,
-)
+from .configuration_microvlm import require
+from .kernels_microvlm import Matrix, low_bit_linear, low_bit_linear_mixed, panels_from_bytes
+from .packing_microvlm import EPS, FORMATS, Scheme, quantize_weight, spread, ternary_quantize
 
 QUANT_METHOD = "microvlm"
 # dtypes of numbers and scales -> their names in safetensors
@@ -110,8 +102,7 @@ def replace_with_ternary(model: nn.Module, patterns: list[str], **options) -> li
     replaced = []
     for pattern in patterns:
         names = [name for name in linears if re.fullmatch(pattern, name)]
-        if not names:
-            raise ValueError(f"qat_config.ternary_modules: {pattern!r} matches no linear layer of the model.")
+        require(bool(names), f"ternary_modules: {pattern!r} matches no linear layer of the model.")
         # the new layer has the old one's parameters
         for name in names:
             old = linears.pop(name)
@@ -162,10 +153,7 @@ class PackedWeight(nn.Module):
 
     def check(self, name: str) -> None:
         """Raise a ValueError that names the tensor if its bytes are not of this format."""
-        try:
-            self.format.check(self.weight, self.columns)
-        except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from error
+        self.format.check(self.weight, self.columns, f"{name}.weight: ")
 
     def values(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return the numbers of some rows, or of all, int8 (N, C)."""
@@ -287,20 +275,19 @@ class PackedEmbedding(nn.Module):
         """Quantize a vocabulary (V, D); `counts` (V,) say how often its rows are used."""
         if self.frequent is None:
             return self.rest.store(weight)
-        if counts is None:
-            raise ValueError("frequent_rows needs counts of the tokens.")
+        require(counts is not None, "frequent_rows needs counts of the tokens.")
         # the most frequent rows, the first of equals
         chosen = torch.zeros(len(weight), dtype=torch.bool)
         chosen[counts.argsort(descending=True, stable=True)[: self.frequent.rows]] = True
         self.frequent.store(weight[chosen])
         self.rest.store(weight[~chosen])
-        self.is_frequent = pack_signs(chosen.unsqueeze(0))[0]
+        self.is_frequent = FORMATS["binary"].pack(torch.where(chosen, 1, -1).unsqueeze(0))[0]
         self._places = self._mixed = None
 
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which rows are frequent (V,), and every row's place in its part (V,)."""
         if self._places is None:
-            chosen = unpack_signs(self.is_frequent.unsqueeze(0), self.num_embeddings)[0] > 0
+            chosen = FORMATS["binary"].unpack(self.is_frequent.unsqueeze(0), self.num_embeddings)[0] > 0
             self._places = chosen, torch.where(chosen, chosen.cumsum(0), (~chosen).cumsum(0)) - 1
         return self._places
 
@@ -318,8 +305,8 @@ class PackedEmbedding(nn.Module):
         self.rest.check(f"{name}.rest")
         if self.frequent is not None:
             self.frequent.check(f"{name}.frequent")
-            if (count := int(self.places()[0].sum())) != self.frequent.rows:
-                raise ValueError(f"{name}.is_frequent marks {count} rows of {self.frequent.rows}.")
+            count, expected = int(self.places()[0].sum()), self.frequent.rows
+            require(count == expected, f"{name}.is_frequent marks {count} rows of {expected}.")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return all rows, (V, D)."""
@@ -351,7 +338,7 @@ class PackedEmbedding(nn.Module):
                 logits[..., where] = part.product(x)
             return logits
         if self._mixed is None:
-            self._mixed = [MixedRows(part.matrix(), where, self.num_embeddings) for part, where in self.parts()]
+            self._mixed = [(part.matrix(), where) for part, where in self.parts()]
         return low_bit_linear_mixed(kernel_input(x), self._mixed).to(x.dtype)
 
     def parts(self) -> list[tuple[PackedWeight, torch.Tensor]]:
@@ -389,15 +376,15 @@ class PackedConfig(QuantizationConfigMixin):
 
     def __init__(self, modules: dict[str, dict] | None = None, order: list[str] | None = None, **kwargs):
         self.quant_method, where = QUANT_METHOD, "quantization_config"
-        if not isinstance(modules, dict) or not all(isinstance(values, dict) for values in modules.values()):
-            raise ValueError(f"{where}.modules must be an object of expressions with an object each, got {modules!r}.")
+        objects = isinstance(modules, dict) and all(isinstance(values, dict) for values in modules.values())
+        require(objects, f"{where}.modules must be an object of expressions with an object each, got {modules!r}.")
         for pattern in modules:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{where}.modules: {pattern!r} is not a regular expression: {error}.") from error
-        if order is not None and (not isinstance(order, list) or sorted(order, key=str) != sorted(modules)):
-            raise ValueError(f"{where}.order must hold every expression of {where}.modules once.")
+        ordered = order is None or isinstance(order, list) and sorted(order, key=str) == sorted(modules)
+        require(ordered, f"{where}.order must hold every expression of {where}.modules once.")
         # config.json sorts names: another order is kept next to them
         self.modules = {pattern: modules[pattern] for pattern in order or modules}
         if list(self.modules) != sorted(self.modules):
@@ -406,10 +393,10 @@ class PackedConfig(QuantizationConfigMixin):
 
     def schemes(self) -> dict[str, Scheme]:
         """Return the scheme of every expression."""
-        known = {f.name for f in fields(Scheme)}
+        known = sorted(f.name for f in fields(Scheme))
         for pattern, values in self.modules.items():
-            if unknown := sorted(set(values) - known):
-                raise ValueError(f"{pattern}: unknown key {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+            unknown = sorted(set(values) - set(known))
+            require(not unknown, f"{pattern}: unknown key {', '.join(unknown)}. Known: {', '.join(known)}.")
         return {pattern: Scheme(**values) for pattern, values in self.modules.items()}
 
 
@@ -418,8 +405,7 @@ def packed_module(name: str, module: nn.Linear | nn.Embedding, scheme: Scheme, d
     kwargs = {"device": module.weight.device, "dtype": dtype or module.weight.dtype}
     if isinstance(module, nn.Embedding):
         return PackedEmbedding(*module.weight.shape, scheme, **kwargs)
-    if scheme.frequent_rows:
-        raise ValueError(f"{name} is a linear layer: frequent_rows is for embeddings.")
+    require(not scheme.frequent_rows, f"{name} is a linear layer: frequent_rows is for embeddings.")
     new = PackedLinear(module.in_features, module.out_features, module.bias is not None, scheme, **kwargs)
     if isinstance(module, TernaryLinear):
         options = ("ternary_weights", "activation_bits", "group_size")
@@ -441,9 +427,6 @@ def replace_with_packed(
 
     Returns:
         The new modules by name.
-
-    Raises:
-        ValueError: a pattern that matches no linear layer or embedding, or a format that a layer does not take.
     """
     new, schemes, unused = {}, config.schemes(), list(config.modules)
     # make the new modules, the first pattern that matches counts
@@ -452,17 +435,15 @@ def replace_with_packed(
         if pattern is not None and isinstance(module, (nn.Linear, nn.Embedding)):
             new[name] = packed_module(name, module, schemes[pattern], dtype)
             unused = [p for p in unused if p != pattern]
-    if unused:
-        raise ValueError(
-            f"quantization_config.modules: {unused[0]!r} matches no linear layer or embedding of the model."
-        )
+    no_layer = "quantization_config.modules: {!r} matches no linear layer or embedding of the model."
+    require(not unused, no_layer, *unused)
     for name, module in new.items():
         model.set_submodule(name, module)
     # the head shares a packed vocabulary
     embedding = model.get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
-        if not model.config.get_text_config().tie_word_embeddings:
-            raise ValueError("the vocabulary can be packed when the head is tied to it.")
+        tied = model.config.get_text_config().tie_word_embeddings
+        require(tied, "the vocabulary can be packed when the head is tied to it.")
         model.set_output_embeddings(PackedHead(embedding))
         model._tied_weights_keys = model.all_tied_weights_keys = {}
     return new
@@ -483,22 +464,19 @@ class PackedQuantizer(HfQuantizer):
                 for name in sorted(state.keys() & set(tensors.keys())):
                     self.check_stored(name, tensors.get_slice(name), state[name], name in packed)
                 missing -= set(tensors.keys())
-        if missing:
-            raise ValueError(f"{min(missing)} is missing in the packed checkpoint.")
+        require(not missing, "{} is missing in the packed checkpoint.", *sorted(missing))
 
     @staticmethod
     def check_stored(name: str, stored, expected: torch.Tensor, packed: bool) -> None:
         """Raise a ValueError if a tensor, of a `packed` module or another, is stored otherwise."""
-        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-        if packed and shape != tuple(expected.shape):
-            raise ValueError(f"{name} has the shape {shape}, expected {tuple(expected.shape)}.")
+        shape, dtype, wanted = tuple(stored.get_shape()), stored.get_dtype(), tuple(expected.shape)
+        require(not packed or shape == wanted, f"{name} has the shape {shape}, expected {wanted}.")
         if packed and not name.endswith(".bias"):
-            fits, known = dtype == STORED_DTYPES[expected.dtype], STORED_DTYPES[expected.dtype]
+            known = STORED_DTYPES[expected.dtype]
+            require(dtype == known, f"{name} is stored as {dtype}, expected {known}.")
         else:  # transformers casts those
             fits = not expected.is_floating_point() or dtype.startswith(("F", "BF"))
-            known = "a floating point type"
-        if not fits:
-            raise ValueError(f"{name} is stored as {dtype}, expected {known}.")
+            require(fits, f"{name} is stored as {dtype}, expected a floating point type.")
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in model.named_modules():

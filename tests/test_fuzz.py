@@ -169,9 +169,9 @@ def test_an_array_gives_pixels_or_a_refusal(processor, data):
 @given(st.integers(1, 40), st.integers(1, 40), SEEDS)
 def test_trits_come_back(rows, columns, seed):
     values = torch.randint(-1, 2, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    packed = packing.pack_trits(values)
+    packed = packing.FORMATS["ternary"].pack(values)
     assert packed.shape == (rows, -(-columns // 5))
-    assert torch.equal(packing.unpack_trits(packed, columns), values)
+    assert torch.equal(packing.FORMATS["ternary"].unpack(packed, columns), values)
 
 
 def regression(addresses: torch.Tensor, contents: torch.Tensor, noise: float):

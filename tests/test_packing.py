@@ -37,7 +37,7 @@ EVERYTHING = {
 
 def test_trits_by_hand():
     values = torch.tensor([[-1, 0, 1, 1, -1, 0], [1, 1, 1, 1, 1, 1]])
-    packed = packing.pack_trits(values)
+    packed = packing.FORMATS["ternary"].pack(values)
     first = 0 + 1 * 3 + 2 * 9 + 2 * 27 + 0 * 81
     filled = 3 + 9 + 27 + 81  # four zeros after the sixth column
     assert packed.tolist() == [[first, 1 + filled], [242, 2 + filled]]
@@ -56,17 +56,11 @@ def test_round_trip_of_every_length(format, rows):
         assert torch.equal(form.unpack(packed, columns), values)
 
 
-@pytest.mark.parametrize("value", [2, -2, 0.5])
-def test_other_values_are_no_trits(value):
-    with pytest.raises(ValueError, match="^values must be -1, 0 or 1.$"):
-        packing.pack_trits(torch.tensor([[0, value]]))
-
-
 def test_bytes_that_are_no_trits():
     with pytest.raises(ValueError, match="^a byte of five trits is at most 242, got 243.$"):
-        packing.unpack_trits(torch.tensor([[0, 243]], dtype=torch.uint8), 10)
+        packing.FORMATS["ternary"].check(torch.tensor([[0, 243]], dtype=torch.uint8), 10)
     with pytest.raises(ValueError, match=re.escape("11 weights a row take uint8 (rows, 3), got torch.uint8 (1, 2).")):
-        packing.unpack_trits(torch.zeros(1, 2, dtype=torch.uint8), 11)
+        packing.FORMATS["ternary"].check(torch.zeros(1, 2, dtype=torch.uint8), 11)
 
 
 # --- rounding

@@ -113,7 +113,7 @@ class TestReplace:
         with pytest.raises(ValueError) as error:
             tiny_model(qat_config={"ternary_modules": [LAYERS, "language_model.heads.*"]})
         assert str(error.value) == (
-            "qat_config is not valid: qat_config.ternary_modules: 'language_model.heads.*' matches no linear layer of the model."
+            "qat_config is not valid: ternary_modules: 'language_model.heads.*' matches no linear layer of the model."
         )
 
     def test_model_computes_with_rounded_weights(self, text_type):
