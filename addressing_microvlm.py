@@ -35,19 +35,9 @@ def ben_cohen_inverse(a: torch.Tensor, steps: int) -> torch.Tensor:
     return x
 
 
-def iterated_inverse(reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
-    """Invert M_ref (K, C) by `ben_cohen_steps` steps, to (C, K)."""
-    return ben_cohen_inverse(reference, config.ben_cohen_steps)
-
-
 def product_address(keys: torch.Tensor, inverse: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
     """Address keys (..., C) by an inverse (C, K), to (..., K)."""
     return keys @ inverse
-
-
-def no_preparation(reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
-    """Return M_ref itself."""
-    return reference
 
 
 def gaussian_address(keys: torch.Tensor, reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
@@ -65,8 +55,10 @@ class Addressing(NamedTuple):
 
 ADDRESSINGS = {
     "pseudoinverse": Addressing(ridge_inverse, product_address),
-    "ben_cohen": Addressing(iterated_inverse, product_address),
-    "gaussian": Addressing(no_preparation, gaussian_address),
+    "ben_cohen": Addressing(
+        lambda reference, config: ben_cohen_inverse(reference, config.ben_cohen_steps), product_address
+    ),
+    "gaussian": Addressing(lambda reference, config: reference, gaussian_address),
 }
 
 

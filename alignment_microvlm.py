@@ -89,38 +89,26 @@ class AlignmentMixin:
         require(kind != "only" or has_images, "return_alignment='only' needs images: give pixel_values.")
         require(not kind or not has_images or input_ids is not None, "return_alignment needs input_ids.")
 
-    def align(
-        self,
-        input_ids: torch.LongTensor,
-        prefix: torch.FloatTensor,
-        labels: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        use_fusion: bool | None,
-    ) -> dict[str, torch.Tensor | None]:
-        """Name the outputs of `get_alignment` for labelled text (B, T), or without labels for all text."""
-        # words of the answer alone, without padding
-        text_mask = labels != -100 if labels is not None else input_ids != self.config.image_token_id
-        if attention_mask is not None:
-            text_mask = text_mask & attention_mask.bool()
-        use_fusion = self.config.use_fusion if use_fusion is None else use_fusion
-        names = ("image_embeds", "text_embeds", "match_logits")
-        return dict(zip(names, self.get_alignment(input_ids, prefix, text_mask, use_fusion)))
-
     def get_alignment(
         self,
         input_ids: torch.LongTensor,
         image_hidden_states: torch.FloatTensor,
-        text_mask: torch.BoolTensor,
-        use_fusion: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        labels: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        use_fusion: bool | None,
+    ) -> dict[str, torch.Tensor]:
         """Embed the images and texts of the R rows that have both in the shared space.
 
         Args:
             input_ids: (B, T), with P placeholders per image.
             image_hidden_states: prefix tokens (N, P, D).
-            text_mask: positions (B, T) of the text that describes the row's images.
-            use_fusion: also return match_logits (R, 2), after image_embeds and text_embeds (R, projection).
+            labels: (B, T), -100 where the text is not a description of the row's images; None: all of it is.
+            attention_mask: (B, T).
+            use_fusion: also return `match_logits` (R, 2); default: the config's.
         """
+        text_mask = labels != -100 if labels is not None else input_ids != self.config.image_token_id
+        if attention_mask is not None:
+            text_mask = text_mask & attention_mask.bool()
         # rows with an image and a text
         per_row = self.count_images(input_ids)  # (B,)
         owner = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(per_row)  # (N,)
@@ -133,13 +121,11 @@ class AlignmentMixin:
         text, mask = self.get_input_embeddings()(input_ids)[rows], text_mask[rows]  # (R, T, D), (R, T)
         image_embeds = self.alignment.embed_image(prefix.mean(1))
         text_embeds = self.alignment.embed_text(masked_mean(text, mask))
-        if not use_fusion or len(rows) < 2:
-            return image_embeds, text_embeds, None
+        outputs = {"image_embeds": image_embeds, "text_embeds": text_embeds}
         # judge each text with its own image, and with the most similar other one
-        similarity = (text_embeds @ image_embeds.mT).detach()  # (R, R)
-        hardest = similarity.fill_diagonal_(-torch.inf).argmax(1)
-        logits = [self.fusion(text, mask, prefix), self.fusion(text, mask, prefix[hardest])]
-        return image_embeds, text_embeds, torch.stack(logits, dim=-1)
-
-
-__all__ = ["AlignmentMixin", "MicroVLMAlignment", "MicroVLMFusion", "contrastive_loss", "masked_mean"]
+        if (self.config.use_fusion if use_fusion is None else use_fusion) and len(rows) > 1:
+            similarity = (text_embeds @ image_embeds.mT).detach()  # (R, R)
+            hardest = similarity.fill_diagonal_(-torch.inf).argmax(1)
+            logits = [self.fusion(text, mask, prefix), self.fusion(text, mask, prefix[hardest])]
+            outputs["match_logits"] = torch.stack(logits, dim=-1)
+        return outputs

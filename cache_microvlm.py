@@ -7,7 +7,7 @@ With no row on, nothing is attached, and the cache is the plain one.
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -19,11 +19,7 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """Return the cache of a call that takes it by either of its names.
-
-    Raises:
-        ValueError: it came by both.
-    """
+    """Return the cache of a call that takes it by either of its names."""
     both = "You cannot specify both cache and past_key_values: they are two names of one thing."
     require(past_key_values is None or cache is None, both)
     return cache if past_key_values is None else past_key_values
@@ -32,7 +28,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 def check_rows(memory: int, text: int) -> None:
     """Refuse a memory that was read for another number of rows than the text has."""
     advice = "batch_repeat_interleave or batch_select_indices the cache along with the text."
-    require(memory == text, f"the memory was read for {memory} rows, the text has {text}: {advice}")
+    require(memory == text, "the memory was read for {} rows, the text has {}: " + advice, memory, text)
 
 
 class GrowingLayer(DynamicLayer):
@@ -107,44 +103,14 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class ReadOnlyLayer(CacheLayerMixin):
+class ReadOnlyLayer(DynamicLayer):
     """A layer that returns what it gets and keeps nothing.
 
     Checkpointed training replays a forward pass, which must not append its text twice.
     """
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized = True
-
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def offload(self) -> None:
-        pass
-
-    def prefetch(self) -> None:
-        pass
-
-    def reset(self) -> None:
-        pass
-
-    def crop(self, tokens_to_remove: int) -> None:
-        pass
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        pass
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        pass
 
 
 class MemoryCache(Cache):
@@ -280,6 +246,3 @@ def positions_without_padding(
     past = 0 if cache is None else cache.get_seq_length()
     place = past + torch.arange(length, device=attention_mask.device)  # the mask may be as long as the cache can get
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, place]  # (B, T)
-
-
-__all__ = ["CACHE_NAME", "GrowingLayer", "MemoryCache", "memory_mask", "one_cache", "positions_without_padding"]

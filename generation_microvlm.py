@@ -83,12 +83,15 @@ class MicroVLMGenerationMixin(GenerationMixin):
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        # a prompt for images without any
+        pixel_values = kwargs.pop("pixel_values", None)
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is None and pixel_values is not None and kwargs.get("inputs_embeds") is None:
+            kwargs["input_ids"] = input_ids = self.default_prompt(len(pixel_values), pixel_values.device)
+        if memory is None and pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
         # read the memory
         if memory is not None:
-            pixel_values = kwargs.pop("pixel_values", None)
-            input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-            if input_ids is None and pixel_values is not None and kwargs.get("inputs_embeds") is None:
-                kwargs["input_ids"] = input_ids = self.default_prompt(len(pixel_values), pixel_values.device)
             # encode the images once, for the memory and for the prompt
             image = self.model.encode_images(pixel_values, kwargs.get("mm_encoder_outputs"))
             if image is not None:
@@ -142,16 +145,6 @@ class MicroVLMGenerationMixin(GenerationMixin):
             return attention_mask
         return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
 
-    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """Like `super()`; images alone get the default prompt."""
-        model_kwargs = {k: v for k, v in model_kwargs.items() if k != "pixel_values" or v is not None}
-        # a prompt for images without any
-        text = inputs if inputs is not None else model_kwargs.get("input_ids", model_kwargs.get("inputs_embeds"))
-        if text is None and "pixel_values" in model_kwargs:
-            pixel_values = model_kwargs["pixel_values"]
-            model_kwargs["input_ids"] = self.default_prompt(len(pixel_values), pixel_values.device)
-        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """Like `super()`; a conversation that continues from its cache takes only images the cache does not hold."""
         for name in ("tokenizer", "assistant_tokenizer"):  # of stop strings: generate() hands them on to the model
@@ -176,6 +169,3 @@ class MicroVLMGenerationMixin(GenerationMixin):
         image = type(image)(pooler_output=(prefix[new],)) if len(new) else None
         inputs["mm_encoder_outputs"] = {"image": image}
         return inputs
-
-
-__all__ = ["MicroVLMGenerationMixin"]

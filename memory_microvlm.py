@@ -46,17 +46,11 @@ def in_float32(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class MemoryQuery:
-    """The questions of B rows to a memory: their images, or their words where a row has no image.
+    """The questions of B rows to a memory: their images, or their words where a row has no image."""
 
-    Args:
-        keys: of the images, (B, C), unit length; zero where a row has none.
-        words: of the rows without image, in the space of contents, (B, T, C); None if every row has an image.
-        weights: of the words, (B, T), zero on padding and in rows with an image.
-    """
-
-    keys: torch.Tensor
-    words: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
+    keys: torch.Tensor  # of the images, (B, C), unit length; zero where a row has none
+    words: torch.Tensor | None = None  # of the rows without image, as contents, (B, T, C); None if all have one
+    weights: torch.Tensor | None = None  # of the words, (B, T), zero on padding and in rows with an image
 
     @property
     def by_words(self) -> torch.Tensor:
@@ -122,24 +116,16 @@ class MemoryContentEncoder(nn.Module):
         value = self.v_proj(embeddings)
         return value / value.square().sum(-1, keepdim=True).add(1e-12).sqrt()
 
-    def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Pool to content; without a mask, return the `values` alone."""
+        value = self.values(embeddings)
+        if mask is None:
+            return value
         # where each slot looks, then what it sees there
-        L, T = self.position_bias.shape[1], embeddings.shape[1]
-        x, value = embeddings * mask.unsqueeze(-1), self.values(embeddings)
+        L, T, x = self.position_bias.shape[1], embeddings.shape[1], embeddings * mask.unsqueeze(-1)
         scores = self.slot_queries @ x.mT / math.sqrt(x.shape[-1])  # (N, S, T)
         scores = F.pad(scores, (0, L - T)) + self.position_bias  # a slot past the end looks at nothing and stays zero
         return scores.softmax(-1)[..., :T] @ (value * mask.unsqueeze(-1))
-
-
-class WordValues(nn.Module):
-    """`values` of a content encoder as a module, for `in_float32`."""
-
-    def __init__(self, encoder: MemoryContentEncoder):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return self.encoder.values(embeddings)
 
 
 class EpisodicMemory(nn.Module):
@@ -259,7 +245,7 @@ class EpisodicMemory(nn.Module):
 
     def words(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Map token embeddings (..., D) to unit vectors in the space of contents (..., C), float32."""
-        return in_float32(WordValues(self.content_encoder), embeddings)
+        return in_float32(self.content_encoder, embeddings)
 
     def contents(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Encode token embeddings (N, L, D) with mask (N, L) to contents (N, S x C), float32."""
@@ -410,35 +396,16 @@ def scope_threshold(threshold: float | list[list[float]], facts: torch.Tensor) -
 
 @dataclass
 class MemoryReadout:
-    """What a memory adds to a forward pass of B rows.
+    """What a memory adds to a forward pass of B rows."""
 
-    Args:
-        key_values: (B, layers, 2, heads, S, head_dim).
-        log_gate: added to the attention scores of the memory tokens, (B,): 0 is on, -inf off.
-        scope_logits: of ScopeNet, (B,).
-        content: read-out (B, S, C).
-        address: of the query, (B, K).
-        memory_kl, address_kl: means over rows, ().
-    """
-
-    key_values: torch.Tensor
-    log_gate: torch.Tensor
-    scope_logits: torch.Tensor
-    content: torch.Tensor
-    address: torch.Tensor
-    memory_kl: torch.Tensor | None = None
+    key_values: torch.Tensor  # (B, layers, 2, heads, S, head_dim)
+    log_gate: torch.Tensor  # added to the attention scores of the memory tokens, (B,): 0 is on, -inf off
+    scope_logits: torch.Tensor  # of ScopeNet, (B,)
+    content: torch.Tensor  # (B, S, C)
+    address: torch.Tensor  # of the query, (B, K)
+    memory_kl: torch.Tensor | None = None  # means over rows, ()
     address_kl: torch.Tensor | None = None
 
     def repeat_interleave(self, repeats: int) -> "MemoryReadout":
         fields = ("key_values", "log_gate", "scope_logits", "content", "address")
         return replace(self, **{name: getattr(self, name).repeat_interleave(repeats, 0) for name in fields})
-
-
-__all__ = [
-    "EpisodicMemory",
-    "MemoryProjection",
-    "MemoryQuery",
-    "MemoryReadout",
-    "ScopeNet",
-    "scope_threshold",
-]

@@ -35,17 +35,8 @@ from .memory_state_microvlm import MemoryState
 
 # Values of the memory's config on which addresses, contents and the posterior depend, next to the weights.
 FINGERPRINT_FIELDS = (
-    "num_slots",
-    "code_size",
-    "num_content_slots",
-    "max_content_tokens",
-    "addressing",
-    "address_ridge",
-    "address_temperature",
-    "ben_cohen_steps",
-    "observation_noise",
-    "ordering",
-    "gray_weight",
+    *("num_slots", "code_size", "num_content_slots", "max_content_tokens", "addressing", "address_ridge"),
+    *("address_temperature", "ben_cohen_steps", "observation_noise", "ordering", "gray_weight"),
 )
 
 
@@ -429,6 +420,3 @@ class MemoryMixin:
         require(len(input_ids) == 1, f"an item is edited to one sentence, got {len(input_ids)}.")
         contents, token_ids = self._encode_words(input_ids, attention_mask)
         return memory.edit(item, contents[0].to(memory.device), label, row, token_ids[0].to(memory.device))
-
-
-__all__ = ["MemoryMixin", "MemoryReader"]

@@ -12,7 +12,6 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -40,52 +39,33 @@ LATEST_TIME = 253402300800.0  # the year 10000, the first that datetime cannot h
 
 @dataclass
 class MemoryRead:
-    """The answer of R memories to Q queries each.
+    """The answer of R memories to Q queries each."""
 
-    Args:
-        content: read-out w M, (R, Q, Z).
-        variance: predictive variance w Sigma w^T, (R, Q); 1 where nothing was written, near 0 on a written address.
-        coefficients: share of every item in the read-out, a Sigma W^T / noise for the address a that was read,
-            (R, Q, N); 0 on empty places.
-        statistics: the input of ScopeNet, (R, Q, 9).
-    """
-
-    content: torch.Tensor
-    variance: torch.Tensor
-    coefficients: torch.Tensor
-    statistics: torch.Tensor
+    content: torch.Tensor  # read-out w M, (R, Q, Z)
+    variance: torch.Tensor  # w Sigma w^T, (R, Q): 1 where nothing was written, near 0 on a written address
+    coefficients: torch.Tensor  # share of every item in the read-out, a Sigma W^T / noise for the address a, (R, Q, N)
+    statistics: torch.Tensor  # the input of ScopeNet, (R, Q, 9)
 
 
 @dataclass(repr=False)
 class MemoryRows:
-    """The tensors of R memories, one per row, and what can be done with rows.
+    """The tensors of R memories, one per row, and what can be done with rows."""
 
-    Args:
-        mean, covariance, log_det: the posterior: M (R, K, Z), Sigma (R, K, K), log det Sigma (R,).
-        addresses, contents: what was written: (R, N, K) and (R, N, Z) float32.
-        active: (R, N), whether a place holds an item.
-        uids: (R, N) int64, a random number per item, by which `merge` knows copies.
-        times: (R, N) float64, seconds since 1970, UTC.
-        token_ids: (R, N, L) int64, the sentence in tokens, padded with -1.
-        labels: per row and place, a name for the item, or an empty text.
-        noise: variance of the observation noise.
-        max_items: most items a row may hold.
-        fingerprint: of the model that writes and reads.
-    """
-
-    mean: torch.Tensor
-    covariance: torch.Tensor
-    log_det: torch.Tensor
-    addresses: torch.Tensor
-    contents: torch.Tensor
-    active: torch.Tensor
-    uids: torch.Tensor
-    times: torch.Tensor
-    token_ids: torch.Tensor
-    labels: list[list[str]]
-    noise: float
-    max_items: int
-    fingerprint: str
+    # the posterior
+    mean: torch.Tensor  # M (R, K, Z)
+    covariance: torch.Tensor  # Sigma (R, K, K)
+    log_det: torch.Tensor  # log det Sigma (R,)
+    # what was written, in N places per row
+    addresses: torch.Tensor  # (R, N, K) float32
+    contents: torch.Tensor  # (R, N, Z) float32
+    active: torch.Tensor  # (R, N), whether a place holds an item
+    uids: torch.Tensor  # (R, N) int64, a random number per item, by which `merge` knows copies
+    times: torch.Tensor  # (R, N) float64, seconds since 1970, UTC
+    token_ids: torch.Tensor  # (R, N, L) int64, the sentence in tokens, padded with -1
+    labels: list[list[str]]  # per row and place, a name for the item, or an empty text
+    noise: float  # variance of the observation noise
+    max_items: int  # most items a row may hold
+    fingerprint: str  # of the model that writes and reads
 
     POSTERIOR = ("mean", "covariance", "log_det")
     RECEIPTS = ("addresses", "contents", "active", "uids", "times", "token_ids")
@@ -270,8 +250,7 @@ class MemoryState(MemoryRows):
             observed: noisy addresses and contents to write instead, in training; the receipts hold the exact ones.
             token_ids: the sentences (R, N, L), padded with -1.
 
-        Raises:
-            ValueError: wrong shapes, values that are not finite, more than `max_items` in a row, unknown method.
+        What does not fit, and more than `max_items` in a row, is a ValueError.
         """
         # defaults for what is left out, and one check of all
         shape = (self.num_rows, addresses.shape[1] if addresses.ndim == 3 else -1)
@@ -330,7 +309,6 @@ class MemoryState(MemoryRows):
             state = replace(state, **dict(zip(self.POSTERIOR, state.posterior_of_receipts())))
         # an empty row is the prior itself, without a trace of rounding
         if not state.active[row].any():
-            state = replace(state, **{name: getattr(state, name).clone() for name in self.POSTERIOR})
             state.mean[row], state.log_det[row] = 0, 0
             state.covariance[row] = torch.eye(state.mean.shape[1], dtype=state.mean.dtype, device=self.device)
         return state._compact()
@@ -430,7 +408,27 @@ class MemoryState(MemoryRows):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all; a link stays a link to the new file."""
-        write_file(self, os.path.realpath(path))
+        metadata = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "labels": json.dumps(self.labels),
+            "noise": repr(self.noise),
+            "max_items": str(self.max_items),
+        }
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self.TENSORS}
+        # a new file, then its name
+        path = os.path.realpath(path)
+        temporary = f"{path}.{os.getpid()}.part"
+        try:
+            with open(temporary, "wb") as file:
+                mode = os.fstat(file.fileno()).st_mode  # of a new file here: safetensors makes private ones
+            save_file(tensors, temporary, metadata)
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):  # only if one of the steps failed
+                os.unlink(temporary)
 
     @classmethod
     def load(
@@ -498,117 +496,78 @@ def check_kin(state: MemoryState, other: MemoryState) -> None:
 # ----------------------------------------------------------------------------------------------------------------- file
 
 
-def write_file(state: MemoryState, path: str) -> None:
-    """Write a state as a safetensors file, whole or not at all."""
-    metadata = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "fingerprint": state.fingerprint,
-        "labels": json.dumps(state.labels),
-        "noise": repr(state.noise),
-        "max_items": str(state.max_items),
-    }
-    tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in state.TENSORS}
-    # a new file, then its name
-    temporary = f"{path}.{os.getpid()}.part"
-    try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # the permissions of a new file here: safetensors makes private ones
-        save_file(tensors, temporary, metadata)
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):  # only if one of the steps failed
-            os.unlink(temporary)
-
-
 def read_file(path: str | os.PathLike, expected: MemoryState) -> MemoryState:
     """Read and check a file; `expected` is an empty memory of the model."""
     refused = f"memory file {path} is refused"
     require(os.path.isfile(path) or not os.path.exists(path), f"{refused}: it is not a file.")
-    state = None
     try:
         with safe_open(path, "pt") as file:
-            # the header first: no tensor is read of a file that does not fit
-            problem = next(header_problems(file, expected), None)
-            if problem is None:
-                state = state_of(file, expected)
-                problem = next(content_problems(state, expected), None)
-    except SafetensorError as error:
-        problem = f"it is not a whole safetensors file ({error})"
-    except (ValueError, RecursionError) as error:
-        problem = f"its metadata cannot be read ({error})"
-    require(problem is None, f"{refused}: {problem}.")
+            check_header(file, expected)  # first: no tensor is read of a file that does not fit
+            state = state_of(file, expected)
+        check_content(state, expected)
+    except (SafetensorError, ValueError) as error:
+        why = error if isinstance(error, ValueError) else f"it is not a whole safetensors file ({error})"
+        raise ValueError(f"{refused}: {why}.") from error
     return replace(state, max_items=expected.max_items)
 
 
-def header_problems(file, expected: MemoryState) -> Iterator[str]:
-    """Yield why the header of an open file does not fit a model: format, fingerprint, names, types and shapes."""
+def check_header(file, expected: MemoryState) -> None:
+    """Refuse an open file whose header does not fit a model: format, fingerprint, names, types and shapes."""
     metadata = file.metadata() or {}
-    version, fingerprint = metadata.get("version"), metadata.get("fingerprint")
+    version, theirs, own = metadata.get("version"), metadata.get("fingerprint"), expected.fingerprint
     # of this format and this model
-    if metadata.get("format") != FORMAT:
-        yield "it is not a memory of MicroVLM"
-    if version != FORMAT_VERSION:
-        yield f"format version {version}, this code reads {FORMAT_VERSION}"
-    if fingerprint != expected.fingerprint:
-        own = expected.fingerprint
-        yield f"it was written by another model (fingerprint {fingerprint}, this model's is {own})"
+    require(metadata.get("format") == FORMAT, "it is not a memory of MicroVLM")
+    require(version == FORMAT_VERSION, f"format version {version}, this code reads {FORMAT_VERSION}")
+    require(theirs == own, f"it was written by another model (fingerprint {theirs}, this model's is {own})")
     names, wanted = sorted(file.keys()), sorted(MemoryState.TENSORS)
-    if names != wanted:
-        yield f"its tensors are {', '.join(names)}, expected {', '.join(wanted)}"
+    require(names == wanted, f"its tensors are {', '.join(names)}, expected {', '.join(wanted)}")
     # number of rows and places, by which all other shapes are known
     R, N = (*file.get_slice("addresses").get_shape(), 0, 0)[:2]
-    if not R:
-        yield "it has no rows"
-    if N > 4 * expected.max_items:
-        yield f"it holds {N} places, more than a memory of {expected.max_items} items needs"
+    require(R > 0, "it has no rows")
+    fits = N <= 4 * expected.max_items
+    require(fits, f"it holds {N} places, more than a memory of {expected.max_items} items needs")
     # type and shape of each tensor
     for name in MemoryState.TENSORS:
         like, tensor = getattr(expected, name), file.get_slice(name)
         lead = (R, N) if name in MemoryState.RECEIPTS else (R,)
-        dtype, shape = FILE_TYPES[like.dtype], (*lead, *like.shape[len(lead) :])
+        wanted = FILE_TYPES[like.dtype], (*lead, *like.shape[len(lead) :])
         stored = tensor.get_dtype(), tuple(tensor.get_shape())
-        if stored != (dtype, shape):
-            yield f"{name} is {stored[0]} {stored[1]}, expected {dtype} {shape}"
+        require(stored == wanted, "{} is {} {}, expected {} {}", name, *stored, *wanted)
 
 
 def state_of(file, expected: MemoryState) -> MemoryState:
-    """Read an open file whose header fits; a ValueError or RecursionError is of its metadata."""
+    """Read an open file whose header fits."""
     metadata = file.metadata()
-    return MemoryState(
-        **{name: file.get_tensor(name) for name in MemoryState.TENSORS},
-        labels=json.loads(metadata.get("labels", "")),
-        noise=float(metadata.get("noise", "")),
-        max_items=int(metadata.get("max_items", "")),
-        fingerprint=expected.fingerprint,
-    )
+    try:
+        labels, noise = json.loads(metadata.get("labels", "")), float(metadata.get("noise", ""))
+        max_items = int(metadata.get("max_items", ""))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its metadata cannot be read ({error})") from error
+    tensors = {name: file.get_tensor(name) for name in MemoryState.TENSORS}
+    return MemoryState(**tensors, labels=labels, noise=noise, max_items=max_items, fingerprint=expected.fingerprint)
 
 
-def content_problems(state: MemoryState, expected: MemoryState) -> Iterator[str]:
-    """Yield why the content of a file cannot be used; last and strictest, its receipts must give its posterior."""
+def check_content(state: MemoryState, expected: MemoryState) -> None:
+    """Refuse content that cannot be used; last and strictest, its receipts must give its posterior."""
     for name in state.TENSORS:
         tensor = getattr(state, name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            yield f"{name} has values that are not finite"
+        finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+        require(finite, f"{name} has values that are not finite")
     # metadata
     R, N = state.active.shape
-    if not are_labels(state.labels, R, N):
-        yield f"its labels are not {R} lists of {N} texts"
-    if state.noise != expected.noise:
-        yield f"its observation noise is {state.noise}, this model's is {expected.noise}"
+    require(are_labels(state.labels, R, N), f"its labels are not {R} lists of {N} texts")
+    theirs, own = state.noise, expected.noise
+    require(theirs == own, f"its observation noise is {theirs}, this model's is {own}")
     # values that a tokenizer or a calendar cannot take
-    if bool(((state.token_ids < -1) | (state.token_ids >= 2**31)).any()):
-        yield "it has impossible token ids"
-    if bool(((state.times < 0) | (state.times >= LATEST_TIME)).any()):
-        yield "an item was written at an impossible time"
+    known = ((state.token_ids >= -1) & (state.token_ids < 2**31)).all()
+    require(bool(known), "it has impossible token ids")
+    past = ((state.times >= 0) & (state.times < LATEST_TIME)).all()
+    require(bool(past), "an item was written at an impossible time")
     # items, and the posterior that they give
-    fullest = int(state.counts.max())
-    if fullest > min(expected.max_items, state.max_items):
-        yield f"a row holds {fullest} items, at most {expected.max_items} fit"
+    fullest, most = int(state.counts.max()), min(expected.max_items, state.max_items)
+    require(fullest <= most, f"a row holds {fullest} items, at most {expected.max_items} fit")
     length = (state.addresses.norm(dim=-1) - 1).abs().masked_fill(~state.active, 0)
-    if length.numel() and length.max() > 1e-4:
-        yield "an address is not of unit length"
+    require(bool((length <= 1e-4).all()), "an address is not of unit length")
     for name, exact in zip(state.POSTERIOR, state.posterior_of_receipts()):
-        if (exact - getattr(state, name)).abs().max() > 1e-6 * max(1.0, float(exact.abs().max())):
-            yield f"its receipts do not give its {name}"
+        error = (exact - getattr(state, name)).abs().max()
+        require(bool(error <= 1e-6 * max(1.0, float(exact.abs().max()))), f"its receipts do not give its {name}")

@@ -56,51 +56,38 @@ FAST_KWARGS = {"use_cache", "return_dict", "shift_labels", "ignore_index", "num_
 class MicroVLMImageFeatures(BaseModelOutputWithPooling):
     """Output of `get_image_features`.
 
-    Args:
-        last_hidden_state: vision features, class token first, (N, 1 + patches, vision width).
-        pooler_output: prefix tokens, a tuple of N tensors (P, D).
-        pooling_attentions: with `output_attentions`, of the P queries over the patches, (N, heads, P, patches).
+    `last_hidden_state` has the vision features, class token first, (N, 1 + patches, vision width); `pooler_output` the
+    prefix tokens, a tuple of N tensors (P, D).
     """
 
-    pooling_attentions: torch.FloatTensor | None = None
+    pooling_attentions: torch.FloatTensor | None = None  # with `output_attentions`, (N, heads, P, patches)
 
 
 @dataclass
 class MicroVLMModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of `MicroVLMModel`.
+    """Output of `MicroVLMModel`."""
 
-    Args:
-        image_hidden_states: prefix tokens (N, P, D) of the images in this call.
-        pooling_attentions: see `MicroVLMImageFeatures`.
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
-    pooling_attentions: torch.FloatTensor | None = None
+    image_hidden_states: torch.FloatTensor | None = None  # prefix tokens (N, P, D) of the images in this call
+    pooling_attentions: torch.FloatTensor | None = None  # see `MicroVLMImageFeatures`
 
 
 @dataclass
 class MicroVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of `MicroVLMForConditionalGeneration`; the fields after the first two groups need alignment or a memory.
+    """Output of `MicroVLMForConditionalGeneration`; `logits` are (B, T or logits_to_keep, V)."""
 
-    Args:
-        loss, logits: language-modelling loss () with `labels`; (B, T or logits_to_keep, V).
-        image_hidden_states, pooling_attentions: see `MicroVLMModelOutputWithPast`.
-        image_embeds, text_embeds: unit vectors (R, projection) of the R rows with an image and a text.
-        match_logits: "text r belongs to image c" (R, 2): its own, then the most similar other image of the batch.
-        scope_probability, scope_logits: that the memory knows the row's query, (B,) each.
-        memory_content: what was read, (B, S, C).
-        memory_kl, address_kl: divergence of memories and addresses from their priors, means over rows ().
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.FloatTensor | None = None  # see `MicroVLMModelOutputWithPast`
     pooling_attentions: torch.FloatTensor | None = None
+    # with alignment: unit vectors (R, projection) of the R rows with an image and a text
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
-    match_logits: torch.FloatTensor | None = None
-    scope_probability: torch.FloatTensor | None = None
+    match_logits: torch.FloatTensor | None = (
+        None  # (R, 2): the text belongs to its own image, to the most similar other
+    )
+    # with a memory
+    scope_probability: torch.FloatTensor | None = None  # that the memory knows the row's query, (B,)
     scope_logits: torch.FloatTensor | None = None
-    memory_content: torch.FloatTensor | None = None
-    memory_kl: torch.FloatTensor | None = None
+    memory_content: torch.FloatTensor | None = None  # what was read, (B, S, C)
+    memory_kl: torch.FloatTensor | None = None  # divergence of memories and addresses from their priors, ()
     address_kl: torch.FloatTensor | None = None
 
 
@@ -585,7 +572,8 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         if return_alignment and outputs.image_hidden_states is not None:
-            alignment = self.model.align(input_ids, outputs.image_hidden_states, labels, attention_mask, use_fusion)
+            prefix = outputs.image_hidden_states
+            alignment = self.model.get_alignment(input_ids, prefix, labels, attention_mask, use_fusion)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return MicroVLMCausalLMOutputWithPast(
             loss=loss, logits=logits, **rest, **alignment, **memory_outputs(memory_readout)
@@ -603,7 +591,7 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
         """Align images and texts without running the language model."""
         image = self.model.encode_images(pixel_values, mm_encoder_outputs)
         prefix = torch.stack(tuple(image.pooler_output))  # (N, P, D)
-        alignment = self.model.align(input_ids, prefix, labels, attention_mask, use_fusion)
+        alignment = self.model.get_alignment(input_ids, prefix, labels, attention_mask, use_fusion)
         return MicroVLMCausalLMOutputWithPast(image_hidden_states=prefix, **alignment)
 
     def contrastive_loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
@@ -613,5 +601,3 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
 
 MicroVLMModel.register_for_auto_class("AutoModel")  # so that a saved base model, too, has its code next to it
 MicroVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-
-__all__ = ["MicroVLMForConditionalGeneration", "MicroVLMModel", "MicroVLMPreTrainedModel"]
