@@ -1,7 +1,6 @@
 """The CPU kernels in LLVM IR. Every sum of a product is an integer, so torch gives the same bits.
 
     linear, placed                product of packed weights and rounded tokens        `LinearKernel`
-    layout                        bytes on disk -> panels                             `LayoutKernel`
     plain, rms, silu, relu2       rounding of tokens to 8 bits, fused with a norm     `QuantizeKernel`
     turn, attention               attention of new tokens                             `AttentionKernel`
 
@@ -32,9 +31,6 @@ from .llvm_microvlm import (
     target,
 )
 from .packing_microvlm import EPS, GROUP, ROWS, ZERO
-
-LAYOUT_PIECE = 16  # panels that share scratch memory in `LayoutKernel`
-
 
 # ------------------------------------------------------------------------------------------------------- linear kernel
 
@@ -196,50 +192,6 @@ class LinearKernel(Emitter):
             b.store(b.extract_element(raw, k), self.at(self.y, where, kind), align=kind.width // 8)
 
         self.loop(int64(0), rows.count, 1, place)
-
-
-class LayoutKernel(Emitter):
-    """Panels of rows in which a byte holds several weights.
-
-    Every row is spelled out, a byte per weight, then its fields are joined.
-    """
-
-    def __init__(self, bits: int):
-        super().__init__("packed digits panels scratch", "rows columns padded row_bytes per_byte")
-        self.bits, self.fields = bits, 8 // bits
-        self.panel_length = self.b.mul(self.padded, int64(ROWS * bits // 8))
-
-    def body(self, p) -> None:
-        b = self.b
-        start = self.at(self.panels, b.mul(p, self.panel_length))
-        codes = self.at(self.scratch, b.mul(b.sdiv(p, int64(LAYOUT_PIECE)), b.add(self.padded, int64(16))))
-        self.loop(int64(0), int64(ROWS), 1, lambda r, _: self.row(p, r, start, codes))
-
-    def row(self, p, r, start, codes):
-        b = self.b
-        source = b.add(b.mul(p, int64(ROWS)), r)
-        inside = b.icmp_signed("<", source, self.rows)
-
-        def spell(i, _):
-            byte = b.load(self.at(self.packed, b.add(b.mul(source, self.row_bytes), i)), typ=I8)
-            word = b.load(self.at(self.digits, b.zext(byte, I64), I64), typ=I64)
-            b.store(word, self.at(codes, b.mul(i, self.per_byte)), align=1)  # the next word overwrites the excess
-
-        def join(c, _):
-            word = None
-            for k in range(self.fields):
-                part = b.load(self.at(codes, b.add(c, int64(k * GROUP))), align=1, typ=I32)
-                part = b.shl(part, ir.Constant(I32, k * self.bits))
-                word = part if word is None else b.or_(word, part)
-            vector = b.mul(c, int64(ROWS * self.bits // 8))
-            b.store(word, self.at(start, b.add(vector, b.mul(r, int64(GROUP)))), align=1)
-
-        # a code per byte, then the code of 0 up to the padded width
-        self.loop(int64(0), b.select(inside, self.row_bytes, int64(0)), 1, spell)
-        filled, zero = b.select(inside, self.columns, int64(0)), ir.Constant(I8, ZERO[self.bits])
-        self.loop(filled, self.padded, 1, lambda c, _: b.store(zero, self.at(codes, c)) and ())
-        # four columns to a word
-        self.loop(int64(0), self.padded, GROUP * self.fields, join)
 
 
 # ----------------------------------------------------------------------------------------------------- quantize kernel
@@ -483,8 +435,6 @@ def emit(name: str, kind: str, size: int, bf16: bool) -> str:
     """Write a kernel in LLVM IR; `size` is the bits of a weight or the width of a head."""
     if kind in ("turn", "attention"):
         return AttentionKernel(kind, size, bf16).emit()
-    if kind == "layout":
-        return LayoutKernel(size).emit()
     if kind in ("linear", "placed"):
         return LinearKernel(name, size, bf16, placed=kind == "placed").emit()
     return QuantizeKernel(kind, bf16).emit()

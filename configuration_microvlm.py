@@ -91,83 +91,54 @@ def check_foreign(values: dict, section: str = "") -> None:
 
 @strict
 class MicroVLMAdapterConfig(PreTrainedConfig):
-    """The adapter: 196 patches become 25 prefix tokens.
-
-    Args:
-        vision_hidden_size: width of a patch feature of the vision tower (192 in DeiT-Tiny).
-        num_patches: patches the vision tower gives (196 = 14 x 14).
-        num_prefix_tokens: P, learned pooling queries, and image placeholders of an image.
-        mlp_hidden_size: hidden units of the MLP from vision to text width.
-        num_attention_heads: heads of the pooling cross-attention; must divide the text width.
-        dropout: in the MLP, training only.
-        hidden_act: the MLP's activation.
-    """
+    """The adapter: 196 patches become 25 prefix tokens."""
 
     model_type = "microvlm_adapter"
     base_config_key = "adapter_config"
 
-    vision_hidden_size: int = size(default=192)
-    num_patches: int = size(default=196)
-    num_prefix_tokens: int = size(default=25)
-    mlp_hidden_size: int = size(default=512)
-    num_attention_heads: int = size(default=8)
-    dropout: float | int = share(default=0.1)
-    hidden_act: str = activation_fn_key(default="gelu")
+    vision_hidden_size: int = size(default=192)  # width of a patch feature of the vision tower (192 in DeiT-Tiny)
+    num_patches: int = size(default=196)  # patches the vision tower gives (196 = 14 x 14)
+    num_prefix_tokens: int = size(default=25)  # P, learned pooling queries, and image placeholders of an image
+    mlp_hidden_size: int = size(default=512)  # hidden units of the MLP from vision to text width
+    num_attention_heads: int = size(default=8)  # of the pooling cross-attention; must divide the text width
+    dropout: float | int = share(default=0.1)  # in the MLP, training only
+    hidden_act: str = activation_fn_key(default="gelu")  # the MLP's activation
 
 
 @strict
 class MicroVLMMemoryConfig(PreTrainedConfig):
-    """The episodic memory (docs/memory.md), built when `use_memory` is set.
-
-    Args:
-        num_slots: K, rows of the memory matrix.
-        code_size: C, width of a key and of a content slot.
-        num_memory_tokens: S, memory tokens per decoder layer.
-        num_content_slots: content vectors under one address: S (default), or 1 for a single vector.
-        max_content_tokens: longest sentence that can be stored, in tokens with its end.
-        max_items: most items a memory may hold; default 4 K.
-        key_hidden_size: hidden width of the key encoder.
-        key_dropout: on the standardised vision features of a key, training only.
-        gray_weight: of the image's grey copy in the key under which it is stored; 0 for the image alone.
-        addressing: `pseudoinverse` (ridge by Cholesky), `ben_cohen` (iteration) or `gaussian` (softmax of distances).
-        address_ridge: lambda of the pseudo-inverse.
-        address_temperature: tau of the Gaussian address.
-        ben_cohen_steps: of the iteration.
-        write_method: `sequential` (Sherman-Morrison) or `direct`; the same posterior.
-        observation_noise: variance of the observation noise, against a prior variance of 1.
-        read_sharpness: draws a query's address to the nearest stored ones before reading; 0 for the linear read.
-        ordering: `lstm` for a bidirectional LSTM over the keys of an episode, or None.
-        kv_rank: rank of the map from a read-out to keys and values; None for full rank.
-        scope_hidden_size: hidden width of ScopeNet.
-        scope_context: whether ScopeNet sees the key, next to the statistics of a read.
-        scope_threshold: probability from which the memory is used, chosen on validation data: one for all, or pairs
-            [facts, probability] in rising order of facts.
-        word_threshold: the same for questions in words; default: `scope_threshold`.
-    """
+    """The episodic memory (docs/memory.md), built when `use_memory` is set."""
 
     model_type = "microvlm_memory"
     base_config_key = "memory_config"
 
-    num_slots: int = size(default=512)
-    code_size: int = size(default=896)
-    num_memory_tokens: int = size(default=7)
+    num_slots: int = size(default=512)  # K, rows of the memory matrix
+    code_size: int = size(default=896)  # C, width of a key and of a content slot
+    num_memory_tokens: int = size(default=7)  # S, memory tokens per decoder layer
+    # content vectors under one address: S (default), or 1 for a single vector
     num_content_slots: int | None = size(default=None)
-    max_content_tokens: int = size(default=32)
-    max_items: int | None = size(default=None)
-    key_hidden_size: int = size(default=512)
-    key_dropout: float | int = share(default=0.2)
+    max_content_tokens: int = size(default=32)  # longest sentence that can be stored, in tokens with its end
+    max_items: int | None = size(default=None)  # most items a memory may hold; default 4 K
+    key_hidden_size: int = size(default=512)  # hidden width of the key encoder
+    key_dropout: float | int = share(default=0.2)  # on the standardised vision features of a key, training only
+    # weight of the image's grey copy in the key under which it is stored; 0 for the image alone
     gray_weight: float | int = not_negative(default=0.5)
+    # ridge by Cholesky, an iteration, or softmax of distances: see addressing_microvlm.py
     addressing: Literal["pseudoinverse", "ben_cohen", "gaussian"] = "pseudoinverse"
-    address_ridge: float | int = not_negative(default=1e-3)
-    address_temperature: float | int = positive(default=0.25)
-    ben_cohen_steps: int = count(default=30)
+    address_ridge: float | int = not_negative(default=1e-3)  # lambda of the pseudo-inverse
+    address_temperature: float | int = positive(default=0.25)  # tau of the Gaussian address
+    ben_cohen_steps: int = count(default=30)  # of the iteration
+    # Sherman-Morrison, or all at once; the same posterior
     write_method: Literal["sequential", "direct"] = "sequential"
-    observation_noise: float | int = positive(default=0.01)
+    observation_noise: float | int = positive(default=0.01)  # variance, against a prior variance of 1
+    # draws a query's address to the nearest stored ones before reading; 0 for the linear read
     read_sharpness: float | int = not_negative(default=40.0)
-    ordering: Literal["lstm"] | None = None
-    kv_rank: int | None = size(default=None)
-    scope_hidden_size: int = size(default=256)
-    scope_context: bool = True
+    ordering: Literal["lstm"] | None = None  # a bidirectional LSTM over the keys of an episode
+    kv_rank: int | None = size(default=None)  # of the map from a read-out to keys and values; None for full rank
+    scope_hidden_size: int = size(default=256)  # hidden width of ScopeNet
+    scope_context: bool = True  # whether ScopeNet sees the key, next to the statistics of a read
+    # probability from which the memory is used, chosen on validation data: one for all, or pairs [facts, probability]
+    # in rising order of facts; for questions in words, default: `scope_threshold`
     scope_threshold: float | list[list[float | int]] = 0.5
     word_threshold: float | list[list[float | int]] | None = None
 
@@ -199,44 +170,31 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
 
 @strict
 class MicroVLMAlignmentConfig(PreTrainedConfig):
-    """Contrastive alignment of images and texts, and the optional cross-modal fusion block.
-
-    Args:
-        projection_size: width of the shared space.
-        temperature: of the InfoNCE softmax.
-        fusion_num_layers: layers of the cross-modal block, built when `use_fusion` is set.
-        fusion_num_attention_heads: heads of the cross-modal block.
-    """
+    """Contrastive alignment of images and texts; with `use_fusion`, the cross-modal fusion block."""
 
     model_type = "microvlm_alignment"
     base_config_key = "alignment_config"
 
-    projection_size: int = size(default=512)
-    temperature: float | int = positive(default=0.07)
+    projection_size: int = size(default=512)  # width of the shared space
+    temperature: float | int = positive(default=0.07)  # of the InfoNCE softmax
     fusion_num_layers: int = count(default=2)
     fusion_num_attention_heads: int = size(default=8)
 
 
 @strict
 class MicroVLMQuantizationConfig(PreTrainedConfig):
-    """Quantisation-aware training; `quantization_config` is transformers' own name, for packed weights.
-
-    Args:
-        ternary_modules: regular expressions on names of linear layers inside `MicroVLMModel`, such as
-            `language_model.layers.0.mlp.up_proj`. Their weights are rounded to {-1, 0, 1} times a scale in every
-            forward pass (BitNet b1.58, arXiv 2402.17764).
-        ternary_weights: `absmean` rounds the weights; `none` leaves them, for weights that are ternary already.
-        activation_bits: width of the per-token activation quantisation in front of those layers, 8 or `None` for none.
-        group_size: weights that share a scale: "tensor", "row", or a number of columns of a row.
-    """
+    """Quantisation-aware training; `quantization_config` is transformers' own name, for packed weights."""
 
     model_type = "microvlm_quantization"
     base_config_key = "qat_config"
 
+    # regular expressions on names of linear layers inside `MicroVLMModel`, such as
+    # `language_model.layers.0.mlp.up_proj`, whose weights are rounded to {-1, 0, 1} times a scale in every forward pass
     ternary_modules: list[str] | None = None
+    # `absmean` rounds (BitNet b1.58, arXiv 2402.17764); `none` leaves weights that are ternary already
     ternary_weights: Literal["absmean", "none"] = "absmean"
-    activation_bits: Literal[8] | None = 8
-    group_size: Literal["tensor", "row"] | int = "tensor"
+    activation_bits: Literal[8] | None = 8  # of the per-token rounding in front of those layers; None for none
+    group_size: Literal["tensor", "row"] | int = "tensor"  # weights that share a scale; a number of columns of a row
 
     def validate_group_size(self):
         known = isinstance(self.group_size, str) or self.group_size >= 1
@@ -245,22 +203,7 @@ class MicroVLMQuantizationConfig(PreTrainedConfig):
 
 @strict
 class MicroVLMConfig(PreTrainedConfig):
-    """Configuration of `MicroVLMModel` and `MicroVLMForConditionalGeneration`.
-
-    Args:
-        vision_config: a `timm_wrapper` configuration, default DeiT-Tiny.
-        text_config: configuration of any causal decoder of transformers, default Qwen2.
-        adapter_config: see `MicroVLMAdapterConfig`.
-        memory_config: see `MicroVLMMemoryConfig`.
-        alignment_config: see `MicroVLMAlignmentConfig`.
-        qat_config: see `MicroVLMQuantizationConfig`.
-        image_token_id: id of the image placeholder; must be inside the text vocabulary.
-        default_prompt_ids: the prompt of `generate(pixel_values=...)` without `input_ids`: token ids that hold
-            `image_token_id` once. `None`: the placeholder alone.
-        use_memory: build the episodic memory.
-        use_fusion: build the cross-modal fusion block.
-        tie_word_embeddings: share input and output embeddings; taken from `text_config` when not given.
-    """
+    """Configuration of `MicroVLMModel` and `MicroVLMForConditionalGeneration`."""
 
     model_type = "microvlm"
     sub_configs_defaults = {
@@ -285,17 +228,18 @@ class MicroVLMConfig(PreTrainedConfig):
         "memory_content",
     ]
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None  # a `timm_wrapper` configuration, default DeiT-Tiny
+    text_config: dict | PreTrainedConfig | None = None  # of any causal decoder of transformers, default Qwen2
     adapter_config: dict | PreTrainedConfig | None = None
     memory_config: dict | PreTrainedConfig | None = None
     alignment_config: dict | PreTrainedConfig | None = None
     qat_config: dict | PreTrainedConfig | None = None
-    image_token_id: int = 0
+    image_token_id: int = 0  # the image placeholder
+    # the prompt of `generate(pixel_values=...)` without `input_ids`, with `image_token_id` once; None: that alone
     default_prompt_ids: list[int] | None = None
-    use_memory: bool = False
-    use_fusion: bool = False
-    tie_word_embeddings: bool | None = None
+    use_memory: bool = False  # build the episodic memory
+    use_fusion: bool = False  # build the cross-modal fusion block
+    tie_word_embeddings: bool | None = None  # input and output embeddings; default: that of `text_config`
     initializer_range: float | int = not_negative(default=0.02)
 
     def __post_init__(self, **kwargs):

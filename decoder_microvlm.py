@@ -91,7 +91,7 @@ class Layer:
         self.gate_up, self.down = Product.of(mlp.gate_proj, mlp.up_proj), Product.of(mlp.down_proj)
 
     def before_attention(self, x: torch.Tensor, run: Eager | Program) -> torch.Tensor:
-        """Compute queries, keys and values: (M, D) -> (M, their rows); `run` computes now or records."""
+        """Compute queries, keys and values (M, rows) of (M, D), now or in a program."""
         return run.linear(run.quantize(x, *self.input_norm), *self.qkv)
 
     def after_attention(self, attended: torch.Tensor, x: torch.Tensor, run: Eager | Program) -> torch.Tensor:
@@ -148,16 +148,9 @@ class Layer:
         return Attention(self.heads, self.kv_heads, self.head_dim, self.scaling, dtype)
 
     def native(self, x: torch.Tensor, turns: torch.Tensor, length: torch.Tensor, view: "CacheView") -> torch.Tensor:
-        """Run the layer with the compiled attention for one row's tokens.
+        """Run the layer with the compiled attention over one row, (T, D) -> (T, D).
 
-        Args:
-            x: (T, D).
-            turns: (T, d), see `PackedDecoder.turns`.
-            length: () int64, tokens before them.
-            view: of the cache.
-
-        Returns:
-            (T, D).
+        `turns` (T, d) are theirs, `length` () int64 tokens lie before them in the cache.
         """
         attention = self.native_attention(view.dtype)
         out = attention.tokens(self.before_attention(x, Eager), turns, length)
@@ -167,12 +160,7 @@ class Layer:
 
 
 class TokenStep:
-    """One token of one row as a single call: all layers as one program.
-
-    Args:
-        decoder: a `PackedDecoder`.
-        dtype: of keys and values, float32 or bfloat16.
-    """
+    """One token of one row through all layers as a single call; `dtype` is the cache's."""
 
     def __init__(self, decoder: "PackedDecoder", dtype: torch.dtype):
         first = decoder.layers[0]
@@ -201,12 +189,7 @@ class TokenStep:
 
 
 class CacheView:
-    """What the tokens of one row attend to: a cache's growing layers, and its memory.
-
-    Args:
-        cache: see `fits`.
-        dtype: of keys and values.
-    """
+    """What one row's tokens attend to: the growing layers of a cache that `fits`, its memory."""
 
     @staticmethod
     def fits(cache: Cache, layers: list[Layer], dtype: torch.dtype) -> bool:
@@ -245,11 +228,7 @@ class CacheView:
 
 
 class PackedDecoder:
-    """A language model of packed linears, for inference on a CPU.
-
-    Args:
-        model: see `supports`.
-    """
+    """A language model of packed linears, for inference on a CPU; see `supports`."""
 
     def __init__(self, model: nn.Module):
         self.model, self.config = model, model.config

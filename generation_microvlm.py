@@ -75,9 +75,6 @@ class MicroVLMGenerationMixin(GenerationMixin):
         Args:
             memory: one that all rows share, or one per row; read once, before the first token.
             memory_gate: `auto` (ScopeNet decides), `on`, `off`, or per row (B,), boolean or a weight in [0, 1].
-
-        Raises:
-            ValueError: a memory of another model or of another number of rows, or a gate without a memory.
         """
         check_memory_arguments(memory, memory_gate)
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))

@@ -18,20 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .codegen_microvlm import LAYOUT_PIECE, kernel
+from .codegen_microvlm import kernel
 from .configuration_microvlm import require
 from .llvm_microvlm import native_available
-from .packing_microvlm import (
-    COLUMNS,
-    EPS,
-    ROWS,
-    ZERO,
-    Format,
-    panel_bytes,
-    panels_from_bytes_reference,
-    round_up,
-    unpack_panels,
-)
+from .packing_microvlm import COLUMNS, EPS, ROWS, ZERO, panel_bytes, round_up, unpack_panels
 from .threads_microvlm import helper_count, run, run_many
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -74,7 +64,7 @@ class Job(NamedTuple):
 
 
 def check(name: str, tensor: torch.Tensor | None, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise a ValueError if a tensor is not what a kernel reads or writes; None is nothing to read."""
+    """Raise a ValueError if a tensor, unless None, is not what a kernel takes."""
     if (
         tensor is None
         or (tensor.shape, tensor.dtype, tensor.device) == (shape, dtype, device)
@@ -153,28 +143,6 @@ def quantize(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0
 # ------------------------------------------------------------------------------------------------------------- products
 
 
-def panels_from_bytes(packed: torch.Tensor, columns: int, form: Format) -> torch.Tensor:
-    """Lay out packed rows for the kernels.
-
-    packed: (R, ceil(columns / per_byte)) uint8; numbers beyond `columns` are ignored. Bytes that do not fit the format
-    are refused. For the panels see `pack_codes`.
-    """
-    form.check(packed, columns)
-    if not is_native(packed):
-        return panels_from_bytes_reference(packed, columns, form)
-    # a 64-bit word of codes for every byte
-    words = torch.zeros(256, 8, dtype=torch.uint8)
-    words[:, : form.per_byte] = form.codes_of_bytes(packed.device)
-    # panels, and room for one unpacked row per piece of work
-    packed, padded = packed.contiguous(), round_up(columns, COLUMNS)
-    panels = packed.new_empty(round_up(len(packed), ROWS) // ROWS, panel_bytes(ROWS, columns, form.bits))
-    scratch = torch.empty(round_up(len(panels), LAYOUT_PIECE) // LAYOUT_PIECE, padded + 16, dtype=torch.uint8)
-    sizes = len(packed), columns, padded, packed.shape[1], form.per_byte
-    arguments = struct.pack("9q", *pointers(packed, words, panels, scratch), *sizes)
-    run(kernel("layout", form.bits, False), arguments, len(panels), LAYOUT_PIECE)
-    return panels.view(-1)
-
-
 def linear_job(quantized: Quantized, matrix: Matrix, y: torch.Tensor, bias=None, residual=None, places=None) -> Job:
     (M, padded), rows = quantized.x_q.shape, matrix.rows
     tensors = pointers(*quantized, matrix.panels, matrix.scale, bias, residual, y, places)
@@ -250,7 +218,7 @@ def low_bit_linear_quantized(
 
 
 def quantize_tokens(x: torch.Tensor, columns: int) -> Quantized:
-    """Round x (..., C), whose width is checked here: padding to a multiple of 64 would hide another."""
+    """Round x (..., C); its width is checked, as padding would hide another."""
     require(x.shape[-1] == columns, "x is {} {}; expected {} columns.", x.dtype, tuple(x.shape), columns)
     return quantize(x.reshape(-1, columns))
 

@@ -62,7 +62,7 @@ def runs_here(name: str) -> bool:
 
 @functools.cache
 def target() -> str:
-    """Choose the kernels: a key of `TARGETS`, or "torch"; MICROVLM_KERNELS is read once, at the first call."""
+    """Choose the kernels once: a key of `TARGETS`, or "torch"; MICROVLM_KERNELS may name it."""
     name = os.environ.get("MICROVLM_KERNELS", "auto")
     if name == "auto":
         return next((known for known in TARGETS if runs_here(known)), "torch")
@@ -93,7 +93,7 @@ def int64(value: int):
 
 
 class Emitter:
-    """A kernel while it is written: its IR builder `b`, its arguments as attributes; a subclass has its `body`.
+    """A kernel while it is written: IR builder `b`, arguments as attributes, `body` by subclass.
 
     Args:
         pointers, integers: names of the words at `arguments`.

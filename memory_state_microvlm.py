@@ -159,11 +159,7 @@ class MemoryRows:
         return torch.nonzero(self.active[row]).flatten().tolist()
 
     def find(self, item: int | str, row: int | None = None) -> tuple[int, int]:
-        """Find the row and place of an item by its number in `describe()` or by its label.
-
-        Raises:
-            ValueError: no such item, the label is stored more than once, or `row` is missing.
-        """
+        """Find the row and place of an item by its number in `describe()` or by its label."""
         # row
         R, row = self.num_rows, 0 if row is None and self.num_rows == 1 else row
         require(row is not None, f"the memory has {R} rows: say in which one with row=.")
@@ -385,11 +381,7 @@ class MemoryState(MemoryRows):
             return direct_write(*prior, w, z, self.noise, self.active)
 
     def merge(self, other: "MemoryState") -> "MemoryState":
-        """Return the items of both, row by row; an item and its copy count once.
-
-        Raises:
-            ValueError: memories of different models, shapes or numbers of rows, or too many items together.
-        """
+        """Return the items of both, row by row; an item and its copy count once."""
         check_kin(self, other)
         rows = self.num_rows, other.num_rows
         require(rows[0] == rows[1], f"memories of {rows[0]} and {rows[1]} rows cannot be merged.")
@@ -512,7 +504,7 @@ def read_file(path: str | os.PathLike, expected: MemoryState) -> MemoryState:
 
 
 def check_header(file, expected: MemoryState) -> None:
-    """Refuse an open file whose header does not fit a model: format, fingerprint, names, types and shapes."""
+    """Refuse an open file whose format, fingerprint, names, types or shapes do not fit."""
     metadata = file.metadata() or {}
     version, theirs, own = metadata.get("version"), metadata.get("fingerprint"), expected.fingerprint
     # of this format and this model

@@ -35,7 +35,7 @@ def round_up(n: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Format:
-    """How whole numbers are stored: `per_byte` columns are the digits of a byte, the first the lowest."""
+    """How numbers are stored: `per_byte` columns are digits of a byte, the first lowest."""
 
     low: int
     high: int
@@ -54,7 +54,7 @@ class Format:
         return (self.high - self.low) // (self.base - 1)
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """Pack numbers (R, C) into bytes, uint8 (R, ceil(C / per_byte)); rows are filled up with 0."""
+        """Pack numbers (R, C), filled up with 0, into uint8 (R, ceil(C / per_byte))."""
         if self.per_byte == 1:
             return values.view(torch.uint8)
         digits = ((values - self.low) // self.step).to(torch.uint8)
@@ -92,7 +92,7 @@ FORMATS = {
 
 @functools.cache
 def numbers_of_bytes(form: Format, device: torch.device) -> torch.Tensor:
-    """Return the numbers of every byte, int8 (256, per_byte); a byte that is too large counts as the largest."""
+    """Return the numbers of every byte up to the largest, int8 (256, per_byte)."""
     every = torch.arange(256).clamp(max=form.largest).unsqueeze(1)
     digits = every // form.base ** torch.arange(form.per_byte) % form.base
     return (form.low + form.step * digits).to(device, torch.int8)
@@ -224,12 +224,12 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     R, C = codes.shape
     codes = F.pad(codes, (0, -C % COLUMNS, 0, -R % ROWS), value=ZERO[bits])
-    # (panel, row, vector, field, byte), then fields joined into bytes
-    codes = codes.view(len(codes) // ROWS, ROWS, -1, 8 // bits, GROUP)
-    packed = codes[:, :, :, 0].clone()
+    # four bytes of a row as one number: (panel, row, vector, field), then fields joined
+    fours = codes.view(torch.int32).view(len(codes) // ROWS, ROWS, -1, 8 // bits)
+    packed = fours[..., 0].clone()
     for k in range(1, 8 // bits):
-        packed |= codes[:, :, :, k] << (k * bits)
-    return packed.transpose(1, 2).reshape(-1)
+        packed |= fours[..., k] << (k * bits)
+    return packed.transpose(1, 2).reshape(-1).view(torch.uint8)
 
 
 def unpack_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> torch.Tensor:
@@ -244,8 +244,9 @@ def unpack_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> t
     return (codes[:rows, :columns] - ZERO[bits]).view(torch.int8)
 
 
-def panels_from_bytes_reference(packed: torch.Tensor, columns: int, form: Format) -> torch.Tensor:
+def panels_from_bytes(packed: torch.Tensor, columns: int, form: Format) -> torch.Tensor:
     """Lay out packed rows, uint8 (R, ceil(columns / per_byte)), as the panels of their weights."""
+    form.check(packed, columns)
     length, codes = panel_bytes(ROWS, columns, form.bits), form.codes_of_bytes(packed.device)
     panels = packed.new_empty(round_up(len(packed), ROWS) // ROWS, length)
     step = round_up(2**20 // columns, ROWS)  # rows at a time: a large matrix is never unpacked as a whole

@@ -69,11 +69,6 @@ def fetch_image(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS)
     Args:
         source: a path, a `file:`, `http:`, `https:` or `data:` URL, or the bare base64 text of an image.
         max_pixels: the limit for images in an icon file, where Pillow decodes one as it opens the file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        OSError: a file or a URL that cannot be read.
-        ValueError: not an image that Pillow can read, or an icon that holds an image with too many pixels.
     """
     source = os.fspath(source)
     name = source if len(source) <= 200 else f"{source[:60]}... ({len(source)} characters)"
@@ -140,11 +135,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Convert a Pillow image to RGB: upright, on white, at 8 bits; of an animation, the current frame.
-
-    Raises:
-        ValueError: no or too many pixels by its header (checked before decoding), or data that cannot be decoded.
-    """
+    """Convert a Pillow image to RGB: upright, on white, at 8 bits; of an animation, the current frame."""
     check_size(name_of(image), image.size, max_pixels)
     with naming_image(name_of(image), "cannot be decoded"):
         image = turn_upright(image)

@@ -24,8 +24,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_microvlm import require
-from .kernels_microvlm import Matrix, low_bit_linear, low_bit_linear_mixed, panels_from_bytes
-from .packing_microvlm import EPS, FORMATS, Scheme, quantize_weight, spread, ternary_quantize
+from .kernels_microvlm import Matrix, low_bit_linear, low_bit_linear_mixed
+from .packing_microvlm import EPS, FORMATS, Scheme, panels_from_bytes, quantize_weight, spread, ternary_quantize
 
 QUANT_METHOD = "microvlm"
 # dtypes of numbers and scales -> their names in safetensors
@@ -88,16 +88,7 @@ class TernaryLinear(nn.Linear):
 
 
 def replace_with_ternary(model: nn.Module, patterns: list[str], **options) -> list[str]:
-    """Swap the linear layers whose dotted name fully matches one of `patterns` for `TernaryLinear`.
-
-    Args:
-        model: in place.
-        patterns: regular expressions.
-        options: of `TernaryLinear`.
-
-    Returns:
-        Their names. Raises ValueError for a pattern that matches no linear layer.
-    """
+    """Swap the linear layers whose names fully match a pattern for `TernaryLinear`; returns their names."""
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     replaced = []
     for pattern in patterns:
@@ -126,10 +117,6 @@ class PackedWeight(nn.Module):
     """A matrix (R, C) of whole numbers, stored packed, and its scales.
 
     The first product lays the numbers out for the kernels, in 2, 4 or 8 bits each; `state_dict` keeps the packed bytes.
-
-    Args:
-        rows, columns: R and C.
-        scheme: how it is stored.
     """
 
     def __init__(self, rows: int, columns: int, scheme: Scheme, device=None):
@@ -212,12 +199,7 @@ def matrix_of(weights: list[PackedWeight]) -> Matrix:
 
 
 class PackedLinear(PackedWeight):
-    """A linear layer (..., in) -> (..., out) with a packed weight.
-
-    Args:
-        in_features, out_features, bias: like `nn.Linear`.
-        scheme: how the weight is stored.
-    """
+    """A linear layer (..., in) -> (..., out) with a packed weight."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme, device=None, dtype=None):
         super().__init__(out_features, in_features, scheme, device)
@@ -249,12 +231,7 @@ class PackedLinear(PackedWeight):
 class PackedEmbedding(nn.Module):
     """A vocabulary (V, D) of packed rows, also the head's matrix when they are tied.
 
-    Frequent rows may have a format of their own.
-
-    Args:
-        num_embeddings, embedding_dim: V and D.
-        scheme: how rows are stored.
-        dtype: of `forward`.
+    Frequent rows may have a format of their own. `forward` gives `dtype`.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, scheme: Scheme, device=None, dtype=None):
@@ -369,9 +346,6 @@ class PackedConfig(QuantizationConfigMixin):
             matches counts; a module that none matches stays as it is.
         order: the expressions in the order in which they are tried, as config.json sorts the names of `modules`;
             default: the order of `modules`.
-
-    Raises:
-        ValueError: no such object, an entry that `Scheme` refuses, or an order of other expressions.
     """
 
     def __init__(self, modules: dict[str, dict] | None = None, order: list[str] | None = None, **kwargs):
@@ -416,17 +390,10 @@ def packed_module(name: str, module: nn.Linear | nn.Embedding, scheme: Scheme, d
 def replace_with_packed(
     model: nn.Module, config: PackedConfig, dtype: torch.dtype | None = None
 ) -> dict[str, nn.Module]:
-    """Swap the linear layers and embeddings that `config` names for packed ones.
+    """Swap the layers that `config` names for packed ones; returns these by name.
 
-    A tied head follows its embedding.
-
-    Args:
-        model: on any device, `meta` included.
-        config: which, and how.
-        dtype: of the packed embeddings' output and of biases; default: that of the weight.
-
-    Returns:
-        The new modules by name.
+    A tied head follows its embedding. `dtype` is that of the packed embeddings' output and of biases; default: that of
+    the weight. The model may be on `meta`.
     """
     new, schemes, unused = {}, config.schemes(), list(config.modules)
     # make the new modules, the first pattern that matches counts
@@ -484,11 +451,7 @@ class PackedQuantizer(HfQuantizer):
                 module.check(name)
 
     def _dequantize(self, model, dtype=None):
-        """Swap packed layers for plain ones.
-
-        Ternary training layers get weights that round to the same numbers.
-        """
-        # plain layers in the place of packed ones
+        """Swap packed layers for plain ones; ternary layers round to the same numbers again."""
         dtype = dtype or model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedEmbedding):

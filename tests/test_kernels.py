@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from microvlm.packing_microvlm import FORMATS, MAX_COLUMNS, ZERO, Scheme, pack_codes, panel_bytes, unpack_panels
+from microvlm.packing_microvlm import (
+    FORMATS,
+    MAX_COLUMNS,
+    ZERO,
+    Scheme,
+    pack_codes,
+    panel_bytes,
+    panels_from_bytes,
+    unpack_panels,
+)
 from microvlm.quantization_microvlm import PackedWeight, fake_quantize_activation, matrix_of
 
 from microvlm import (
@@ -98,14 +107,9 @@ def test_panel_layout():
     assert eight[4 * 3 + 1] == 127 and eight[64 + 4 * 4 + 2] == 129 and eight[16 * 64 + 4] == 129
 
 
-@pytest.mark.parametrize("native_or_torch", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows,columns", [(1, 1), (3, 64), (16, 70), (17, 203), (4100, 1300)])
-def test_panels_from_bytes(rows, columns, format, native_or_torch, monkeypatch):
-    if not native_or_torch:
-        monkeypatch.setattr(kernels, "is_native", lambda x: False)
-    elif not RUNNABLE:
-        pytest.skip("llvmlite is not installed")
+def test_panels_from_bytes(rows, columns, format):
     form, g = FORMATS[format], torch.Generator().manual_seed(columns)
     weight = PackedWeight(rows, columns, Scheme(format))
     codes = torch.randint(form.low, form.high + 1, (rows, columns), dtype=torch.int8, generator=g)
@@ -120,9 +124,9 @@ def test_packing_errors():
     with pytest.raises(ValueError, match="columns is 131072; expected 1 to 131071"):
         panel_bytes(1, 2**17, 2)
     with pytest.raises(ValueError, match="a byte of five trits is at most 242, got 243"):
-        kernels.panels_from_bytes(torch.tensor([[243]], dtype=torch.uint8), 5, FORMATS["ternary"])
+        panels_from_bytes(torch.tensor([[243]], dtype=torch.uint8), 5, FORMATS["ternary"])
     with pytest.raises(ValueError, match=r"6 weights a row take uint8 \(rows, 2\), got torch.uint8 \(1, 1\)"):
-        kernels.panels_from_bytes(torch.tensor([[0]], dtype=torch.uint8), 6, FORMATS["ternary"])
+        panels_from_bytes(torch.tensor([[0]], dtype=torch.uint8), 6, FORMATS["ternary"])
 
 
 # ------------------------------------------------------------------------------------------------------------- products
