@@ -160,7 +160,7 @@ class Layer:
 
 
 class TokenStep:
-    """One token of one row through all layers as a single call; `dtype` is the cache's."""
+    """One token of one row through all layers as one call; `dtype` is the cache's."""
 
     def __init__(self, decoder: "PackedDecoder", dtype: torch.dtype):
         first = decoder.layers[0]
@@ -189,7 +189,7 @@ class TokenStep:
 
 
 class CacheView:
-    """What one row's tokens attend to: the growing layers of a cache that `fits`, its memory."""
+    """What one row's tokens attend to: growing layers of a cache that `fits`, its memory."""
 
     @staticmethod
     def fits(cache: Cache, layers: list[Layer], dtype: torch.dtype) -> bool:
