@@ -85,8 +85,6 @@ class MicroVLMGenerationMixin(GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None and pixel_values is not None and kwargs.get("inputs_embeds") is None:
             kwargs["input_ids"] = input_ids = self.default_prompt(len(pixel_values), pixel_values.device)
-        if memory is None and pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
         # read the memory
         if memory is not None:
             # encode the images once, for the memory and for the prompt
@@ -95,6 +93,8 @@ class MicroVLMGenerationMixin(GenerationMixin):
                 kwargs["mm_encoder_outputs"] = {"image": image}
             mask = kwargs.get("attention_mask")
             kwargs["memory_readout"] = self.ask_memory(memory, memory_gate, input_ids, mask, image, kl=False)
+        elif pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
         with kernel_threads() if self.model.packed_decoder() is not None else nullcontext():
             return super().generate(inputs, *args, **kwargs)
 
