@@ -83,7 +83,7 @@ class AlignmentMixin:
     def check_alignment(self, kind: bool | str | None, use_fusion: bool | None, input_ids, has_images: bool) -> None:
         """Refuse an alignment that a call cannot have: `kind` is its `return_alignment`."""
         known = kind in (None, False, True, "only")
-        require(known, f"return_alignment must be True, False or 'only', got {kind!r}.")
+        require(known, "return_alignment must be True, False or 'only', got {!r}.", kind)
         no_block = "use_fusion=True needs a model built with config.use_fusion=True; this one has no block."
         require(not use_fusion or self.fusion is not None, no_block)
         require(kind != "only" or has_images, "return_alignment='only' needs images: give pixel_values.")

@@ -301,7 +301,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         )
         shape = tuple(pixel_values.shape)
         images = len(shape) == 4 and shape[0] > 0
-        require(images, f"pixel_values must have the shape (images, channels, height, width), got {shape}.")
+        require(images, "pixel_values must have the shape (images, channels, height, width), got {}.", shape)
         # features of the vision tower, then prefix tokens
         vision = self.vision_tower(
             pixel_values,
@@ -360,8 +360,9 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             count, expected, P = int(mask.sum()), image_features[..., 0].numel(), self.config.num_prefix_tokens
             require(
                 count == expected,
-                f"Image features and image tokens do not match: {expected // P} images need {expected} placeholders "
-                f"({P} each), the text has {count}.",
+                "Image features and image tokens do not match: {} images need {} placeholders ({} each), "
+                "the text has {}.",
+                *(expected // P, expected, P, count),
             )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
