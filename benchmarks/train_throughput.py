@@ -124,7 +124,7 @@ class Bench:
         # features of the vision tower
         tower, label = self.model.model.vision_tower, f"{side} x {side}"
         features, self.cached_rows = cache_vision_features(tower, self.collator, self.rows, 1, folder, label)
-        self.feature_collator = FeatureCollator(features, processor, prompt)
+        self.feature_collator = FeatureCollator(processor, prompt, features=features)
 
     def round_rows(self, number: int, variant: Variant) -> list[int]:
         """List which rows the turn of a variant reads, in order."""

@@ -22,8 +22,6 @@ from microvlm import inference as inference_module
 from microvlm.data.episodes import (
     QUESTIONS,
     EpisodeCollator,
-    EpisodeImages,
-    EpisodeOptions,
     caption_noun,
     make_names,
 )
@@ -55,9 +53,8 @@ def collator(**kwargs) -> EpisodeCollator:
     pooled = torch.cat([features[:, :, 0], features[:, :, 1:].mean(2)], -1)
     prompt = toy_model().default_prompt(1)[0].tolist()
     defaults = {"groups": 2, "sizes": (1, 6), "names": 50, "key_pairs": 4, "gray": torch.randn(8, 48)}
-    kwargs = defaults | kwargs
-    images = EpisodeImages(features, pooled, kwargs.pop("gray"), captions, CONCEPTS)
-    return EpisodeCollator(images, toy_processor(), prompt, 40, EpisodeOptions(**kwargs))
+    images = {"features": features, "pooled": pooled, "captions": captions, "concepts": CONCEPTS}
+    return EpisodeCollator(toy_processor(), prompt, max_tokens=40, **images, **defaults | kwargs)
 
 
 def batch_rows(order=range(8)) -> list[dict]:
@@ -227,7 +224,7 @@ def test_unknown_questions_are_about_nothing_that_is_stored():
 def test_shares_are_checked():
     with pytest.raises(ValueError) as error:
         collator(shares={"view": 1.0})
-    assert str(error.value) == "shares must be of view, style, text, new and unknown, got view."
+    assert str(error.value) == "shares must be of view, style, text, new, unknown, got view."
 
 
 def test_episodes_repeat_for_the_same_epoch_and_rows_only():

@@ -322,15 +322,14 @@ def test_a_stream_refuses_another_number_of_ranks(runs, monkeypatch):
     with pytest.raises(ValueError) as caught:
         main([str(runs.folder / "stream_stopped.yaml"), "--resume"])
     assert str(caught.value) == (
-        f"{newest} was written with 2 ranks of 0 data loader workers; a stream goes on exactly with the same only, "
-        "not with 1 of 0."
+        f"{newest} was written with ranks 2; a stream goes on exactly with the same only, not with 1."
     )
 
 
 def test_a_stream_refuses_more_ranks(runs):
     message = (
-        f"ValueError: {newest_complete(runs.folder / 'stream_one')} was written with 1 ranks of 0 data loader workers; a "
-        "stream goes on exactly with the same only, not with 2 of 0."
+        f"ValueError: {newest_complete(runs.folder / 'stream_one')} was written with ranks 1; a "
+        "stream goes on exactly with the same only, not with 2."
     )
     assert [report["ended"] for report in runs.reports("stream_more")] == [message, message]
 

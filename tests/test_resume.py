@@ -161,8 +161,8 @@ def test_other_readers_are_refused(stream_run, tmp_path):
     with pytest.raises(ValueError) as error:
         main([recipe, "--resume", "--set", "training.dataloader_num_workers=2"])
     assert str(error.value) == (
-        f"{tmp_path}/out/checkpoint-4 was written with 1 ranks of 0 data loader workers; a stream goes on exactly with the same "
-        "only, not with 1 of 2."
+        f"{tmp_path}/out/checkpoint-4 was written with dataloader_num_workers 0; a stream goes on exactly with the same "
+        "only, not with 2."
     )
 
 

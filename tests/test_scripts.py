@@ -7,59 +7,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, tiny_model
-from toy_data import pairs, toy_model, toy_processor, use_cache, write_parquet
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from conftest import ROOT
+from toy_data import pairs, use_cache, write_parquet
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 import train_hf
 from microvlm.data.collators import CaptionCollator
 from microvlm.data.rows import load_rows
 from microvlm.evaluate.language import teacher_forced
-from microvlm.model import PackedConfig, load_plain
-from microvlm.pack import pack
+from microvlm.model import load_plain
 from microvlm.train import calibrate, distill_vision, pretrain_text
 
-
-def changed(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
-    assert a.keys() == b.keys()
-    return {name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])}
-
-
-@pytest.fixture
-def packed_checkpoint(tmp_path):
-    """As nano is: packed, the rest bfloat16."""
-    model, rows = toy_model("bitnet"), {"group_size": "row"}
-    modules = {
-        r"model\.language_model\.layers\..*_proj": {"format": "ternary"},
-        r"model\.language_model\.embed_tokens": rows | {"format": "ternary", "scale_type": "float16"},
-        r"model\.vision_tower\..*": rows | {"format": "int8"},
-        r"model\.adapter\..*": rows | {"format": "int4"},
-    }
-    pack(model, PackedConfig(modules))
-    model.bfloat16().save_pretrained(tmp_path / "packed")
-    toy_processor().save_pretrained(tmp_path / "packed")
-    assert "quantization_config" in json.loads((tmp_path / "packed" / "config.json").read_text())
-    return tmp_path / "packed"
-
-
-def dequantized(folder) -> dict[str, torch.Tensor]:
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    state = model.dequantize(torch.float32).state_dict()
-    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}  # tied, not stored
-
-
 # --- distill_vision.py
-
-
-def test_distillation_begins_from_a_packed_tower(packed_checkpoint):
-    first, tower = distill_vision.first_weights(packed_checkpoint), "model.vision_tower.timm_model."
-    expected = {n: t for n, t in dequantized(packed_checkpoint).items() if n.startswith(tower)}
-    assert not changed(first, {f"backbone.{name.removeprefix(tower)}": t for name, t in expected.items()})
-    assert {tensor.dtype for tensor in first.values()} == {torch.float32}
-    plain = tiny_model().model.vision_tower.timm_model
-    assert first.keys() == {f"backbone.{name}" for name in plain.state_dict()}
-    weight = plain.blocks[0].attn.qkv.weight  # the same seed: eight bits of it
-    assert (first["backbone.blocks.0.attn.qkv.weight"] - weight).abs().max() < 0.01 * weight.abs().max()
 
 
 def test_a_distillation_that_goes_on_keeps_its_log(tmp_path, monkeypatch, capsys):

@@ -243,7 +243,7 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         ),
         (
             {"data": {"train": "d", "validate": "v"}},
-            "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, format, image_size, limit, "
+            "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, image_size, limit, "
             "max_caption_tokens, max_unreadable_share, revision, stream, train, validation, validation_limit, vision_cache.",
         ),
         (
@@ -339,22 +339,6 @@ def test_overrides(tmp_path):
         load_recipe(path, ["data.limit=["])
     with pytest.raises(ValueError, match="^unknown key in training: learning_rat. Known: "):
         load_recipe(path, ["training.learning_rat=0.1"])
-
-
-def test_a_recipe_starts_from_its_base(tmp_path):
-    (tmp_path / "bases").mkdir()
-    changes = {"config": {"memory_config.code_size": 32}, "loss_weights": {"lm": 1.0, "align": 0.5}}
-    write_recipe(tmp_path / "bases", "first.yaml", **changes)
-    (tmp_path / "bases/second.yaml").write_text("base: first.yaml\nloss_weights: {align: 0.1}\ntrainable: [a, b]\n")
-    path = tmp_path / "third.yaml"
-    path.write_text("base: bases/second.yaml\nconfig: {use_fusion: true}\ntraining: {max_steps: 3}\n")
-    recipe = load_recipe(path, ["training.output_dir=other"])
-    assert recipe.config == {"memory_config.code_size": 32, "use_fusion": True}
-    assert recipe.loss_weights == {"lm": 1.0, "align": 0.1} and recipe.trainable == ["a", "b"]
-    assert recipe.training == {"output_dir": "other", "max_steps": 3} and recipe.data.train == "d"
-    (tmp_path / "bases/first.yaml").write_text("base: second.yaml\n")
-    with pytest.raises(ValueError, match="second.yaml: its base leads back to itself.$"):
-        load_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -685,7 +669,7 @@ def test_kept_features_train_like_the_pictures(rows, tmp_path):
     features, kept = cache_vision_features(model.model.vision_tower, plain, rows, 1, str(tmp_path / "v"), "none")
     assert model.model.vision_tower.training
     trainer = toy_trainer(tmp_path, rows, model, {"lm": 1.0, "align": 0.5})
-    batch, cached = plain(list(rows)), FeatureCollator(features, processor, prompt)(list(kept))
+    batch, cached = plain(list(rows)), FeatureCollator(processor, prompt, features=features)(list(kept))
     model.eval()  # no dropout; compute_loss spares no logits then
     losses = [trainer.compute_loss(model, dict(inputs)) for inputs in (batch, cached)]
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=0)

@@ -20,7 +20,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from microvlm.data.augment import gray_copy, image_augmentation
 from microvlm.data.episodes import ImageEpisodeCollator
 from microvlm.metrics import retrieval_recalls, scope_metrics, score
-from microvlm.train.callbacks import LossBar
 from microvlm.train.curves import plot_curves
 from microvlm.train.episodes import split_inputs
 from train_hf import main
@@ -90,27 +89,6 @@ def test_plot_curves(tmp_path):
         plot_curves([{"step": 1, "train_runtime": 3.0}], tmp_path / "none.png")
 
 
-class Bar:
-    def set_postfix(self, shown, refresh):
-        self.shown = shown
-
-    def write(self, text):
-        self.written = text
-
-
-def test_the_bar_shows_the_parts(tmp_path):
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    bar, state = LossBar(), TrainerState(is_world_process_zero=True)
-    bar.training_bar = Bar()
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
-    logs = {"loss": 1.2345, "lm_loss": 1.0, "align_loss": 0.46912, "learning_rate": 1.0, "data_wait": 0.031}
-    bar.on_log(args, state, TrainerControl(), logs=logs)
-    assert bar.training_bar.shown == {"loss": "1.23", "lm": "1", "align": "0.469", "wait": "3%"}
-    bar.on_log(args, state, TrainerControl(), logs={"eval_loss": 0.5})
-    assert "eval_loss" in bar.training_bar.written
-
-
 # --- evaluation during a run
 
 
@@ -164,6 +142,12 @@ def test_captioned_pictures_are_some_that_can_be_read(run, tmp_path):  # noqa: F
     run["training"]["output_dir"] = str(tmp_path / "none")
     with pytest.raises(ValueError, match="^evaluation.captions: none of the 2 validation rows can be read.$"):
         main([write_recipe(tmp_path, **run)])
+
+
+def test_evaluation_beside_groups_of_similar_length(run, tmp_path):  # noqa: F811
+    run["training"] |= {"max_steps": 1, "train_sampling_strategy": "group_by_length", "eval_on_start": True}
+    main([write_recipe(tmp_path, **run)])
+    assert "eval_lm_loss" in json.loads((tmp_path / "out" / "log.json").read_text())[0]
 
 
 def test_evaluation_leaves_the_training_alone(run, tmp_path):  # noqa: F811

@@ -18,24 +18,16 @@ logger = logging.getLogger(__name__)
 class CaptionCollator:
     """Build batches `<prompt with the image><caption><eos>`; the loss is on caption and end only.
 
-    Args:
-        processor: a `MicroVLMProcessor`.
-        prompt_ids: the prompt with all placeholders, from `model.default_prompt`.
-        augment: a function on images (B, 3, height, width) in [0, 1], for training. Its random numbers depend on
-            seed, epoch and batch alone, so a resumed run draws the same.
-        image_size: side of the images, the processor's own by default.
-        max_unreadable_share: training stops when a larger share of the rows cannot be read.
-        seed: of the augmentation.
-        max_caption_tokens: longer captions are cut, and then have no end token; default: none is cut.
+    The random numbers of `augment` depend on seed, epoch and batch alone, so a resumed run draws the same.
     """
 
-    processor: Any
-    prompt_ids: list[int]
-    augment: Callable[[torch.Tensor], torch.Tensor] | None = None
-    image_size: int | None = None
-    max_unreadable_share: float = 0.01
-    seed: int = 0
-    max_caption_tokens: int | None = None
+    processor: Any  # a `MicroVLMProcessor`
+    prompt_ids: list[int]  # the prompt with all placeholders, from `model.default_prompt`
+    augment: Callable[[torch.Tensor], torch.Tensor] | None = None  # on images (B, 3, H, W) in [0, 1], for training
+    image_size: int | None = None  # side of the images, the processor's own by default
+    max_unreadable_share: float = 0.01  # training stops when a larger share of the rows cannot be read
+    seed: int = 0  # of the augmentation
+    max_caption_tokens: int | None = None  # longer captions are cut, and then have no end token
 
     def __post_init__(self):
         # seen, unreadable, epoch: shared, because a data loader's workers hold copies of self
@@ -44,17 +36,14 @@ class CaptionCollator:
 
     @property
     def seen(self) -> int:
-        """Count the rows so far, of all workers."""
         return int(self.counts[0])
 
     @property
     def unreadable(self) -> int:
-        """Count the rows that could not be read, of all workers."""
         return int(self.counts[1])
 
     @property
     def epoch(self) -> int:
-        """Return the epoch of the rows at hand."""
         return int(self.counts[2]) if self.row_epoch is None else self.row_epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -62,11 +51,7 @@ class CaptionCollator:
         self.counts[2] = epoch
 
     def read(self, row: dict) -> tuple[torch.Tensor, str] | None:
-        """Decode and count a row; return None if it cannot be read.
-
-        Raises:
-            RuntimeError: too many rows cannot be read.
-        """
+        """Decode and count a row; return None if it cannot be read."""
         self.counts[0] += 1
         try:
             return decode_row(row, self.processor.image_processor)
@@ -88,11 +73,7 @@ class CaptionCollator:
         return self.sequences([self.prompt_ids] * len(answers), answers) | self.images([image for image, _ in pairs])
 
     def read_all(self, rows: list[dict]) -> list[tuple]:
-        """Read the rows that can be read.
-
-        Raises:
-            RuntimeError: there is none.
-        """
+        """Read the rows that can be read."""
         self.row_epoch = rows[0].get("epoch")
         pairs = [pair for pair in map(self.read, rows) if pair is not None]
         if not pairs:
@@ -119,7 +100,6 @@ class CaptionCollator:
 
     @property
     def target_size(self) -> dict[str, int] | None:
-        """Return `image_size` as the image processor takes it."""
         return None if self.image_size is None else {"height": self.image_size, "width": self.image_size}
 
     def images(self, images: list[torch.Tensor], view: str = "") -> dict[str, torch.Tensor]:
@@ -141,17 +121,11 @@ class CaptionCollator:
         return {"pixel_values": image_processor.normalize(augmented, mean, std)}
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class FeatureCollator(CaptionCollator):
-    """Build batches from cached vision features, another view of an image every epoch.
+    """Build batches from cached vision features, another view of an image every epoch."""
 
-    Args:
-        features: (views, rows, tokens, width), from `cache_vision_features`; a row's index is its `feature_row`.
-        processor, prompt_ids: as in `CaptionCollator`.
-    """
-
-    def __init__(self, features: torch.Tensor, processor, prompt_ids: list[int]):
-        super().__init__(processor, prompt_ids)
-        self.features = features
+    features: torch.Tensor  # (views, rows, tokens, width), of `cache_vision_features`; a row's index: `feature_row`
 
     def read(self, row: dict) -> tuple[int, str]:
         """Return the index and the caption of a row, and count it."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..model import require
 from .collators import CaptionCollator, FeatureCollator
 from .rows import text_ids
 
@@ -32,7 +33,7 @@ QUESTIONS = (
     "What is the name of the {noun}?",
     "Tell me about the {noun}.",
 )
-KINDS = ("view", "style", "text", "new", "unknown")  # what a query asks
+SHARES = {"view": 0.45, "style": 0.1, "text": 0.1, "new": 0.3, "unknown": 0.05}  # of the kinds of query
 UNWRITTEN = ("new", "unknown")  # kinds of query for what no memory holds
 OWN_NOUN, OTHER_NOUN, OTHER_WORDS = 0.4, 0.6, 0.8  # upper bounds of these facts in [0, 1]; the rest has invented words
 STYLE_PAIRS = 0.1  # share of the key pairs that show two images of a concept
@@ -67,14 +68,10 @@ class ImageEpisodeCollator(CaptionCollator):
     Every `size` neighbouring rows share a memory. A random half of them is written to it: the caption under another
     view of the image. All rows ask. A written row has to read its caption; for the others ScopeNet has to say no.
     Rows repeated to fill the last episode have no answer.
-
-    Args:
-        size: rows of an episode.
-        max_tokens: of a stored caption with its end; longer ones are cut.
     """
 
-    size: int = 4
-    max_tokens: int = 32
+    size: int = 4  # rows of an episode
+    max_tokens: int = 32  # of a stored caption with its end; longer ones are cut
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = self.read_all(rows)
@@ -108,13 +105,7 @@ class Fact(NamedTuple):
 
 
 class Storyteller:
-    """Draw facts about images, with a made-up name and a noun.
-
-    Args:
-        captions: of all images.
-        number: of names.
-        max_tokens: of a fact with its end token.
-    """
+    """Draw facts about images, with one of `number` made-up names, a noun, and at most `max_tokens` tokens."""
 
     def __init__(self, tokenizer, captions: list[str], number: int, max_tokens: int):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
@@ -128,7 +119,6 @@ class Storyteller:
         self.endings = sorted(t for t in tokens if t[0] not in "Ġ▁")
 
     def tokens(self, text: str) -> list[int]:
-        """Tokenize a text."""
         return text_ids(self.tokenizer, text)
 
     def words(self, row: int, draw: random.Random) -> list[str]:
@@ -164,49 +154,6 @@ class Storyteller:
         return out
 
 
-@dataclass
-class EpisodeImages:
-    """Hold the features of all images of a data set.
-
-    Args:
-        features: of the vision tower (views, rows, tokens, width).
-        pooled: for keys (views, rows, 2 x width).
-        gray: for keys, of grey copies (rows, 2 x width), or None.
-        captions, concepts: of all rows.
-    """
-
-    features: torch.Tensor
-    pooled: torch.Tensor
-    gray: torch.Tensor | None
-    captions: list[str]
-    concepts: list[str]
-
-
-@dataclass
-class EpisodeOptions:
-    """Set what episodes are made of.
-
-    Args:
-        groups: memories per batch.
-        sizes: smallest and largest number of facts in a memory, drawn evenly on a logarithmic scale.
-        shares: of the kinds of query, `view`, `style`, `text`, `new`, `unknown`.
-        names: number of made-up names.
-        key_pairs: images per batch for the contrastive loss of the keys, two views each.
-        seed: of all draws, with the epoch and the rows.
-    """
-
-    groups: int = 4
-    sizes: Sequence[int] = (1, 256)
-    shares: dict[str, float] = field(default_factory=lambda: dict(zip(KINDS, (0.45, 0.1, 0.1, 0.3, 0.05))))
-    names: int = 4000
-    key_pairs: int = 512
-    seed: int = 0
-
-    def __post_init__(self):
-        if set(self.shares) != set(KINDS):
-            raise ValueError(f"shares must be of view, style, text, new and unknown, got {', '.join(self.shares)}.")
-
-
 class Support(NamedTuple):
     """A fact as it is written: under a view of an image."""
 
@@ -224,6 +171,7 @@ class Query(NamedTuple):
     known: bool
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class EpisodeCollator(FeatureCollator):
     """Build memories to be written, and the rows as queries to them, in one batch.
 
@@ -234,13 +182,22 @@ class EpisodeCollator(FeatureCollator):
     question nothing, only ScopeNet learns from it.
     """
 
-    def __init__(
-        self, images: EpisodeImages, processor, prompt_ids: list[int], max_tokens: int, options: EpisodeOptions
-    ):
-        super().__init__(images.features, processor, prompt_ids)
-        self.pooled, self.gray, self.concepts = images.pooled, images.gray, images.concepts
-        self.captions, self.max_tokens, self.options = images.captions, max_tokens, options
-        self.story = Storyteller(processor.tokenizer, images.captions, options.names, max_tokens)
+    captions: list[str]  # of all images
+    concepts: list[str]
+    pooled: torch.Tensor  # features for keys (views, rows, 2 x width)
+    gray: torch.Tensor | None  # of grey copies (rows, 2 x width)
+    max_tokens: int  # of a fact with its end token
+    groups: int = 4  # memories per batch
+    sizes: Sequence[int] = (1, 256)  # smallest and largest number of facts, drawn evenly on a logarithmic scale
+    shares: dict[str, float] = field(default_factory=SHARES.copy)  # of the kinds of query
+    names: int = 4000  # number of made-up names
+    key_pairs: int = 512  # images per batch for the contrastive loss of the keys, two views each
+
+    def __post_init__(self):
+        super().__post_init__()
+        shares = ", ".join(self.shares)
+        require(set(self.shares) == set(SHARES), f"shares must be of {', '.join(SHARES)}, got {shares}.")
+        self.story = Storyteller(self.processor.tokenizer, self.captions, self.names, self.max_tokens)
         self.same_concept = defaultdict(list)
         for i, concept in enumerate(self.concepts):
             self.same_concept[concept].append(i)
@@ -259,17 +216,11 @@ class EpisodeCollator(FeatureCollator):
             nearest += similarity.topk(min(k, len(x))).indices.tolist()
         return nearest
 
-    def sentences(self) -> list[list[int]]:
-        """Tokenize a fact and a question about every image."""
-        return self.story.sentences()
-
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        own, groups = [row["feature_row"] for row in rows], self.options.groups
-        if len(own) % groups:
-            raise ValueError(
-                f"a batch of {len(own)} rows does not divide into {groups} groups: set dataloader_drop_last."
-            )
-        draw = random.Random(zlib.crc32(f"{self.options.seed} {int(self.counts[2])} {own}".encode()))
+        own, groups = [row["feature_row"] for row in rows], self.groups
+        message = f"a batch of {len(own)} rows does not divide into {groups} groups: set dataloader_drop_last."
+        require(len(own) % groups == 0, message)
+        draw = random.Random(zlib.crc32(f"{self.seed} {int(self.counts[2])} {own}".encode()))
         # draw what every memory stores and what its rows ask
         size, memories, queries = len(own) // groups, [], []
         for start in range(0, len(own), size):
@@ -288,7 +239,7 @@ class EpisodeCollator(FeatureCollator):
 
     def _episode(self, rows: list[int], draw: random.Random) -> tuple[list[Support], list[Query]]:
         """Draw a memory and the queries of its rows."""
-        low, high = map(math.log, self.options.sizes)
+        low, high = map(math.log, self.sizes)
         size = round(math.exp(draw.uniform(low, high)))
         plan, store = self._plan(rows, size, draw)
         self._fill(plan, store, size, draw)
@@ -304,7 +255,7 @@ class EpisodeCollator(FeatureCollator):
         Returns:
             kind and image of every query, and image -> fact.
         """
-        plan, store, shares = [], {}, self.options.shares
+        plan, store, shares = [], {}, self.shares
         for i in rows:
             kind = draw.choices(list(shares), list(shares.values()))[0]
             if kind == "style" and len(self.same_concept[self.concepts[i]]) < 2:
@@ -369,7 +320,7 @@ class EpisodeCollator(FeatureCollator):
 
         For one in ten the second is another image of the concept.
         """
-        concepts = draw.sample(sorted(self.same_concept), min(self.options.key_pairs, len(self.same_concept)))
+        concepts = draw.sample(sorted(self.same_concept), min(self.key_pairs, len(self.same_concept)))
         first = [draw.choice(self.same_concept[c]) for c in concepts]
         second = [
             draw.choice(self.same_concept[c]) if draw.random() < STYLE_PAIRS else i

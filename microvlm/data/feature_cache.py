@@ -23,8 +23,8 @@ def write_vision_features(
     """Write features of `views` augmentations of every image into a file.
 
     Returns:
-        The shape of the file's content, (views, rows, tokens, width) in bfloat16, and the indices of the rows that
-        could be read: they fill the first places of every view.
+        The shape (views, rows, tokens, width) of the file's bfloat16 numbers, and the indices of the rows that could be
+        read: they fill the first places of every view.
     """
     device = next(vision_tower.parameters()).device
     features, readable = None, []
@@ -69,8 +69,7 @@ def cache_vision_features(
         transform: describes what `collator` does to an image.
 
     Returns:
-        Features (views, readable rows, tokens, width) in bfloat16, mapped from the file, and the readable rows with
-        a column `feature_row` in place of the image.
+        Features (views, readable rows, tokens, width) in bfloat16, and the rows with `feature_row` instead of images.
     """
     file = Path(folder) / f"vision_{_digest(vision_tower, collator, rows, views, transform)}.bin"
     index_file = file.with_suffix(".json")

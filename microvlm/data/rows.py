@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 
+from ..model import require
+
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "text", "txt")
-FORMATS = ("parquet", "imagefolder", "webdataset", "files")
+FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
 COPYLEFT = r"GPL|GFDL|General Public Licen|Free Documentation Licen|((CC|BY)[-_ ]?|NC[-_ ])SA(?![a-z])|share[-_ ]?alike"
 
 
@@ -25,26 +27,14 @@ def is_copyleft(licence: str) -> bool:
     return bool(re.search(COPYLEFT, licence, re.IGNORECASE))
 
 
-def is_remote(path: str) -> bool:
+def list_paths(path: str | Path | list) -> list[str]:
+    """List one path or several."""
+    return [str(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
+
+
+def is_remote(path: str | list[str]) -> bool:
     """Tell whether a path is an address that `datasets` opens, such as `hf://...`."""
-    return "://" in path
-
-
-def guess_format(path: str) -> str:
-    """Choose the reader for a path.
-
-    Files go by their suffix. Folders are webdataset with tars in them, imagefolder with a metadata file, else files.
-    """
-    if Path(path).is_dir():
-        if any(Path(path).glob("*.tar")):
-            return "webdataset"
-        return "imagefolder" if any(Path(path).rglob("metadata.*")) else "files"
-    for suffix, name in ((".parquet", "parquet"), (".tar", "webdataset")):
-        if path.endswith(suffix):
-            return name
-    raise ValueError(
-        f"{path}: expected a .parquet file, a .tar of webdataset or a folder of pictures with metadata.jsonl."
-    )
+    return any("://" in p for p in list_paths(path))
 
 
 def check_sources(paths: list[str]) -> None:
@@ -54,78 +44,55 @@ def check_sources(paths: list[str]) -> None:
             raise FileNotFoundError(f"training data {path} does not exist.")
 
 
-def load_rows(
-    path: str | list[str], format: str | None = None, exclude_copyleft: bool = False, limit: int | None = None
-) -> Dataset:
+def load_rows(path: str | list[str], exclude_copyleft: bool = False, limit: int | None = None) -> Dataset:
     """Load rows with the columns `image` (undecoded: {"bytes", "path"}) and `caption`.
 
     Args:
-        path: a file, a glob, a list of files, or a folder: of tars, of images with `metadata.jsonl` or text files.
-        format: one of `FORMATS`; by default from the path.
+        path: .parquet or .tar of webdataset, a glob or a list of them; or a folder of tars, of images with
+            `metadata.jsonl`, or of images with text files.
         exclude_copyleft: drop rows whose `licence` column states none or a copyleft one.
         limit: keep only the first rows.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: unknown format, several image folders, or no image, caption or (to exclude by) licence column.
     """
-    paths = [str(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
-    format = format or guess_format(paths[0])
-    if format not in FORMATS:
-        raise ValueError(f"data format {format!r} is not one of {', '.join(FORMATS)}.")
+    paths = list_paths(path)
+    first = Path(paths[0])
     check_sources(paths)
-    if format in ("imagefolder", "files") and len(paths) > 1:
-        raise ValueError(f"an image folder is one path, got {len(paths)}: {', '.join(paths)}.")
     # read
-    if format == "files":
-        rows = load_files(paths[0])
-    elif format == "imagefolder":
-        rows = load_dataset("imagefolder", data_dir=paths[0], split="train")
+    if first.is_dir() and not any(first.glob("*.tar")):
+        require(len(paths) == 1, f"an image folder is one path, got {len(paths)}: {', '.join(paths)}.")
+        described = any(first.rglob("metadata.*"))
+        rows = load_dataset("imagefolder", data_dir=paths[0], split="train") if described else load_files(first)
     else:
+        format = FORMATS.get(".tar" if first.is_dir() else first.suffix)
+        expected = "expected a .parquet file, a .tar of webdataset or a folder of pictures with metadata.jsonl."
+        require(format is not None, f"{first}: {expected}")
         files = [str(Path(p) / "*.tar") if Path(p).is_dir() else p for p in paths]
         rows = load_dataset(format, data_files=files, split="train")
     rows = named_columns(rows, paths[0])
     # choose
     if exclude_copyleft:
-        rows = without_copyleft(rows, paths[0])
+        columns = ", ".join(rows.column_names)
+        require("licence" in rows.column_names, f"exclude_copyleft needs a licence column; {first} has only {columns}.")
+        rows = rows.select([i for i, licence in enumerate(rows["licence"]) if licence and not is_copyleft(licence)])
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def without_copyleft(rows: Dataset, source: str) -> Dataset:
-    """Drop the rows whose licence is copyleft or not stated."""
-    if "licence" not in rows.column_names:
-        raise ValueError(f"exclude_copyleft needs a licence column; {source} has only {', '.join(rows.column_names)}.")
-    return rows.select([i for i, licence in enumerate(rows["licence"]) if licence and not is_copyleft(licence)])
-
-
 def named_columns(rows, source: str):
-    """Name the columns of a data set or stream `image`, undecoded, and `caption`.
-
-    Raises:
-        ValueError: it has no such column; the message names `source`.
-    """
+    """Name the columns of a data set or stream `image`, undecoded, and `caption`."""
     if rows.column_names is None:  # a stream of unknown columns
         rows = rows._resolve_features()  # private in datasets 5.2; tests/test_stream.py reads tars through it
     names = {}
     for target, candidates in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
+        expected, columns = ", ".join(candidates), ", ".join(rows.column_names)
         column = next((c for c in candidates if c in rows.column_names), None)
-        if column is None:
-            raise ValueError(
-                f"{source} has no {target} column: expected one of {', '.join(candidates)}, "
-                f"found {', '.join(rows.column_names)}."
-            )
-        names[column] = target
-    rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
+        require(column is not None, f"{source} has no {target} column: expected one of {expected}, found {columns}.")
+        names |= {} if column == target else {column: target}
+    rows = rows.rename_columns(names)
     return rows.cast_column("image", Image(decode=False))
 
 
-def load_files(folder: str) -> Dataset:
-    """Load images with captions in text files of the same name, as img2dataset writes them.
-
-    Raises:
-        FileNotFoundError: no image has one.
-    """
-    images = sorted(p for suffix in IMAGE_COLUMNS[1:] for p in Path(folder).rglob(f"*.{suffix}"))
+def load_files(folder: Path) -> Dataset:
+    """Load images with captions in text files of the same name, as img2dataset writes them."""
+    images = sorted(p for suffix in IMAGE_COLUMNS[1:] for p in folder.rglob(f"*.{suffix}"))
     images = [image for image in images if image.with_suffix(".txt").exists()]
     if not images:
         raise FileNotFoundError(f"{folder} has no picture with a caption in a .txt file of the same name.")
@@ -144,11 +111,7 @@ def row_name(row: dict) -> str:
 
 
 def row_caption(row: dict) -> str:
-    """Return the stripped caption of a row of `load_rows`.
-
-    Raises:
-        UnreadableRowError: it has none.
-    """
+    """Return the stripped caption of a row of `load_rows`."""
     caption = row.get("caption")
     caption = caption.decode(errors="replace") if isinstance(caption, bytes) else caption
     if not isinstance(caption, str) or not caption.strip():
@@ -162,11 +125,7 @@ def caption_length(row: dict) -> int:
 
 
 def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
-    """Decode image (3, height, width) uint8 and caption of a row of `load_rows`.
-
-    Raises:
-        UnreadableRowError: no caption, no image, or an image that cannot be decoded; the message names the row.
-    """
+    """Decode image (3, height, width) uint8 and caption of a row, or raise UnreadableRowError."""
     caption = row_caption(row)
     image = row.get("image") or {}
     if not image.get("bytes") and not image.get("path"):

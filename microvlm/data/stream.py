@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .rows import caption_length, check_sources, named_columns
+from ..model import require
+from .rows import FORMATS, caption_length, check_sources, list_paths, named_columns
 
 READ_BATCH = 32  # rows read at a time
 FILES = (".tar", ".parquet", ".jsonl", ".json", ".csv", ".tsv", ".zip", ".gz")  # no data set's id ends like this
-STREAM_FORMATS = {frozenset({".tar"}): "webdataset", frozenset({".parquet"}): "parquet"}
 
 
 def is_hub_dataset(path: str) -> bool:
@@ -22,28 +22,23 @@ def is_hub_dataset(path: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not (Path(path).suffix in FILES or Path(path).exists())
 
 
-def load_stream(path: str | list[str], format: str | None = None, revision: str | None = None) -> IterableDataset:
+def load_stream(path: str | list[str], revision: str | None = None) -> IterableDataset:
     """Open rows with the columns `image` (undecoded) and `caption`, read when they are asked for.
 
     Args:
-        path: a data set on the Hub (`pixparse/cc12m-wds`: its train split), or tars or parquet files: paths, globs,
-            `hf://datasets/...`.
-        format: `webdataset` or `parquet`; by default from the path.
-        revision: of a data set on the Hub.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: unknown format, or no image or caption column.
+        path: a data set on the Hub (`pixparse/cc12m-wds`: its train split, at `revision`), or tars or parquet files:
+            paths, globs, `hf://datasets/...`.
     """
-    paths = [str(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
+    paths = list_paths(path)
     if len(paths) == 1 and is_hub_dataset(paths[0]):
         rows = load_dataset(paths[0], split="train", streaming=True, revision=revision)
         return named_columns(rows, paths[0])
-    format = format or STREAM_FORMATS.get(frozenset(Path(p).suffix for p in paths))
-    if format not in STREAM_FORMATS.values():
-        raise ValueError(f"{paths[0]}: a stream is of .tar or .parquet files, or of a data set on the Hub.")
+    suffixes = {Path(p).suffix for p in paths}
+    known = len(suffixes) == 1 and suffixes <= FORMATS.keys()
+    require(known, f"{paths[0]}: a stream is of .tar or .parquet files, or of a data set on the Hub.")
     check_sources(paths)
-    return named_columns(load_dataset(format, data_files=paths, split="train", streaming=True), paths[0])
+    rows = load_dataset(FORMATS[suffixes.pop()], data_files=paths, split="train", streaming=True)
+    return named_columns(rows, paths[0])
 
 
 def take_rows(stream: IterableDataset, limit: int) -> Dataset:
@@ -56,24 +51,16 @@ class CaptionStream(torch.utils.data.IterableDataset):
     """Read the rows of shards over and over, resumable after any row.
 
     The order depends on the seed alone. The readers, loader workers of all ranks, share the shards: every epoch draws
-    their order, and reader r of R takes
-    each R-th. A reader shuffles blocks of `shuffle_buffer` rows within an epoch. A row carries its `epoch` and its
-    `cursor` (worker, epoch, shard, row, taken): where its block began, and how many rows of the block were taken.
-
-    Args:
-        rows: of `load_stream`.
-        limit: rows of an epoch, shared evenly by the shards; a shard with fewer gives all it has.
-        group_size: rows of a block come in groups of this size with captions of similar length; 1: in any order.
-
-    Raises:
-        RuntimeError: a shard that cannot be read.
+    their order, and reader r of R takes each R-th. A reader shuffles blocks of `shuffle_buffer` rows within an epoch.
+    A row carries its `epoch` and its `cursor` (worker, epoch, shard, row, taken): where its block began, and how many
+    rows of the block were taken.
     """
 
-    rows: IterableDataset
+    rows: IterableDataset  # of `load_stream`
     seed: int = 0
     shuffle_buffer: int = 1000
-    limit: int | None = None
-    group_size: int = 1
+    limit: int | None = None  # rows of an epoch, shared evenly by the shards; a shard with fewer gives all it has
+    group_size: int = 1  # rows of a block come in groups of this size with captions of similar length
     rank: int = 0
     world_size: int = 1
 
@@ -87,11 +74,9 @@ class CaptionStream(torch.utils.data.IterableDataset):
     def check_readers(self, num_workers: int) -> None:
         """Refuse more readers than shards."""
         workers = max(1, num_workers)
-        if self.num_shards < self.world_size * workers:
-            raise ValueError(
-                f"{self.num_shards} shards for {self.world_size} ranks x {workers} readers: every reader needs a "
-                "shard of its own. Use fewer dataloader_num_workers or more shards."
-            )
+        readers = f"{self.num_shards} shards for {self.world_size} ranks x {workers} readers"
+        advice = "every reader needs a shard of its own. Use fewer dataloader_num_workers or more shards."
+        require(self.num_shards >= self.world_size * workers, f"{readers}: {advice}")
 
     def go_on(self, batches: int, cursors: list[list[int]], num_workers: int) -> None:
         """Continue after `batches` batches, whose workers stood at `cursors`."""
@@ -120,9 +105,8 @@ class CaptionStream(torch.utils.data.IterableDataset):
                         yield dict(zip(batch, values, strict=True))
                     count += 1
         except Exception as error:
-            raise RuntimeError(
-                f"shard {index} of {self.num_shards} cannot be read after row {count}: {error}"
-            ) from error
+            message = f"shard {index} of {self.num_shards} cannot be read after row {count}: {error}"
+            raise RuntimeError(message) from error
 
     def _read(self, reader, readers, epoch, place, row, taken) -> Iterator[tuple[dict, int, tuple[int, int, int, int]]]:
         """Read a reader's rows, each with its epoch and the place to resume from."""

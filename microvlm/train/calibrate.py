@@ -13,7 +13,7 @@ from ..evaluate.bench import Bench
 from ..evaluate.language import reference_batches
 from ..files import atomic_folder, check_out
 from ..metrics import auroc, equal_error_rate
-from ..model import load_plain
+from ..model import load_plain, require
 from ..tables import markdown_table
 from .setup import change_config
 
@@ -34,10 +34,7 @@ def reference_logits(model, processor, rows: Dataset, batch_size: int = 16) -> t
 
 
 def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Find the T of least cross-entropy of `logits / T` (N, V) with `targets` (N,).
-
-    It is convex in 1 / T.
-    """
+    """Find the T of least cross-entropy of `logits / T` (N, V) with `targets` (N,); it is convex in 1 / T."""
     log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_scale], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -66,9 +63,6 @@ def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tens
 
     Returns:
         `images`: of written, of unrelated and of look-alike ones; `words`: of questions about the first two.
-
-    Raises:
-        ValueError: too few images to leave unrelated ones.
     """
     parts = {"images": ([], [], []), "words": ([], [])}
     for _ in range(memories):
@@ -80,8 +74,7 @@ def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tens
             for part, view, indices in zip(parts[kind], views, queries):
                 if indices:
                     part.append(bench.scope(view, indices, memory))
-    if not parts["images"][1]:
-        raise ValueError(f"no picture is unrelated to {size} facts: give more pictures.")
+    require(bool(parts["images"][1]), f"no picture is unrelated to {size} facts: give more pictures.")
     return {k: tuple(torch.cat(part) if part else torch.empty(0) for part in v) for k, v in parts.items()}
 
 
@@ -120,14 +113,7 @@ def main(
     look_alikes: float = 1.0,
     only: Literal["temperature", "scope"] | None = None,
 ) -> None:
-    """Write a copy of a checkpoint, unpacked in float32, with its temperature and thresholds chosen.
-
-    Args:
-        data: images with captions that the model was not trained on.
-        false_alarms: share of the unrelated images that may pass ScopeNet.
-        look_alikes: share of the look-alikes that may pass; 1: any.
-        only: calibrate the temperature or the thresholds alone.
-    """
+    """Write a copy of a checkpoint, unpacked in float32, with its temperature and thresholds chosen."""
     out = Path(out)
     check_out(out, False, [checkpoint])
     model, rows = load_plain(checkpoint).eval(), load_rows(data)

@@ -5,7 +5,7 @@ import math
 import signal
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +35,13 @@ class StopOnSignal(TrainerCallback):
 class StepGuard(TrainerCallback):
     """Let the ranks agree before a step whether it is finite and whether to stop.
 
-    Args:
-        limit: as many steps in a row that are not finite end the run. None of them changes a weight.
-
-    Attributes:
-        rows: names of the rows of this rank's micro-batches without a finite loss.
-        bad_steps: steps in a row that were not finite.
-
-    Raises:
-        RuntimeError: too many of them; the message names their rows.
+    As many steps in a row as `limit` that are not finite end the run. None of them changes a weight.
     """
 
     def __init__(self, trainer, stop: StopOnSignal, limit: int):
         self.trainer, self.stop, self.limit = trainer, stop, limit
-        self.rows, self.bad_steps, self.grad_norm = [], 0, 0.0
+        self.rows = []  # names of the rows of this rank's micro-batches without a finite loss
+        self.bad_steps, self.grad_norm = 0, 0.0  # steps in a row that were not finite
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         accelerator, deepspeed = self.trainer.accelerator, self.trainer.is_deepspeed_enabled
@@ -69,10 +62,8 @@ class StepGuard(TrainerCallback):
         if rows:
             logger.warning("%s: rows %s", message, ", ".join(rows))
         if self.bad_steps >= self.limit or deepspeed:
-            raise RuntimeError(
-                f"{message}, nor were those of the {self.bad_steps - 1} steps before it: stopped. "
-                f"Rows: {', '.join(rows) or 'on other ranks'}."
-            )
+            before = f"nor were those of the {self.bad_steps - 1} steps before it"
+            raise RuntimeError(f"{message}, {before}: stopped. Rows: {', '.join(rows) or 'on other ranks'}.")
         if accelerator.scaler is None:  # a scaler skips the step by itself
             self.trainer.optimizer.zero_grad(set_to_none=True)
 
@@ -92,19 +83,3 @@ class EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.collator.set_epoch(int(state.epoch))
-
-
-class LossBar(ProgressCallback):
-    """Show the newest loss and its terms at the progress bar."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not (state.is_world_process_zero and self.training_bar is not None and logs):
-            return
-        if "loss" not in logs:
-            values = {k: round(v, 4) if isinstance(v, float) else v for k, v in logs.items()}
-            self.training_bar.write(str(values))
-            return
-        values = {k.removesuffix("_loss"): f"{v:.3g}" for k, v in logs.items() if k.endswith("loss")}
-        if "data_wait" in logs:
-            values["wait"] = f"{logs['data_wait']:.0%}"
-        self.training_bar.set_postfix(values, refresh=False)

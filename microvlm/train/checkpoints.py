@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
-from ..hub import check_repo, write_card
+from ..hub import write_card
+from ..model import require
 
 MARKER = "complete.json"  # written last: a checkpoint without it, or with other files than it lists, was interrupted
 logger = logging.getLogger(__name__)
@@ -38,11 +39,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def newest_complete(folder: str | Path) -> Path:
-    """Find the newest complete checkpoint; interrupted ones are named in the log.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Find the newest complete checkpoint; interrupted ones are named in the log."""
     for checkpoint in reversed(checkpoints(folder)):
         if is_complete(checkpoint):
             return checkpoint
@@ -70,13 +67,7 @@ def rotate_checkpoints(folder: str | Path, limit: int | None, best: str | None =
 
 
 class StreamPosition:
-    """Where a run stands in its stream: its batches, and the workers' cursors.
-
-    Args:
-        stream: a `CaptionStream`.
-        args: `TrainingArguments`.
-        sources: the paths it reads.
-    """
+    """Where a run stands in its stream: its batches, and the workers' cursors; `sources` are the paths it reads."""
 
     def __init__(self, stream, args, sources: list[str] | None):
         self.stream, self.args, self.sources = stream, args, sources
@@ -89,37 +80,24 @@ class StreamPosition:
         self.cursors.update({cursor[0]: cursor for cursor in cursors})
 
     def state(self) -> dict[str, Any]:
-        readers = [self.args.world_size, self.args.dataloader_num_workers]
+        # what the order of the rows depends on; ranks and workers share the shards
         names = ("shuffle_buffer", "seed", "limit", "group_size", "num_shards")
         order = {name: getattr(self.stream, name) for name in names} | {"sources": self.sources}
-        return {"readers": readers, "order": order, "batches": self.batches, "cursors": list(self.cursors.values())}
+        order |= {"ranks": self.args.world_size, "dataloader_num_workers": self.args.dataloader_num_workers}
+        return {"order": order, "batches": self.batches, "cursors": list(self.cursors.values())}
 
     def save(self, checkpoint: Path) -> None:
         write_json(checkpoint / f"data_rank{self.args.process_index}.json", self.state())
 
     def resume(self, checkpoint: Path) -> None:
-        """Let the stream go on after the rows that this rank has read.
-
-        Raises:
-            ValueError: the run had other ranks or workers, which share the shards, or another order of rows.
-        """
-        # what was written, what is now
+        """Let the stream go on after the rows that this rank has read."""
         own = checkpoint / f"data_rank{self.args.process_index}.json"
         state = json.loads((own if own.exists() else checkpoint / "data_rank0.json").read_text())
-        now = self.state()
-        texts = [
-            (f"{name} {value!r}", repr(now["order"][name]), value == now["order"][name])
-            for name, value in state.get("order", {}).items()
-        ]
-        (ranks, workers), (own_ranks, own_workers) = state["readers"], now["readers"]
-        readers = f"{ranks} ranks of {workers} data loader workers"
-        texts.append((readers, f"{own_ranks} of {own_workers}", state["readers"] == now["readers"]))
-        for written, current, same in texts:
-            if not same:
-                raise ValueError(
-                    f"{checkpoint} was written with {written}; a stream goes on exactly with the same only, not with "
-                    f"{current}."
-                )
+        # another order of rows cannot go on
+        for name, now in self.state()["order"].items():
+            before = state["order"].get(name)
+            problem = f"{checkpoint} was written with {name} {before!r}; a stream goes on exactly with the same only"
+            require(before == now, f"{problem}, not with {now!r}.")
         # go on
         self.batches, self.cursors = state["batches"], {c[0]: c for c in state["cursors"]}
         self.stream.go_on(self.batches, state["cursors"], self.args.dataloader_num_workers)
@@ -129,11 +107,8 @@ class CheckpointMixin:
     """The part of `MicroVLMTrainer` that writes checkpoints."""
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save like `super()`, then mark the checkpoint as complete, then delete old ones.
-
-        After a step that was not finite nothing is saved: the weights may be why.
-        """
-        if self.guard.bad_steps:
+        """Save like `super()`, then mark the checkpoint as complete, then delete old ones."""
+        if self.guard.bad_steps:  # the weights may be why
             logger.warning("no checkpoint at step %d, which was not finite", self.state.global_step)
             return
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -166,6 +141,4 @@ class CheckpointMixin:
         finally:
             self.model.__class__ = wrapped
         if self.options.card is not None and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            write_card(folder, self.training_status())
-            check_repo(folder)
+            write_card(output_dir or self.args.output_dir, self.training_status())

@@ -10,10 +10,11 @@ from transformers import TrainingArguments
 
 from ..data.augment import gray_copy, image_augmentation
 from ..data.collators import CaptionCollator, FeatureCollator
-from ..data.episodes import EpisodeCollator, EpisodeImages, EpisodeOptions, ImageEpisodeCollator
+from ..data.episodes import EpisodeCollator, ImageEpisodeCollator
 from ..data.feature_cache import cache_vision_features
 from ..data.rows import UnreadableRowError, decode_row, is_remote, load_rows
 from ..data.stream import CaptionStream, load_stream, take_rows
+from ..model import require
 from .recipe import DataConfig, Recipe, to_dict
 
 logger = logging.getLogger(__name__)
@@ -21,33 +22,25 @@ logger = logging.getLogger(__name__)
 
 def load_validation(data: DataConfig):
     """Load the rows of `data.validation`, or None; from the Hub no more than `validation_limit`."""
-    path, limit = data.validation, data.validation_limit
-    if not path:
+    if not data.validation:
         return None
-    if not is_remote(path if isinstance(path, str) else path[0]):
-        return load_rows(path, data.format, limit=limit)
-    if limit is None:
-        raise ValueError("data.validation on the Hub needs data.validation_limit: its rows are kept on the disk.")
-    return take_rows(load_stream(path, data.format, data.revision), limit)
+    if is_remote(data.validation):
+        return take_rows(load_stream(data.validation, data.revision), data.validation_limit)
+    return load_rows(data.validation, limit=data.validation_limit)
 
 
-def readable_rows(rows, count: int, processor):
-    """Select the first `count` rows that can be decoded, or as many as there are.
-
-    Raises:
-        ValueError: there is none.
-    """
+def readable_rows(rows, count: int, image_processor):
+    """Select the first `count` rows that can be decoded, or as many as there are."""
     readable = []
-    for index in range(len(rows)):
+    for index, row in enumerate(rows):
         if len(readable) == count:
             break
         try:
-            decode_row(rows[index], processor.image_processor)
+            decode_row(row, image_processor)
             readable.append(index)
         except UnreadableRowError as error:
             logger.warning("evaluation.captions: skipped: %s", error)
-    if not readable:
-        raise ValueError(f"evaluation.captions: none of the {len(rows)} validation rows can be read.")
+    require(bool(readable), f"evaluation.captions: none of the {len(rows)} validation rows can be read.")
     return rows.select(readable)
 
 
@@ -65,14 +58,12 @@ class TrainingData:
     def __init__(self, recipe: Recipe, args: TrainingArguments, processor, model):
         self.data, self.evaluation, self.args = recipe.data, recipe.evaluation, args
         self.processor, self.model, self.prompt = processor, model, model.default_prompt(1)[0].tolist()
-        if self.data.episodes is not None and model.model.memory is None:
-            raise ValueError("data.episodes teach a memory: set config: {use_memory: true}.")
+        if self.data.episodes is not None:
+            memory = model.model.memory
+            require(memory is not None, "data.episodes teach a memory: set config: {use_memory: true}.")
         # rows
         self.validation = load_validation(self.data)
-        for name in ("captions", "memory"):
-            if getattr(self.evaluation, name) and self.validation is None:
-                raise ValueError(f"evaluation.{name} needs data.validation.")
-        self.rows = self.images = self._load_rows() if self.data.stream is None else self._load_stream()
+        self.rows = self.images = self._load_rows()
         # batches
         augmentation = self.data.augmentation
         self.augment = None if augmentation is None else image_augmentation(**augmentation)
@@ -84,32 +75,35 @@ class TrainingData:
             self._use_image_episodes()
         # images to caption
         if count := self.evaluation.captions:
-            self.caption_rows = readable_rows(self.validation.shuffle(seed=args.seed), count, processor)
+            rows = self.validation.shuffle(seed=args.seed)
+            self.caption_rows = readable_rows(rows, count, processor.image_processor)
 
     def _load_rows(self):
-        path = self.data.train
-        if is_remote(path if isinstance(path, str) else path[0]):
-            raise ValueError("data.train on the Hub is read as a stream: set data.stream, or download its files first.")
-        return load_rows(path, self.data.format, self.data.exclude_copyleft, self.data.limit)
-
-    def _load_stream(self) -> CaptionStream:
-        args = self.args
-        rows = load_stream(self.data.train, self.data.format, self.data.revision)
+        data, args = self.data, self.args
+        if data.stream is None:
+            return load_rows(data.train, data.exclude_copyleft, data.limit)
         grouped = args.train_sampling_strategy == "group_by_length"
         return CaptionStream(
-            rows,
+            load_stream(data.train, data.revision),
             args.seed,
-            shuffle_buffer=self.data.stream.shuffle_buffer,
-            limit=self.data.limit,
+            shuffle_buffer=data.stream.shuffle_buffer,
+            limit=data.limit,
             group_size=args.train_batch_size * args.gradient_accumulation_steps if grouped else 1,
             rank=args.process_index,
             world_size=args.world_size,
         )
 
-    def caption_collator(self, augment, kind=CaptionCollator, **kwargs) -> CaptionCollator:
-        kwargs |= {"seed": self.args.seed, "max_caption_tokens": self.data.max_caption_tokens}
-        share = self.data.max_unreadable_share
-        return kind(self.processor, self.prompt, augment, self.data.image_size, share, **kwargs)
+    def caption_collator(self, augment, kind=CaptionCollator, **options) -> CaptionCollator:
+        return kind(
+            processor=self.processor,
+            prompt_ids=self.prompt,
+            augment=augment,
+            image_size=self.data.image_size,
+            max_unreadable_share=self.data.max_unreadable_share,
+            seed=self.args.seed,
+            max_caption_tokens=self.data.max_caption_tokens,
+            **options,
+        )
 
     def sample(self, count: int) -> list[dict]:
         """Draw `count` training rows with their images, the same on every rank."""
@@ -119,57 +113,53 @@ class TrainingData:
 
     def _use_features(self) -> None:
         """Train on cached features of a frozen vision tower."""
-        if any(p.requires_grad for p in self.model.model.vision_tower.parameters()):
-            raise ValueError("data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.")
+        trains = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
+        require(not trains, "data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.")
         features, self.rows = self._features(self.images, self.data.vision_cache.views)
         if skipped := len(self.images) - len(self.rows):
             print(f"{skipped} of {len(self.images)} training rows could not be read: skipped", flush=True)
         if self.data.episodes is None:
-            self.collator = FeatureCollator(features, self.processor, self.prompt)
-            self.collator.max_caption_tokens = self.data.max_caption_tokens
+            self.collator = self.caption_collator(None, FeatureCollator, features=features)
             return
         self.collator = self._episode_collator(self.images, features, self.rows)
         if count := self.evaluation.memory:
-            features, readable = self._features(self.validation, 2)
-            self.memory_batches = self._batches(
-                self._episode_collator(self.validation, features, readable), readable, count
-            )
+            features, rows = self._features(self.validation, 2)
+            self.memory_batches = self._batches(self._episode_collator(self.validation, features, rows), rows, count)
 
     def _features(self, rows, views: int, gray: bool = False):
         """Compute or read features (views, rows, tokens, width), and the rows that can be read."""
-        augment = gray_copy if gray else self.augment
+        collator = self.caption_collator(gray_copy if gray else self.augment)
         transform = "gray" if gray else json.dumps(self.data.augmentation, sort_keys=True)
         tower, folder = self.model.model.vision_tower, self.data.vision_cache.folder
-        with self.args.main_process_first(desc="vision features"):
-            return cache_vision_features(tower, self.caption_collator(augment), rows, views, folder, transform)
+        return cache_vision_features(tower, collator, rows, views, folder, transform)
 
     def _episode_collator(self, rows, features: torch.Tensor, readable) -> EpisodeCollator:
         """Make episodes of cached features; `readable` are those of the rows that can be read."""
-        if "concept" not in readable.column_names:
-            raise ValueError("data.episodes needs a column `concept`: which images show the same thing.")
+        concepts = "concept" in readable.column_names
+        require(concepts, "data.episodes needs a column `concept`: which images show the same thing.")
         memory, skip = self.model.config.memory_config, self.model.model.vision_tower.num_prefix_tokens
         pool = self.model.model.memory.key_encoder.pool
 
         def pool_view(view: torch.Tensor) -> torch.Tensor:
             return torch.cat([pool(part, skip) for part in view.split(512)])
 
-        # key features, of grey copies too if the memory wants them
-        gray = pool_view(self._features(rows, 1, gray=True)[0][0]) if memory.gray_weight else None
-        images = EpisodeImages(
-            features,
-            torch.stack([pool_view(view) for view in features]),
-            gray,
-            readable["caption"][:],
-            readable["concept"][:],
+        return self.caption_collator(
+            None,
+            EpisodeCollator,
+            features=features,
+            pooled=torch.stack([pool_view(view) for view in features]),
+            # of grey copies too if the memory wants them
+            gray=pool_view(self._features(rows, 1, gray=True)[0][0]) if memory.gray_weight else None,
+            captions=readable["caption"][:],
+            concepts=readable["concept"][:],
+            max_tokens=memory.max_content_tokens,
+            **to_dict(self.data.episodes),
         )
-        options = EpisodeOptions(seed=self.args.seed, **to_dict(self.data.episodes))
-        return EpisodeCollator(images, self.processor, self.prompt, memory.max_content_tokens, options)
 
     def _use_image_episodes(self) -> None:
         """Make episodes of images as they come."""
         size, batch = self.data.episodes.size, self.args.per_device_train_batch_size
-        if batch % size:
-            raise ValueError(f"a batch of {batch} does not divide into episodes of {size}.")
+        require(batch % size == 0, f"a batch of {batch} does not divide into episodes of {size}.")
         options = {"size": size, "max_tokens": self.model.config.memory_config.max_content_tokens}
         self.collator = self.caption_collator(self.augment, ImageEpisodeCollator, **options)
         if count := self.evaluation.memory:
@@ -179,9 +169,8 @@ class TrainingData:
     def _batches(self, collator, rows, count: int) -> list[dict]:
         """Collate fixed batches to evaluate the memory on, at most `count`."""
         size = self.args.per_device_train_batch_size
-        count = min(count, len(rows) // size)
-        if not count:
-            raise ValueError(f"evaluation.memory needs {size} validation rows, there are {len(rows)}.")
+        require(len(rows) >= size, f"evaluation.memory needs {size} validation rows, there are {len(rows)}.")
         order = list(range(len(rows)))
         random.Random(self.args.seed).shuffle(order)
-        return [collator([rows[i] for i in order[k * size : (k + 1) * size]]) for k in range(count)]
+        starts = range(0, min(count, len(rows) // size) * size, size)
+        return [collator([rows[i] for i in order[start : start + size]]) for start in starts]

@@ -4,13 +4,11 @@ The student learns the teacher's feature map and pooled features, the concept of
 A recipe of `kind: distill` has the options, see recipes/nano/vision.yaml. A stopped run goes on by itself.
 """
 
-import hashlib
 import json
 import math
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from datasets import Image
-from safetensors.torch import save
+from datasets.fingerprint import Hasher
+from safetensors.torch import save_file
 from torch import nn
 
 from ..data.augment import change_colors, change_style, random_affine, warp
 from ..data.rows import load_rows
-from ..files import atomic_file, write_json
-from ..model import load_plain
+from ..files import atomic_path, write_json
+from ..model import require
 from ..teacher import nearest_neighbours, teacher_maps
 
 SMALL = 144  # side of the copies that crops of at most 128 x 128 are taken from
@@ -33,11 +32,9 @@ LOG_STEPS = 100
 STOP_WORDS = {"a", "an", "the", "of", "with", "and", "in", "on", "for", "to"}
 
 
-def read_images(
-    path: str | list[str], size: int, include_copyleft: bool = False, sample: int | None = None, seed: int = 0
-) -> tuple[torch.Tensor, list[dict]]:
+def read_images(path: str | list[str], size: int, exclude_copyleft: bool = True, sample: int | None = None, seed=0):
     """Read images (N, 3, size, size) uint8 and rows, or a `sample` of them."""
-    source = load_rows(path, exclude_copyleft=not include_copyleft).cast_column("image", Image())
+    source = load_rows(path, exclude_copyleft).cast_column("image", Image())
     if sample is not None:
         source = source.shuffle(seed=seed).select(range(min(sample, len(source))))
     images, rows = torch.empty(len(source), 3, size, size, dtype=torch.uint8), []
@@ -54,38 +51,27 @@ def resized(images: torch.Tensor, size: int, batch: int = 512) -> torch.Tensor:
     return torch.cat([part.round().to(torch.uint8) for part in parts])
 
 
-def cached_teacher_features(
-    images: torch.Tensor, rows: list[dict], folder: Path, size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cached_teacher_features(images: torch.Tensor, rows: list[dict], folder: Path, size: int) -> list[torch.Tensor]:
     """Compute `teacher_maps` once and cache them in `folder`."""
-    made_of = repr(([r["id"] for r in rows], int(images.numpy().sum(dtype=np.int64)), size))
-    cache = folder / f"teacher_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.pt"
-    if cache.exists():
-        return torch.load(cache, weights_only=True)
-    started = time.time()
-    features = teacher_maps(images, size)
-    with atomic_file(str(cache), "wb") as file:
-        torch.save(features, file)
-    print(f"teacher features of {len(images)} images in {time.time() - started:.0f} s", flush=True)
-    return features
+    made_of = [r["id"] for r in rows], int(images.numpy().sum(dtype=np.int64)), size
+    cache = folder / f"teacher_{Hasher.hash(made_of)}.pt"
+    if not cache.exists():
+        with atomic_path(cache) as temporary:
+            torch.save(teacher_maps(images, size), temporary)
+    return torch.load(cache, weights_only=True)
 
 
 def caption_words(caption: str) -> set[str]:
     """Collect the words of a caption that say something."""
-    return {w for w in re.findall(r"[a-z0-9]+", caption.lower()) if w not in STOP_WORDS}
+    return set(re.findall(r"[a-z0-9]+", caption.lower())) - STOP_WORDS
 
 
 class Targets:
-    """Hold what the student has to say about every image.
-
-    Args:
-        rows: of all images; the first `labelled` have a concept.
-        maps, pooled: of the teacher, (N, 320, h, w) and (N, 1280), float16.
-    """
+    """Hold what the student has to say about every image; the first `labelled` rows have a concept."""
 
     def __init__(self, rows: list[dict], labelled: int, maps: torch.Tensor, pooled: torch.Tensor):
+        # the teacher's features, (N, 320, h, w) and (N, 1280) in float16, are standardised
         self.maps, self.pooled = maps, pooled
-        # the teacher's features are standardised
         self.map_mean = maps.float().mean((0, 2, 3))[:, None, None]
         self.map_std = maps.float().std((0, 2, 3))[:, None, None] + 1e-4
         self.pool_mean, self.pool_std = pooled.float().mean(0), pooled.float().std(0) + 1e-4
@@ -170,14 +156,6 @@ def embed(model: Student, images: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat(out)
 
 
-def first_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Open weights to begin from, of a run or of a checkpoint's tower."""
-    if (folder / "state.pt").exists():
-        return torch.load(folder / "state.pt", weights_only=True)["model"]
-    tower = load_plain(folder).model.vision_tower.timm_model.state_dict()
-    return {f"backbone.{name}": weight for name, weight in tower.items()}
-
-
 def build_optimizers(model: Student, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
     """Make AdamW, and Muon for the matrices of the blocks if wanted."""
     matrices = [p for p in model.backbone.blocks.parameters() if muon and p.ndim == 2]
@@ -192,69 +170,52 @@ def build_optimizers(model: Student, weight_decay: float, muon: bool) -> list[to
     return optimizers
 
 
-@dataclass
-class Images:
-    """Images of a run: training, the first `labelled` of them with labels, and validation."""
-
-    training: torch.Tensor
-    rows: list[dict]
-    labelled: int
-    validation: torch.Tensor
-    validation_rows: list[dict]
-
-    @classmethod
-    def read(cls, recipe: dict[str, Any]) -> "Images":
-        """Read the files of a recipe."""
-        side, seed = recipe.get("image_size", 256), recipe["seed"]
-        images, rows = read_images(recipe["train_file"], side)
-        labelled = len(rows)
-        if recipe.get("unlabelled_file"):
-            count = recipe["unlabelled_rows"]
-            unlabelled, unlabelled_rows = read_images(recipe["unlabelled_file"], side, sample=count, seed=seed)
-            images, rows = torch.cat([images, unlabelled]), rows + unlabelled_rows
-        validation = read_images(recipe["validation_file"], side, include_copyleft=True)
-        counts = f"{labelled} training images, {len(rows) - labelled} without words"
-        print(f"{counts}, {len(validation[1])} validation images", flush=True)
-        return cls(images, rows, labelled, *validation)
-
-
 class Distillation:
     """Train a student and keep its state in a folder."""
 
-    def __init__(self, recipe: dict[str, Any], images: Images, folder: Path):
-        self.recipe, self.images, self.folder = recipe, images, folder
-        maps, pooled = cached_teacher_features(images.training, images.rows, folder, recipe.get("teacher_size", 320))
-        self.targets = Targets(images.rows, images.labelled, maps, pooled)
-        self.small = resized(images.training, SMALL)
+    def __init__(self, recipe: dict[str, Any], folder: Path):
+        self.recipe, self.folder = recipe, folder
+        torch.manual_seed(recipe["seed"])
+        self._read_images()
+        # what the student has to say
+        maps, pooled = cached_teacher_features(self.images, self.rows, folder, recipe["teacher_size"])
+        self.targets = Targets(self.rows, self.labelled, maps, pooled)
+        # the student
         self.model = Student(self.targets.num_concepts, self.targets.num_words, recipe["drop_path"])
         self.forward = torch.compile(self.model) if recipe.get("compile") else self.model
-        muon = recipe.get("optimizer") == "muon"
-        self.optimizers = build_optimizers(self.model, recipe["weight_decay"], muon)
+        self.optimizers = build_optimizers(self.model, recipe["weight_decay"], recipe.get("optimizer") == "muon")
         self.generator = torch.Generator().manual_seed(recipe["seed"])
         self.sizes = [phase["size"] for phase in recipe["phases"] for _ in range(phase["steps"])]  # of every step
         self.done, self.log, self.order = 0, [], []
 
-    def start(self) -> None:
-        """Resume from the folder, or begin from the recipe's `init`."""
+    def _read_images(self) -> None:
+        """Read the files of the recipe; the first `labelled` rows have labels."""
+        recipe, side = self.recipe, self.recipe["image_size"]
+        self.images, self.rows = read_images(recipe["train_file"], side)
+        self.labelled = len(self.rows)
+        if recipe.get("unlabelled_file"):
+            sample, seed = recipe["unlabelled_rows"], recipe["seed"]
+            images, rows = read_images(recipe["unlabelled_file"], side, sample=sample, seed=seed)
+            self.images, self.rows = torch.cat([self.images, images]), self.rows + rows
+        self.small = resized(self.images, SMALL)
+        self.validation, self.validation_rows = read_images(recipe["validation_file"], side, exclude_copyleft=False)
+        counts = f"{self.labelled} training images, {len(self.rows) - self.labelled} without words"
+        print(f"{counts}, {len(self.validation)} validation images", flush=True)
+
+    def resume(self) -> None:
+        """Go on from the state in the folder, if there is one."""
         state_file, log_file = self.folder / "state.pt", self.folder / "log.json"
-        if state_file.exists():
-            state = torch.load(state_file, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            for optimizer, values in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(values)
-            self.done = state["step"]
-            log = json.loads(log_file.read_text()) if log_file.exists() else []
-            self.log = [entry for entry in log if entry["step"] <= self.done]
-            self.generator.manual_seed(self.recipe["seed"] + self.done)
-            print(f"resumed at step {self.done}", flush=True)
-        elif init := self.recipe.get("init"):
-            first = first_weights(Path(init))
-            # heads of other labels begin at random
-            new = [k for k, v in self.model.state_dict().items() if k not in first or first[k].shape != v.shape]
-            if any(k.startswith("backbone.") for k in new):
-                raise ValueError(f"{init} is another vision tower: {', '.join(new)} are missing or differ in shape.")
-            self.model.load_state_dict({k: v for k, v in first.items() if k not in new}, strict=False)
-            print(f"weights of {init}; not taken from there: {new}", flush=True)
+        if not state_file.exists():
+            return
+        state = torch.load(state_file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, values in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(values)
+        self.done = state["step"]
+        log = json.loads(log_file.read_text()) if log_file.exists() else []
+        self.log = [entry for entry in log if entry["step"] <= self.done]
+        self.generator.manual_seed(self.recipe["seed"] + self.done)
+        print(f"resumed at step {self.done}", flush=True)
 
     def train(self) -> None:
         """Take the steps that are left; log, save and evaluate on the way."""
@@ -285,21 +246,20 @@ class Distillation:
         """Train on one batch of crops of `size`; return the losses."""
         count, generator = self.recipe["batch_size"], self.generator
         if len(self.order) < count:
-            self.order = torch.randperm(len(self.images.training), generator=generator).tolist()
+            self.order = torch.randperm(len(self.images), generator=generator).tolist()
         index, self.order = torch.tensor(self.order[:count]), self.order[count:]
         # augment
         theta = random_affine(count, degrees=12, shift=0.12, scale=0.3, generator=generator)
-        source = self.small if size <= 128 else self.images.training
+        source = self.small if size <= 128 else self.images
         x = warp(source[index].float() / 255, theta, (size, size))
-        x = change_style(x, self.recipe["style"], generator) if self.recipe.get("style") else x
+        x = change_style(x, self.recipe["style"], generator) if self.recipe["style"] else x
         x = (change_colors(x, 0.3, generator) - 0.5) / 0.5
         # compare
         with torch.autocast("cpu", torch.bfloat16):
             outputs = self.forward(x)
         losses = self.targets.losses(outputs, index, theta)
         loss = sum(self.recipe["weights"][k] * v for k, v in losses.items())
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is not finite: {losses}")
+        require(bool(torch.isfinite(loss)), f"the loss is not finite: {losses}")
         # learn
         self.model.zero_grad(set_to_none=True)
         loss.backward()
@@ -313,29 +273,25 @@ class Distillation:
     def save(self, step: int) -> None:
         """Write the state to go on from, and the tower alone."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        with atomic_file(str(self.folder / "state.pt"), "wb") as file:
-            torch.save({"model": self.model.state_dict(), "optimizers": states, "step": step}, file)
+        with atomic_path(self.folder / "state.pt") as temporary:
+            torch.save({"model": self.model.state_dict(), "optimizers": states, "step": step}, temporary)
         weights = {k: v.contiguous() for k, v in self.model.backbone.state_dict().items()}
-        with atomic_file(str(self.folder / "model.safetensors"), "wb") as file:
-            file.write(save(weights, metadata={"format": "pt"}))
+        with atomic_path(self.folder / "model.safetensors") as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
 
     def evaluate(self, size: int) -> float:
         """Measure how often the nearest training image of a validation image has its concept."""
-        images = self.images
-        train, validation = (
-            embed(self.model, x, size) for x in (images.training[: images.labelled], images.validation)
-        )
+        train, validation = (embed(self.model, x, size) for x in (self.images[: self.labelled], self.validation))
         mean, std = train.mean(0), train.std(0) + 1e-6
         nearest = nearest_neighbours((train - mean) / std, (validation - mean) / std)
-        pairs = zip(nearest, images.validation_rows)
-        return float(np.mean([images.rows[i]["concept"] == row["concept"] for i, row in pairs]))
+        pairs = zip(nearest, self.validation_rows)
+        return float(np.mean([self.rows[i]["concept"] == row["concept"] for i, row in pairs]))
 
 
 def main(recipe: dict[str, Any]) -> None:
     """Train the vision tower of a recipe."""
     folder = Path(recipe["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(recipe["seed"])
-    run = Distillation(recipe, Images.read(recipe), folder)
-    run.start()
+    run = Distillation(recipe, folder)
+    run.resume()
     run.train()

@@ -15,26 +15,17 @@ FORWARD_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values", "mm_e
 
 @dataclass
 class Episodes:
-    """Facts for G memories, and B queries; every B / G neighbours ask one memory.
+    """Facts for G memories, and B queries; every B / G neighbours ask one memory."""
 
-    Args:
-        input_ids, attention_mask: queries (B, T), where the mask is 1.
-        vision_features: of their images, (N, 1 + patches, vision width).
-        support_features: key features of the facts (G, N, 1 or 2, 2 x vision width), the second of the grey copy.
-        support_tokens: their sentences (G, N, L), then -1; facts are those with `support_active` (G, N).
-        target_tokens: the sentence a query asks for, (B, L), where `known` (B,): it was written.
-        key_features: P images: one view, another and, if there is one, the grey copy, (2 or 3, P, 2 x vision width).
-    """
-
-    input_ids: torch.LongTensor
+    input_ids: torch.LongTensor  # queries (B, T), where the mask is 1
     attention_mask: torch.Tensor
-    vision_features: torch.FloatTensor
-    support_features: torch.FloatTensor
-    support_tokens: torch.LongTensor
-    support_active: torch.BoolTensor
-    target_tokens: torch.LongTensor
-    known: torch.BoolTensor
-    key_features: torch.FloatTensor
+    vision_features: torch.FloatTensor  # of their images, (N, 1 + patches, vision width)
+    support_features: torch.FloatTensor  # keys of the facts (G, N, 1 or 2, 2 x vision width), the second of a grey copy
+    support_tokens: torch.LongTensor  # their sentences (G, N, L), then -1
+    support_active: torch.BoolTensor  # which are facts, (G, N)
+    target_tokens: torch.LongTensor  # the sentence a query asks for, (B, L)
+    known: torch.BoolTensor  # whether it was written, (B,)
+    key_features: torch.FloatTensor  # P images: a view, another, perhaps the grey copy, (2 or 3, P, 2 x vision width)
 
 
 EPISODE_INPUTS = tuple(Episodes.__dataclass_fields__)[3:]  # of a batch with features
@@ -61,8 +52,7 @@ def encode_images(model, queries: torch.Tensor, supports: torch.Tensor) -> tuple
     """Encode the images (B, 3, H, W) of queries and facts in one pass.
 
     Returns:
-        Features of the queries (B, tokens, width), key features of the facts (B, 1 or 2, 2 x width), and pairs of key
-        features (2 or 3, B, 2 x width) as `Episodes` has them.
+        Features of the queries (B, tokens, width), key features of the facts, and pairs of them, as in `Episodes`.
     """
     images = [queries, supports]
     if model.config.memory_config.gray_weight:

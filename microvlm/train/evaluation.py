@@ -43,19 +43,12 @@ class Means:
 
 @dataclass
 class Evaluation:
-    """What an evaluation has seen.
+    """What an evaluation has seen."""
 
-    Args:
-        means: of the terms.
-        pairs: embedded images and texts (R, 2, C) of each batch.
-        batches: number of batches.
-        repeated: this rank has the rows at hand a second time, to fill up its last batch.
-    """
-
-    means: Means = field(default_factory=Means)
-    pairs: list[torch.Tensor] = field(default_factory=list)
+    means: Means = field(default_factory=Means)  # of the terms
+    pairs: list[torch.Tensor] = field(default_factory=list)  # embedded images and texts (R, 2, C) of each batch
     batches: int = 0
-    repeated: bool = False
+    repeated: bool = False  # this rank has the rows at hand a second time, to fill up its last batch
 
 
 class EvaluationMixin:
@@ -124,6 +117,5 @@ class EvaluationMixin:
         if self.is_world_process_zero():
             file = Path(self.args.output_dir) / "captions" / f"step_{self.state.global_step}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            pairs = [{"caption": c, "reference": r} for c, r in zip(captions, references, strict=True)]
-            write_json(file, pairs)
+            write_json(file, [{"caption": c, "reference": r} for c, r in zip(captions, references, strict=True)])
         return {f"caption_{name}": value for name, value in score(captions, references).items()}

@@ -13,17 +13,11 @@ import torch
 
 @dataclass
 class PairCache:
-    """Embeddings of all pairs of an optimizer step, without gradient, as one micro-batch sees them.
+    """Embeddings of all pairs of an optimizer step, without gradient, as one micro-batch sees them."""
 
-    Args:
-        pairs: of all micro-batches and ranks, (R, 2, C).
-        first: index of the micro-batch's own first pair.
-        random_state: of `random_state`, before its first pass.
-    """
-
-    pairs: torch.Tensor
-    first: int
-    random_state: tuple[torch.Tensor, ...] | None = None
+    pairs: torch.Tensor  # of all micro-batches and ranks, (R, 2, C)
+    first: int  # index of the micro-batch's own first pair
+    random_state: tuple[torch.Tensor, ...] | None = None  # of `random_state`, before its first pass
 
     def replace(self, own: torch.Tensor) -> torch.Tensor:
         """All pairs, with those at hand (N, 2, C) in their place."""

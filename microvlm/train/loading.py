@@ -10,10 +10,7 @@ from ..data.rows import row_name
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Sample rows of similar length together, in an order of seed and epoch alone.
-
-    The library's own draws from the random numbers of the process, which a resumed run and other ranks do not share.
-    """
+    """Sample rows of similar length together, in an order of seed and epoch alone, as a resumed run needs it."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths)

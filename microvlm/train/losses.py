@@ -24,43 +24,30 @@ LOSSES = ("lm", "distill", "align", "match", *EPISODE_LOSSES)
 
 @dataclass
 class Step:
-    """One forward pass, and its place in the optimizer step.
+    """One forward pass, and its place in the optimizer step."""
 
-    Args:
-        model: without wrappers.
-        inputs, options: arguments of `forward`, of the batch and of the trainer.
-        accelerator: of the trainer, to gather from other ranks.
-        items: labelled tokens of the optimizer step on all ranks; None: a mean over this batch is asked for.
-        micro_batches: their number, where their losses are summed; else 1.
-        ranks: their number, where gradients of sums over tokens are averaged over them; else 1.
-        pairs: embeddings of the step's pairs from a pass before this one.
-        episode_losses: of `memory_losses`.
-        outputs: of `forward`; None where the loss needs no forward.
-    """
-
-    model: torch.nn.Module
-    inputs: dict[str, torch.Tensor]
-    options: dict[str, Any]
-    accelerator: Any
-    items: torch.Tensor | int | None = None
-    micro_batches: int = 1
-    ranks: int = 1
-    pairs: PairCache | None = None
-    episode_losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    outputs: Any = None
+    model: torch.nn.Module  # without wrappers
+    inputs: dict[str, torch.Tensor]  # arguments of `forward`, of the batch
+    options: dict[str, Any]  # arguments of `forward`, of the trainer
+    accelerator: Any  # to gather from other ranks
+    items: torch.Tensor | int | None = None  # labelled tokens of the step on all ranks; None: a mean over this batch
+    micro_batches: int = 1  # their number, where their losses are summed
+    ranks: int = 1  # their number, where gradients of sums over tokens are averaged over them
+    pairs: PairCache | None = None  # embeddings of the step's pairs from a pass before this one
+    episode_losses: dict[str, torch.Tensor] = field(default_factory=dict)  # of `memory_losses`
+    outputs: Any = None  # of `forward`; None where no term with a weight needs it
 
 
 class Term:
-    """A part of the loss that is a mean over the rows of a micro-batch."""
+    """A part of the loss that is a mean over the rows of a micro-batch.
+
+    Called with a step it computes its value (); None where the batch has nothing to measure.
+    """
 
     needs_forward = True
 
     def __init__(self, name: str, weight: float):
         self.name, self.weight = name, weight
-
-    def __call__(self, step: Step) -> torch.Tensor | None:
-        """Compute the value (); None where the batch has nothing to measure."""
-        raise NotImplementedError
 
     def share(self, value: torch.Tensor, step: Step) -> torch.Tensor:
         """Turn a value into its share of the optimizer step's loss."""
@@ -91,8 +78,8 @@ class TokenTerm(Term):
 class LanguageModelling(TokenTerm):
     """Cross-entropy of the next token."""
 
-    def __call__(self, step: Step) -> torch.Tensor | None:
-        return None if step.outputs is None else step.outputs.loss
+    def __call__(self, step: Step) -> torch.Tensor:
+        return step.outputs.loss
 
 
 class Distillation(TokenTerm):
@@ -102,9 +89,7 @@ class Distillation(TokenTerm):
         super().__init__(name, weight)
         self.teacher, self.temperature = teacher, temperature
 
-    def __call__(self, step: Step) -> torch.Tensor | None:
-        if step.outputs is None:
-            return None
+    def __call__(self, step: Step) -> torch.Tensor:
         # the teacher's logits at the same positions
         inputs = {k: v for k, v in step.inputs.items() if k != "labels"}
         inputs |= {k: v for k, v in step.options.items() if k == "logits_to_keep"}
@@ -123,7 +108,7 @@ class Alignment(Term):
     """InfoNCE of all pairs of the optimizer step; in evaluation of the batch's."""
 
     def __call__(self, step: Step) -> torch.Tensor | None:
-        if step.outputs is None or step.outputs.image_embeds is None:
+        if step.outputs.image_embeds is None:
             return None
         pairs = embedded_pairs(step.outputs)
         if step.model.training:
@@ -143,9 +128,8 @@ class Matching(Term):
     """Binary cross-entropy of the fusion block's judgements; the hardest other image is of the micro-batch."""
 
     def __call__(self, step: Step) -> torch.Tensor | None:
-        if step.outputs is None or step.outputs.match_logits is None:  # a single pair has no other image
-            return None
-        return match_loss(step.outputs.match_logits)
+        logits = step.outputs.match_logits
+        return None if logits is None else match_loss(logits)  # a single pair has no other image
 
 
 class EpisodeTerm(Term):

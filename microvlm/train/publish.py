@@ -5,42 +5,37 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..hub import TAGS, TrainingStatus, push_folder, write_card
+from ..data.rows import list_paths
+from ..hub import TAGS, TrainingStatus, push_folder
 from .recipe import Recipe
-from .setup import parameter_count
 
 
 def card_values(recipe: Recipe, name: str) -> dict[str, Any]:
     """Collect the values of `TrainingStatus` that stay the same during a run."""
-    train, validation = recipe.data.train, recipe.data.validation
-    stage = re.search(r"stage(\d+)", name)
-    values = {
+    stage, validation = re.search(r"stage(\d+)", name), recipe.data.validation
+    return {
         "recipe": name,
         "base_model": recipe.model,
         "stage": f"stage {stage[1]}" if stage else "training",
-        "data": train if isinstance(train, list) else [train],
+        "data": list_paths(recipe.data.train),
+        "validation_data": list_paths(validation)[0] if validation else None,
     }
-    if validation:
-        values["validation_data"] = validation if isinstance(validation, str) else validation[0]
-    return values
 
 
 class PublishMixin:
-    """The part of `MicroVLMTrainer` that writes cards and pushes."""
+    """The part of `MicroVLMTrainer` that describes the run and pushes it."""
 
     def training_status(self) -> TrainingStatus:
         """Describe the run as it is now, with its newest metrics."""
-        # the newest value of every metric
         metrics = {}
         for entry in self.state.log_history:
             metrics |= {k: v for k, v in entry.items() if k.startswith("eval_")}
         model = self.accelerator.unwrap_model(self.model)
-        counts = [(parameter_count(p), p.requires_grad) for p in model.parameters()]
         text = model.config.text_config.model_type
         return TrainingStatus(
             **self.options.card,
-            parameters=sum(count for count, _ in counts),
-            trainable_parameters=sum(count for count, trains in counts if trains),
+            parameters=model.num_parameters(),
+            trainable_parameters=model.num_parameters(only_trainable=True),
             tags=[text if tag == "bitnet" else tag for tag in TAGS],
             global_step=self.state.global_step,
             max_steps=self.state.max_steps,
@@ -51,13 +46,6 @@ class PublishMixin:
             effective_batch_size=self.get_total_train_batch_size(self.args),
             repo_id=self.args.hub_model_id,
         )
-
-    def create_model_card(self, **kwargs) -> None:
-        """Write our own card, not the library's."""
-        if self.options.card is None:
-            super().create_model_card(**kwargs)
-        elif self.is_world_process_zero():
-            write_card(self.args.output_dir, self.training_status())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != "end":

@@ -1,10 +1,7 @@
 """Read a training recipe: one YAML file, one run.
 
-The sections are the dataclasses below. Three rules make one set of values out of a file:
-
-1. `base: other.yaml` starts from another file: sections are merged key by key, other values are replaced.
-2. `--set section.key=value` comes last; the value is YAML.
-3. A key without a value (`null`) is a key left out. An unknown key is refused by its name.
+The sections are the dataclasses below. `--set section.key=value` changes a value; the value is YAML. A key without a
+value (`null`) is a key left out. An unknown key is refused by its name.
 """
 
 import re
@@ -20,6 +17,8 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from ..data.augment import image_augmentation
+from ..data.rows import is_remote
+from ..model import require
 from .losses import EPISODE_LOSSES, LOSSES
 
 LIST_KEYS = ("trainable", "compile")  # one text is a list of one
@@ -72,7 +71,6 @@ class DataConfig:
 
     train: str | list[str] = required("the training data: paths, globs, hf:// addresses")
     validation: str | list[str] | None = option("the same for evaluation")
-    format: str | None = option("parquet or webdataset; default: from the path")
     revision: str | None = option("of a data set on the Hub")
     exclude_copyleft: bool = option("leave out rows with a copyleft licence", False)
     image_size: int | None = option("side of the images; default: the processor's")
@@ -89,20 +87,24 @@ class DataConfig:
         check_keys("data.augmentation", self.augmentation or {}, signature(image_augmentation).parameters)
 
     def validate_sources(self):
-        if self.stream is not None and self.vision_cache is not None:
-            raise ValueError("data.vision_cache stores features of a data set, data.stream stores nothing: choose one.")
-        if self.stream is not None and self.exclude_copyleft:
-            raise ValueError("data.exclude_copyleft needs all rows at once: not with data.stream.")
-        if self.episodes is None:
-            return
-        known = set(to_dict(self.episodes))
-        if self.vision_cache is None and "size" not in known:
-            raise ValueError("data.episodes needs data.vision_cache, or a size: episodes of images as they come.")
-        check_keys(
-            "data.episodes",
-            known,
-            {"size"} if self.vision_cache is None else {option.name for option in fields(EpisodesConfig)} - {"size"},
-        )
+        stream, cache, episodes = self.stream, self.vision_cache, self.episodes
+        remote, limited = is_remote(self.validation or ""), self.validation_limit is not None
+        problems = {
+            "vision_cache stores features of a data set, data.stream stores nothing: choose one.": stream and cache,
+            "exclude_copyleft needs all rows at once: not with data.stream.": stream and self.exclude_copyleft,
+            "train on the Hub is read as a stream: set data.stream, or download its files first.": (
+                is_remote(self.train) and not stream
+            ),
+            "validation on the Hub needs data.validation_limit: its rows are kept on the disk.": remote and not limited,
+            "episodes needs data.vision_cache, or a size: episodes of images as they come.": (
+                episodes and not cache and episodes.size is None
+            ),
+        }
+        for problem, found in problems.items():
+            require(not found, f"data.{problem}")
+        if episodes:
+            names = {option.name for option in fields(EpisodesConfig)}
+            check_keys("data.episodes", to_dict(episodes), names - {"size"} if cache else {"size"})
 
 
 @strict
@@ -152,12 +154,13 @@ class Recipe:
         check_keys("training", self.training, [option.name for option in fields(TrainingArguments)])
         check_keys("quantization", self.quantization or {}, signature(BitsAndBytesConfig).parameters)
 
-    def validate_losses(self):
-        if bool(self.loss_weights.get("distill")) != (self.distillation is not None):
-            raise ValueError("loss_weights.distill and distillation.teacher go together.")
-        taught = [name for name in EPISODE_LOSSES if self.loss_weights.get(name)]
-        if taught and self.data.episodes is None:
-            raise ValueError(f"loss_weights: {', '.join(taught)} need data.episodes, which teach the memory.")
+    def validate_sections(self):
+        distills, taught = bool(self.loss_weights.get("distill")), self.distillation is not None
+        require(distills == taught, "loss_weights.distill and distillation.teacher go together.")
+        names = [] if self.data.episodes else [name for name in EPISODE_LOSSES if self.loss_weights.get(name)]
+        require(not names, f"loss_weights: {', '.join(names)} need data.episodes, which teach the memory.")
+        for name, count in to_dict(self.evaluation).items():
+            require(not count or bool(self.data.validation), f"evaluation.{name} needs data.validation.")
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -176,11 +179,7 @@ RecipeLoader.add_implicit_resolver(
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Read a recipe with `section.key=value` overrides.
-
-    Raises:
-        ValueError: unknown, missing or repeated keys, values of the wrong type, or sections that exclude each other.
-    """
+    """Read a recipe with `section.key=value` overrides."""
     values = read_recipe(path, overrides)
     for key in LIST_KEYS:
         if isinstance(values.get(key), str):
@@ -192,17 +191,10 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     return build(Recipe, values, str(path))
 
 
-def read_recipe(path: str | Path, overrides: list[str] = (), derived: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read the values of a recipe of any kind: its base, its own, the overrides."""
-    path = Path(path)
-    if path in derived:
-        raise ValueError(f"{path}: its base leads back to itself.")
-    values = parse(path.read_text(), str(path))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no recipe: expected keys with values, got {values!r}.")
-    # start from the base
-    if base := values.pop("base", None):
-        values = merge(read_recipe(path.parent / base, (), (*derived, path)), values)
+def read_recipe(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """Read the values of a recipe of any kind, with the overrides."""
+    values = parse(Path(path).read_text(), str(path))
+    require(isinstance(values, dict), f"{path} is no recipe: expected keys with values, got {values!r}.")
     for override in overrides:
         set_value(values, override)
     return values
@@ -211,13 +203,11 @@ def read_recipe(path: str | Path, overrides: list[str] = (), derived: tuple[Path
 def set_value(values: dict[str, Any], override: str) -> None:
     """Change one value by its dotted name, `section.key=value`."""
     name, equals, value = override.partition("=")
-    if not equals:
-        raise ValueError(f"--set takes key=value, got {override!r}.")
+    require(bool(equals), f"--set takes key=value, got {override!r}.")
     *parents, leaf = name.split(".", 1 if name.partition(".")[0] in DOTTED_KEYS else -1)
     for parent in parents:
         values[parent] = values = values.get(parent) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"--set {name}: {parent} is {values!r}, not a section.")
+        require(isinstance(values, dict), f"--set {name}: {parent} is {values!r}, not a section.")
     values[leaf] = parse(value, f"--set {name}")
 
 
@@ -228,28 +218,15 @@ def parse(text: str, name: str) -> Any:
         raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Replace values of `base`; where both have a section, inside it."""
-    both = {k: merge(base[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return base | changes | both
-
-
 def build(kind: type, values: Any, name: str, prefix: str = "") -> Any:
-    """Make a section of a mapping, and the sections inside it.
-
-    Args:
-        kind: the section's dataclass.
-        name: of the section in messages; `prefix` goes before those of its own sections.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} is a section of keys, got {values!r}.")
-    options = {option.name: option for option in fields(kind)}
-    check_keys(name, values, options)
+    """Make a section of a mapping, and the sections inside it; messages call it `name`, and those `prefix` + key."""
+    require(isinstance(values, dict), f"{name} is a section of keys, got {values!r}.")
+    check_keys(name, values, [option.name for option in fields(kind)])
     values = {key: value for key, value in values.items() if value is not None}
     # required keys and inner sections
-    for key, option in options.items():
-        if key not in values and option.default is option.default_factory is MISSING:
-            raise ValueError(f"{name} has no {key!r}: {option.metadata['help']}.")
+    for option in fields(kind):
+        key, required = option.name, option.default is option.default_factory is MISSING
+        require(key in values or not required, f"{name} has no {key!r}: {option.metadata['help']}.")
         section = next((part for part in (option.type, *get_args(option.type)) if is_dataclass(part)), None)
         if section and key in values:
             values[key] = build(section, values[key], prefix + key, f"{prefix}{key}.")
@@ -263,9 +240,8 @@ def build(kind: type, values: Any, name: str, prefix: str = "") -> Any:
 
 
 def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    unknown = sorted(set(keys) - set(known))
-    if unknown:
-        raise ValueError(f"unknown key in {section}: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+    unknown = ", ".join(sorted(set(keys) - set(known)))
+    require(not unknown, f"unknown key in {section}: {unknown}. Known: {', '.join(sorted(known))}.")
 
 
 def to_dict(section: Any) -> dict[str, Any]:

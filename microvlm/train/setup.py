@@ -23,7 +23,8 @@ from ..data.collators import CaptionCollator
 from ..data.episodes import EpisodeCollator, ImageEpisodeCollator
 from ..data.rows import text_ids
 from ..files import write_text
-from ..model import QUANT_METHOD
+from ..model import QUANT_METHOD, require
+from ..tables import text_table
 from .checkpoints import checkpoints, is_complete, newest_complete
 from .data import TrainingData
 from .recipe import Recipe, to_dict
@@ -36,28 +37,23 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         defaults["ignore_data_skip"] = True  # the stream goes on from its own place
     args = TrainingArguments(**defaults | recipe.training)
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if args.world_size < started:
-        raise ValueError(
-            f"{started} processes were started, but each would train alone: without a GPU set training.use_cpu: true."
-        )
+    problem = f"{started} processes were started, but each would train alone"
+    require(args.world_size >= started, f"{problem}: without a GPU set training.use_cpu: true.")
     return args
 
 
 def check_output(recipe: Recipe, args: TrainingArguments, resume: bool) -> Path | None:
     """Refuse to overwrite a source or another run; find the checkpoint to resume from."""
     output = Path(args.output_dir)
-    sources = {"model": recipe.model}
-    if recipe.distillation is not None:
-        sources["distillation.teacher"] = recipe.distillation.teacher
+    sources = {"model": recipe.model, "distillation.teacher": recipe.distillation and recipe.distillation.teacher}
     for key, source in sources.items():
-        if Path(source).is_dir() and os.path.realpath(source) == os.path.realpath(output):
-            raise ValueError(f"training.output_dir {output} is the folder of {key}, which the run would overwrite.")
+        same = source and Path(source).is_dir() and os.path.realpath(source) == os.path.realpath(output)
+        require(not same, f"training.output_dir {output} is the folder of {key}, which the run would overwrite.")
     if resume:
         return newest_complete(output)
     if any(map(is_complete, checkpoints(output))):
-        raise FileExistsError(
-            f"{output} has checkpoints of a run: --resume goes on with it, or choose another output_dir."
-        )
+        advice = "--resume goes on with it, or choose another output_dir."
+        raise FileExistsError(f"{output} has checkpoints of a run: {advice}")
     return None
 
 
@@ -71,21 +67,16 @@ def write_settings(recipe: Recipe, args: TrainingArguments) -> None:
 
 
 def change_config(config, values: dict[str, Any]):
-    """Change values of a config by dotted name; it is checked like a new one.
-
-    Raises:
-        ValueError: a name the config does not have, a whole section, or a value it refuses.
-    """
+    """Change values of a config by dotted name; it is checked like a new one."""
     changed = config.to_dict()
     for name, value in values.items():
-        if isinstance(getattr(config, name, None), PreTrainedConfig):
-            raise ValueError(f"config: {name} is a section: name its values one by one, as {name}.NAME.")
+        whole = isinstance(getattr(config, name, None), PreTrainedConfig)
+        require(not whole, f"config: {name} is a section: name its values one by one, as {name}.NAME.")
         *parents, leaf = name.split(".")
         section = changed
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or leaf not in section:
-            raise ValueError(f"config: the model has no {name!r}.")
+        require(isinstance(section, dict) and leaf in section, f"config: the model has no {name!r}.")
         section[leaf] = value
     return type(config).from_dict(changed)
 
@@ -93,21 +84,17 @@ def change_config(config, values: dict[str, Any]):
 def check_patterns(section: str, patterns: Iterable[str], model: torch.nn.Module) -> None:
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"{section}: {pattern!r} matches no parameter of the model.")
+        matches = any(re.search(pattern, name) for name in names)
+        require(matches, f"{section}: {pattern!r} matches no parameter of the model.")
 
 
 def set_trainable(model: torch.nn.Module, patterns: list[str]) -> None:
-    """Freeze every parameter whose name no pattern matches (`re.search`).
-
-    Raises:
-        ValueError: a pattern that matches no parameter.
-    """
+    """Freeze every parameter whose name no pattern matches (`re.search`)."""
     check_patterns("trainable", patterns, model)
     for name, parameter in model.named_parameters():
         trains = any(re.search(pattern, name) for pattern in patterns)
-        if trains and not parameter.is_floating_point():
-            raise ValueError(f"trainable: {name} is quantised ({parameter.dtype}) and cannot train.")
+        possible = parameter.is_floating_point() or not trains
+        require(possible, f"trainable: {name} is quantised ({parameter.dtype}) and cannot train.")
         parameter.requires_grad_(trains)
 
 
@@ -119,20 +106,16 @@ def parameter_count(parameter: torch.nn.Parameter) -> int:
 
 def trainable_table(model: torch.nn.Module) -> str:
     """List modules, their parameters, and the share of these that trains."""
-    rows = defaultdict(lambda: [0, 0])
+    counts = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
-        part = ".".join(name.split(".")[:2])
-        for key in (part, "total"):
-            rows[key][0] += parameter_count(parameter)
-            rows[key][1] += parameter_count(parameter) * parameter.requires_grad
-    lines = [f"{'part':<24}{'parameters':>14}{'trainable':>14}{'share':>8}"]
-    for part in sorted(rows, key=lambda p: (p == "total", p)):
-        count, trains = rows[part]
-        lines.append(f"{part:<24}{count:>14,}{trains:>14,}{trains / count:>8.1%}")
-    return "\n".join(lines)
+        for part in (".".join(name.split(".")[:2]), "total"):
+            counts[part][0] += parameter_count(parameter)
+            counts[part][1] += parameter_count(parameter) * parameter.requires_grad
+    parts = sorted(counts, key=lambda part: (part == "total", part))
+    rows = [[part, *counts[part], f"{counts[part][1] / counts[part][0]:.1%}"] for part in parts]
+    return text_table(["part", "parameters", "trainable", "share"], rows)
 
 
-@torch.no_grad()
 @torch.no_grad()
 def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
     """Set the input statistics of adapter and memory from the images of `rows`."""
@@ -161,34 +144,24 @@ def calibrate(model, data: TrainingData, count: int) -> None:
     memory = model.model.memory
     if isinstance(data.collator, EpisodeCollator):
         memory.key_encoder.calibrate(data.collator.pooled.flatten(0, 1))
-        memory.calibrate_words(data.collator.sentences())
+        memory.calibrate_words(data.collator.story.sentences())
     elif rows and isinstance(data.collator, ImageEpisodeCollator):
         captions = [row["caption"] for row in rows if isinstance(row["caption"], str)]
         memory.calibrate_words(text_ids(data.processor.tokenizer, captions))
 
 
 def unquantized_modules(model, trainable: list[str]) -> list[str]:
-    """List linear layers not to quantise: those that train, adapter, alignment and memory.
-
-    Raises:
-        ValueError: the language model is ternary.
-    """
-    if model.config.qat_config.ternary_modules:
-        raise ValueError(
-            "quantization: the config makes linears ternary, from weights that NF4 would change. Compose from ternary "
-            "weights and set config: {qat_config.ternary_modules: null}."
-        )
+    """List linear layers not to quantise: those that train, adapter, alignment and memory."""
+    problem = "quantization: the config makes linears ternary, from weights that NF4 would change."
+    advice = "Compose from ternary weights and set config: {qat_config.ternary_modules: null}."
+    require(not model.config.qat_config.ternary_modules, f"{problem} {advice}")
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     parts = ("model.vision_tower.", "model.language_model.")
     return [n for n in names if not n.startswith(parts) or any(re.search(p, f"{n}.weight") for p in trainable)]
 
 
 def load_model(recipe: Recipe):
-    """Load processor and model of a recipe, packed weights unpacked, ready to train.
-
-    Raises:
-        ValueError: NF4 is asked for on a packed checkpoint.
-    """
+    """Load processor and model of a recipe, packed weights unpacked, ready to train."""
     # config, with the recipe's changes
     source = {"trust_remote_code": True, "revision": recipe.revision}
     processor = AutoProcessor.from_pretrained(recipe.model, **source)
@@ -197,14 +170,10 @@ def load_model(recipe: Recipe):
         source["attn_implementation"] = recipe.attn_implementation
     # packed checkpoints train unpacked, bitsandbytes' weights stay as they are
     stored = getattr(config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    packed = stored.get("quant_method") == QUANT_METHOD
+    packed = (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method") == QUANT_METHOD
     if recipe.quantization is not None:
-        if packed:
-            raise ValueError(
-                f"{recipe.model} is packed: unpack it with model.dequantize(), save that, and give its folder to "
-                "`quantization`."
-            )
+        advice = "unpack it with model.dequantize(), save that, and give its folder to `quantization`."
+        require(not packed, f"{recipe.model} is packed: {advice}")
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
         skip = unquantized_modules(empty, recipe.trainable)
@@ -222,25 +191,18 @@ def load_model(recipe: Recipe):
 
 
 def load_teacher(recipe: Recipe, model):
-    """Load the teacher of `distillation`, or None.
-
-    Raises:
-        ValueError: it would get features of another vision tower than its own, or of one that trains.
-    """
+    """Load the teacher of `distillation`, or None."""
     if recipe.distillation is None:
         return None
-    teacher = AutoModelForImageTextToText.from_pretrained(
-        recipe.distillation.teacher, trust_remote_code=True, dtype=torch.float32
-    )
+    name = recipe.distillation.teacher
+    teacher = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
     # features of one tower go to both models
     key = next((key for key in ("vision_cache", "episodes") if getattr(recipe.data, key) is not None), None)
-    if key is None:
-        return teacher
-    own, other = (m.model.vision_tower.state_dict() for m in (model, teacher))
-    same = own.keys() == other.keys() and all(torch.equal(own[name].cpu(), other[name].cpu()) for name in own)
-    if not same or any(p.requires_grad for p in model.model.vision_tower.parameters()):
-        raise ValueError(
-            f"distillation.teacher has another vision tower than the model, whose features data.{key} gives to both: "
-            f"leave data.{key} out."
-        )
+    if key is not None:
+        tower = model.model.vision_tower
+        own, other = tower.state_dict(), teacher.model.vision_tower.state_dict()
+        same = own.keys() == other.keys() and all(torch.equal(own[name].cpu(), other[name].cpu()) for name in own)
+        frozen = not any(p.requires_grad for p in tower.parameters())
+        problem = "distillation.teacher has another vision tower than the model, whose features"
+        require(same and frozen, f"{problem} data.{key} gives to both: leave data.{key} out.")
     return teacher

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, Trainer
+from transformers import Trainer
 
 from ..data.rows import caption_length
 from ..data.stream import CaptionStream
-from .callbacks import LossBar, StepGuard, StopOnSignal, StreamEpoch
+from ..model import require
+from .callbacks import StepGuard, StopOnSignal, StreamEpoch
 from .checkpoints import CheckpointMixin, StreamPosition
 from .episodes import memory_losses, split_inputs
 from .evaluation import Evaluation, EvaluationMixin, Means
@@ -23,30 +24,18 @@ from .setup import check_patterns
 
 @dataclass(kw_only=True)
 class TrainerOptions:
-    """What `MicroVLMTrainer` takes besides the arguments of `Trainer`.
+    """What `MicroVLMTrainer` takes besides the arguments of `Trainer`."""
 
-    Args:
-        loss_weights: weight per term, see `losses`.
-        learning_rates: regular expression on parameter names -> learning rate; the first that matches counts.
-        muon: Muon on the weights of linear layers, AdamW on the rest, instead of `args.optim`.
-        max_nonfinite_steps: as many steps in a row without a finite loss and gradient end the run.
-        eval_collator: collator of the evaluation data, without augmentation; default: the training one.
-        caption_rows: rows of `load_rows` whose images are captioned at every evaluation.
-        memory_batches: episodes that the memory is evaluated on.
-        teacher: a model with the same vocabulary and prompt for `distill`; `temperature` divides both sides' logits.
-        card: constant values of `TrainingStatus`; default: checkpoints have no cards.
-    """
-
-    loss_weights: dict[str, float]
-    learning_rates: dict[str, float] | None = None
-    muon: bool = False
-    max_nonfinite_steps: int = 3
-    eval_collator: Any = None
-    caption_rows: Any = None
-    memory_batches: list[dict] | None = None
-    teacher: torch.nn.Module | None = None
-    temperature: float = 1.0
-    card: dict[str, Any] | None = None
+    loss_weights: dict[str, float]  # per term, see `losses`
+    learning_rates: dict[str, float] | None = None  # regular expression on parameter names -> rate; the first counts
+    muon: bool = False  # Muon on the weights of linear layers, AdamW on the rest, instead of `args.optim`
+    max_nonfinite_steps: int = 3  # as many steps in a row without a finite loss and gradient end the run
+    eval_collator: Any = None  # of the evaluation data, without augmentation; default: the training one
+    caption_rows: Any = None  # rows of `load_rows` whose images are captioned at every evaluation
+    memory_batches: list[dict] | None = None  # episodes that the memory is evaluated on
+    teacher: torch.nn.Module | None = None  # a model with the same vocabulary and prompt for `distill`
+    temperature: float = 1.0  # that model's and the teacher's logits are divided by
+    card: dict[str, Any] | None = None  # constant values of `TrainingStatus`; default: checkpoints have no cards
 
 
 class MicroVLMTrainer(CheckpointMixin, PublishMixin, EvaluationMixin, Trainer):
@@ -54,9 +43,6 @@ class MicroVLMTrainer(CheckpointMixin, PublishMixin, EvaluationMixin, Trainer):
 
     The loss of an optimizer step is the same however its rows are spread over micro-batches and ranks: `lm` is a mean
     over the step's tokens, `align` contrasts all the step's pairs. The other terms are means over micro-batches.
-
-    Raises:
-        ValueError: losses that the model or the launcher cannot compute, or a learning rate that matches no parameter.
     """
 
     def __init__(self, *args, options: TrainerOptions, **kwargs):
@@ -79,24 +65,20 @@ class MicroVLMTrainer(CheckpointMixin, PublishMixin, EvaluationMixin, Trainer):
         if isinstance(self.train_dataset, CaptionStream):
             self.position = StreamPosition(self.train_dataset, self.args, (options.card or {}).get("data"))
             self.add_callback(StreamEpoch())
-        # stop signals, bad steps, progress
+        # stop signals, bad steps
         self.stop = StopOnSignal()
         self.guard = StepGuard(self, self.stop, options.max_nonfinite_steps)
         self.add_callback(self.stop)
         self.add_callback(self.guard)
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(LossBar())
 
     def _check(self, weights: dict[str, float]) -> None:
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and any(map(weights.get, EPISODE_LOSSES)):
-            raise ValueError(
-                "the memory's losses are not for FSDP or DeepSpeed, which gather weights for the model's own forward "
-                "alone: use DDP."
-            )
-        if self.args.label_smoothing_factor:
-            raise ValueError("training.label_smoothing_factor does not reach the losses here: leave it out.")
-        if weights.get("match") and not self.model.config.use_fusion:
-            raise ValueError("loss_weights: match needs a model with config.use_fusion.")
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        problem = "the memory's losses are not for FSDP or DeepSpeed, which gather weights for the model's own forward"
+        require(not sharded or not any(map(weights.get, EPISODE_LOSSES)), f"{problem} alone: use DDP.")
+        smoothing = self.args.label_smoothing_factor
+        require(not smoothing, "training.label_smoothing_factor does not reach the losses here: leave it out.")
+        fuses = self.model.config.use_fusion
+        require(fuses or not weights.get("match"), "loss_weights: match needs a model with config.use_fusion.")
         check_patterns("learning_rates", self.options.learning_rates or {}, self.model)
 
     # ---- data
@@ -118,6 +100,10 @@ class MicroVLMTrainer(CheckpointMixin, PublishMixin, EvaluationMixin, Trainer):
         lengths = [caption_length({"caption": caption}) for caption in rows["caption"]]
         group = self._train_batch_size * self.args.gradient_accumulation_steps
         return SeededLengthGroupedSampler(group, lengths, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        # in order: the library would group by lengths, which our rows do not carry
+        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
 
     def get_train_dataloader(self):
         """Build the training data's loader; a stream shares its rows among ranks itself."""
@@ -200,7 +186,8 @@ class MicroVLMTrainer(CheckpointMixin, PublishMixin, EvaluationMixin, Trainer):
         # the terms: without a weight the memory's are only measured
         loss, values = 0.0, {}
         for term in self.terms:
-            if (value := term(step)) is not None:
+            measurable = step.outputs is not None or not term.needs_forward
+            if measurable and (value := term(step)) is not None:
                 values[term] = value.detach()
                 if term.weight or term.needs_forward:
                     loss = loss + term.share(term.weight * value, step)
