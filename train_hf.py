@@ -21,7 +21,7 @@ from microvlm.train.callbacks import EpochCallback
 from microvlm.train.curves import plot_curves
 from microvlm.train.data import TrainingData
 from microvlm.train.publish import card_values
-from microvlm.train.recipe import Recipe, load_recipe, read_recipe
+from microvlm.train.recipe import load_recipe, read_recipe
 from microvlm.train.setup import (
     calibrate,
     check_output,
@@ -39,7 +39,6 @@ KINDS = {"distill": distill_vision.main, "text": pretrain_text.main}  # recipes 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train one recipe from the command line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
@@ -72,7 +71,18 @@ def main(arguments: list[str] | None = None) -> None:
         data_collator=data.collator,
         processing_class=processor,
         callbacks=[EpochCallback(data.collator)],
-        options=trainer_options(recipe, data, model, Path(options.recipe).stem),
+        options=TrainerOptions(
+            loss_weights=recipe.loss_weights,
+            learning_rates=recipe.learning_rates,
+            muon=recipe.optimizer == "muon",
+            max_nonfinite_steps=recipe.max_nonfinite_steps,
+            eval_collator=data.eval_collator,
+            caption_rows=data.caption_rows,
+            memory_batches=data.memory_batches,
+            teacher=load_teacher(recipe, model),
+            temperature=recipe.distillation.temperature if recipe.distillation else 1.0,
+            card=card_values(recipe, Path(options.recipe).stem),
+        ),
     )
     if args.process_index == 0:
         write_settings(recipe, args)
@@ -84,31 +94,14 @@ def main(arguments: list[str] | None = None) -> None:
     finish(trainer)
 
 
-def trainer_options(recipe: Recipe, data: TrainingData, model, name: str) -> TrainerOptions:
-    """Collect what the trainer needs of a recipe and its data."""
-    return TrainerOptions(
-        loss_weights=recipe.loss_weights,
-        learning_rates=recipe.learning_rates,
-        muon=recipe.optimizer == "muon",
-        max_nonfinite_steps=recipe.max_nonfinite_steps,
-        eval_collator=data.eval_collator,
-        caption_rows=data.caption_rows,
-        memory_batches=data.memory_batches,
-        teacher=load_teacher(recipe, model),
-        temperature=1.0 if recipe.distillation is None else recipe.distillation.temperature,
-        card=card_values(recipe, name),
-    )
-
-
 def finish(trainer: MicroVLMTrainer) -> None:
     """Write log and curves, then save or push the model; exit 143 after SIGTERM."""
     state, collator, clock, output = trainer.state, trainer.data_collator, trainer.clock, Path(trainer.args.output_dir)
-    stopped = trainer.stop.agreed and state.global_step < state.max_steps
+    stopped = trainer.guard.stop_agreed and state.global_step < state.max_steps
     if trainer.is_world_process_zero():
         if collator.unreadable:
-            print(
-                f"{collator.unreadable} of {collator.seen} training rows could not be read and were skipped", flush=True
-            )
+            rows = f"{collator.unreadable} of {collator.seen} training rows"
+            print(f"{rows} could not be read and were skipped", flush=True)
         if clock.total_time:
             print(f"waiting for data: {clock.total_wait / clock.total_time:.1%} of the training time", flush=True)
         write_json(output / "log.json", state.log_history)

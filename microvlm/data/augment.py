@@ -10,10 +10,7 @@ import torch.nn.functional as F
 def random_affine(
     n: int, degrees: float, shift: float, scale: float, aspect: float = 0.15, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Draw maps (n, 2, 3) from crop to image.
-
-    They rotate, shift, zoom and stretch, in coordinates of [-1, 1].
-    """
+    """Draw maps (n, 2, 3) from crop to image that rotate, shift, zoom and stretch."""
 
     def uniform(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=generator) * 2 - 1
@@ -28,10 +25,8 @@ def random_affine(
 
 
 def warp(images: torch.Tensor, theta: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Sample crops of images (B, C, H, W) under maps (B, 2, 3).
-
-    Outside an image its border goes on.
-    """
+    """Sample crops of images (B, C, H, W) under maps (B, 2, 3)."""
+    # outside an image its border goes on
     grid = F.affine_grid(theta, [len(images), 1, *size], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -61,14 +56,12 @@ def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator |
 
 
 def change_style(x: torch.Tensor, share: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Outline a share of the images (B, 3, H, W) and blur an equal share.
-
-    A quarter of the outlined ones are bare lines on white.
-    """
+    """Outline a share of the images (B, 3, H, W) and blur an equal share."""
     gray = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     slope = (gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]).abs() + (gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]).abs()
     lines = 1 - F.max_pool2d((4 * slope).clamp(0, 1), 3, stride=1, padding=1)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    # a quarter of the outlined ones are bare lines on white
     draw = torch.rand(len(x), 1, 1, 1, generator=generator)
     x = torch.where(draw < share, lines * torch.where(draw < share / 4, torch.ones(()), x), x)
     return torch.where((draw >= share) & (draw < 2 * share), blurred, x)
@@ -77,12 +70,10 @@ def change_style(x: torch.Tensor, share: float, generator: torch.Generator | Non
 def image_augmentation(
     degrees: float = 10, shift: float = 0.1, scale: float = 0.2, color: float = 0.25, style: float = 0.0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make a function that augments images (B, 3, H, W) in [0, 1].
-
-    It draws small affine maps and changes of style and colour. It never flips: captions say left and right.
-    """
+    """Make a function that augments images (B, 3, H, W) in [0, 1]."""
 
     def augment(x: torch.Tensor) -> torch.Tensor:
+        # never flipped: captions say left and right
         x = warp(x, random_affine(len(x), degrees, shift, scale), x.shape[-2:])
         x = change_style(x, style) if style else x
         return change_colors(x, color) if color else x

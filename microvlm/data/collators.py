@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .rows import UnreadableRowError, decode_row, row_caption, text_ids
 
 MIN_ROWS_BEFORE_STOP = 100  # a share over fewer rows says little
 logger = logging.getLogger(__name__)
+
+
+def pad_left(lines: list[list[int]], value: int) -> torch.Tensor:
+    rows = [torch.tensor(line, dtype=torch.long) for line in lines]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
 
 
 @dataclass(eq=False, repr=False)
@@ -87,26 +93,19 @@ class CaptionCollator:
 
     def sequences(self, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, torch.Tensor]:
         """Join prompts and answers to `input_ids`, `attention_mask` and `labels` (B, T), padded on the left."""
-        lines = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        length = max(map(len, lines))
-        input_ids = torch.full((len(lines), length), self.processor.tokenizer.pad_token_id)
-        labels = torch.full((len(lines), length), -100)
-        attention_mask = torch.zeros(len(lines), length, dtype=torch.long)
-        for i, (line, answer) in enumerate(zip(lines, answers, strict=True)):
-            input_ids[i, length - len(line) :] = torch.tensor(line)
-            labels[i, length - len(answer) :] = torch.tensor(answer, dtype=torch.long)
-            attention_mask[i, length - len(line) :] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        padding, pairs = self.processor.tokenizer.pad_token_id, list(zip(prompts, answers, strict=True))
+        return {
+            "input_ids": pad_left([[*prompt, *answer] for prompt, answer in pairs], padding),
+            "attention_mask": pad_left([[1] * (len(prompt) + len(answer)) for prompt, answer in pairs], 0),
+            "labels": pad_left([[-100] * len(prompt) + list(answer) for prompt, answer in pairs], -100),
+        }
 
     @property
     def target_size(self) -> dict[str, int] | None:
         return None if self.image_size is None else {"height": self.image_size, "width": self.image_size}
 
     def images(self, images: list[torch.Tensor], view: str = "") -> dict[str, torch.Tensor]:
-        """Resize, augment and normalise images to `pixel_values` (B, 3, height, width).
-
-        Another `view` draws other augmentations.
-        """
+        """Resize, augment and normalise images; another `view` draws other augmentations."""
         image_processor = self.processor.image_processor
         size = {} if self.image_size is None else {"size": self.target_size}
         if self.augment is None:

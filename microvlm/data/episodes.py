@@ -122,10 +122,8 @@ class Storyteller:
         return text_ids(self.tokenizer, text)
 
     def words(self, row: int, draw: random.Random) -> list[str]:
-        """Draw the words for an image: its noun, another image's, other words or invented ones.
-
-        So the decoder has to read the noun instead of looking at the image, and learns to repeat any token.
-        """
+        """Draw the words for an image: its noun, another image's, other words or invented ones."""
+        # so the decoder has to read the noun instead of looking at the image, and learns to repeat any token
         kind = draw.random()
         if kind > OTHER_WORDS and self.starts and self.endings:
             lengths = [draw.choice((0, 1, 1, 2, 3)) for _ in range(draw.choice((1, 1, 2, 3)))]
@@ -250,11 +248,7 @@ class EpisodeCollator(FeatureCollator):
         return supports, [self._query(kind, i, store, draw) for kind, i in plan]
 
     def _plan(self, rows: list[int], size: int, draw: random.Random) -> tuple[list[tuple[str, int]], dict[int, Fact]]:
-        """Draw what every row asks, and the facts that answer it.
-
-        Returns:
-            kind and image of every query, and image -> fact.
-        """
+        """Draw what every row asks, kind and image, and the facts that answer it."""
         plan, store, shares = [], {}, self.shares
         for i in rows:
             kind = draw.choices(list(shares), list(shares.values()))[0]
@@ -316,12 +310,10 @@ class EpisodeCollator(FeatureCollator):
         return {"support_features": torch.stack(features, 2), "support_tokens": tokens, "support_active": active}
 
     def _key_batch(self, draw: random.Random) -> dict[str, torch.Tensor]:
-        """Draw two views of images of different concepts, and the grey copies of the first.
-
-        For one in ten the second is another image of the concept.
-        """
+        """Draw two views of images of different concepts, and the grey copies of the first."""
         concepts = draw.sample(sorted(self.same_concept), min(self.key_pairs, len(self.same_concept)))
         first = [draw.choice(self.same_concept[c]) for c in concepts]
+        # for one in ten the second is another image of the concept
         second = [
             draw.choice(self.same_concept[c]) if draw.random() < STYLE_PAIRS else i
             for i, c in zip(first, concepts, strict=True)

@@ -23,12 +23,8 @@ def is_hub_dataset(path: str) -> bool:
 
 
 def load_stream(path: str | list[str], revision: str | None = None) -> IterableDataset:
-    """Open rows with the columns `image` (undecoded) and `caption`, read when they are asked for.
-
-    Args:
-        path: a data set on the Hub (`pixparse/cc12m-wds`: its train split, at `revision`), or tars or parquet files:
-            paths, globs, `hf://datasets/...`.
-    """
+    """Open rows with the columns `image` (undecoded) and `caption`, read when they are asked for."""
+    # a data set on the Hub (its train split), or tars or parquet files: paths, globs, hf://datasets/...
     paths = list_paths(path)
     if len(paths) == 1 and is_hub_dataset(paths[0]):
         rows = load_dataset(paths[0], split="train", streaming=True, revision=revision)

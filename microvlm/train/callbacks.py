@@ -10,50 +10,45 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 
-class StopOnSignal(TrainerCallback):
-    """On SIGTERM finish the step, save a checkpoint and stop; `StepGuard` agrees with other ranks."""
-
-    def __init__(self):
-        self.requested = self.agreed = False
-        self.previous = None
-
-    def _handle(self, signum, frame):
-        self.requested = True
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGTERM, self._handle)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.agreed and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.previous)
-
-
 class StepGuard(TrainerCallback):
     """Let the ranks agree before a step whether it is finite and whether to stop.
 
-    As many steps in a row as `limit` that are not finite end the run. None of them changes a weight.
+    Of the steps that are not finite none changes a weight; `limit` in a row end the run. After SIGTERM the step is
+    finished, a checkpoint saved, and the run stopped.
     """
 
-    def __init__(self, trainer, stop: StopOnSignal, limit: int):
-        self.trainer, self.stop, self.limit = trainer, stop, limit
+    def __init__(self, trainer, limit: int):
+        self.trainer, self.limit = trainer, limit
         self.rows = []  # names of the rows of this rank's micro-batches without a finite loss
         self.bad_steps, self.grad_norm = 0, 0.0  # steps in a row that were not finite
+        self.stop_requested = self.stop_agreed = False
+        self.previous_handler = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous_handler = signal.signal(signal.SIGTERM, self._handle)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous_handler)
+
+    def _handle(self, signum, frame):
+        self.stop_requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop_agreed and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        return control
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         accelerator, deepspeed = self.trainer.accelerator, self.trainer.is_deepspeed_enabled
         # with a scaler or DeepSpeed the gradient may overflow: they skip that step by themselves
         overflow = accelerator.scaler is None and not deepspeed and not math.isfinite(self.grad_norm)
-        flags = torch.tensor([len(self.rows), int(overflow), int(self.stop.requested)], device=args.device)
+        flags = torch.tensor([len(self.rows), int(overflow), int(self.stop_requested)], device=args.device)
         bad_rows, overflow, stop = accelerator.reduce(flags, "sum").tolist()
         if not bad_rows and not overflow:
-            self.bad_steps, self.stop.agreed = 0, bool(stop)
+            self.bad_steps, self.stop_agreed = 0, bool(stop)
             return
         # after such a step nothing is saved: the weights may be why
-        self.stop.agreed = False
+        self.stop_agreed = False
         self.bad_steps += 1
         rows, self.rows = self.rows, []
         if not bad_rows:  # any of the step's rows

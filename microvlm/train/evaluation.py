@@ -31,14 +31,10 @@ class Means:
 
     def take(self, accelerator) -> dict[str, float]:
         """Means over all ranks, as NAME_loss; the sums start again."""
-        means, sums = {}, dict(self.sums)
+        sums = {name: torch.tensor(x, dtype=torch.float64, device=accelerator.device) for name, x in self.sums.items()}
         self.sums.clear()
-        for name, entry in sums.items():
-            entry = torch.tensor(entry, dtype=torch.float64, device=accelerator.device)
-            total, count = accelerator.reduce(entry, "sum").tolist()
-            if count:
-                means[f"{name}_loss"] = total / count
-        return means
+        totals = {name: total.tolist() for name, total in accelerator.reduce(sums, "sum").items()}
+        return {f"{name}_loss": total / count for name, (total, count) in totals.items() if count}
 
 
 @dataclass

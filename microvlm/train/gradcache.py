@@ -56,9 +56,8 @@ def gather_rows(accelerator, x: torch.Tensor) -> list[torch.Tensor]:
     if accelerator.num_processes == 1:
         return [x]
     counts = accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
-    padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=x.device)
-    padded[: len(x)] = x
-    return [part[:n] for part, n in zip(accelerator.gather(padded).split(max(counts)), counts, strict=True)]
+    parts = accelerator.gather(accelerator.pad_across_processes(x)).split(max(counts))
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def random_state(device: torch.device) -> tuple[torch.Tensor, ...]:

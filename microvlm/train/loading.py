@@ -1,7 +1,6 @@
 """Order and name the rows that a run reads, and time the wait for them."""
 
 import time
-from collections.abc import Iterator
 
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -41,20 +40,12 @@ class WaitClock:
     def __init__(self):
         self.waited, self.logged_at, self.total_wait, self.total_time = 0.0, None, 0.0, 0.0
 
-    def timed(self, batches: Iterator) -> Iterator:
-        """Time how long each batch takes to come, from `start` on."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            if self.logged_at is not None:
-                self.waited += time.perf_counter() - start
-            yield batch
-
-    def start(self) -> None:
-        self.logged_at = self.logged_at or time.perf_counter()
+    def wait(self, seconds: float) -> None:
+        """Count time spent on a step's batches; those of the first step are start-up."""
+        if self.logged_at is None:
+            self.logged_at = time.perf_counter()
+        else:
+            self.waited += seconds
 
     def skip(self, seconds: float) -> None:
         """Leave time out that is not training."""
@@ -64,8 +55,8 @@ class WaitClock:
     def take(self) -> dict[str, float]:
         """Return the share of waiting since the last call, as `data_wait`."""
         now = time.perf_counter()
-        elapsed = now - (self.logged_at or now)
-        share = {"data_wait": self.waited / elapsed} if elapsed else {}
+        elapsed = now - self.logged_at
+        share = {"data_wait": self.waited / elapsed}
         self.total_wait, self.total_time = self.total_wait + self.waited, self.total_time + elapsed
         self.waited, self.logged_at = 0.0, now
         return share

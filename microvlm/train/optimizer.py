@@ -8,14 +8,9 @@ import torch
 
 
 def build_optimizer(trainer, learning_rates: dict[str, float], muon: bool) -> torch.optim.Optimizer:
-    """Build the optimizer of a trainer's model.
-
-    Args:
-        learning_rates: regular expression on parameter names -> rate; the first that matches counts.
-        muon: timm's Muon for the weights of linear layers and AdamW for the rest, instead of `args.optim`.
-    """
+    """Build the optimizer of a trainer's model; the first pattern of `learning_rates` that matches counts."""
     model, args = trainer.model, trainer.args
-    # what Muon takes: matrices, but no table of words
+    # what timm's Muon takes: matrices, but no table of words; AdamW takes the rest
     head = model.get_output_embeddings()
     linear = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     # parameters that share rate, weight decay and rule

@@ -132,11 +132,7 @@ def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
 
 
 def calibrate(model, data: TrainingData, count: int) -> None:
-    """Set statistics that do not train: inputs of adapter and keys, weights of words.
-
-    Args:
-        count: training rows to measure; 0: the adapter stays as it is.
-    """
+    """Set statistics that do not train, of `count` images: inputs of adapter and keys, weights of words."""
     rows = data.sample(count) if count else []
     if rows:
         calibrate_adapter(model, data.eval_collator, rows)

@@ -1,5 +1,6 @@
 """Train MicroVLM: `Trainer` with a loss of several terms, summed in `MicroVLMTrainer.compute_loss`."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import Trainer
 from ..data.rows import caption_length
 from ..data.stream import CaptionStream
 from ..model import require
-from .callbacks import StepGuard, StopOnSignal, StreamEpoch
+from .callbacks import StepGuard, StreamEpoch
 from .checkpoints import CheckpointMixin, StreamPosition
 from .episodes import memory_losses, split_inputs
 from .evaluation import Evaluation, EvaluationMixin, Means
@@ -66,9 +67,7 @@ class MicroVLMTrainer(CheckpointMixin, PublishMixin, EvaluationMixin, Trainer):
             self.position = StreamPosition(self.train_dataset, self.args, (options.card or {}).get("data"))
             self.add_callback(StreamEpoch())
         # stop signals, bad steps
-        self.stop = StopOnSignal()
-        self.guard = StepGuard(self, self.stop, options.max_nonfinite_steps)
-        self.add_callback(self.stop)
+        self.guard = StepGuard(self, options.max_nonfinite_steps)
         self.add_callback(self.guard)
 
     def _check(self, weights: dict[str, float]) -> None:
@@ -123,8 +122,9 @@ class MicroVLMTrainer(CheckpointMixin, PublishMixin, EvaluationMixin, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Fetch the micro-batches of an optimizer step, and keep them for its first pass."""
-        batches, num_items = super().get_batch_samples(self.clock.timed(epoch_iterator), num_batches, device)
-        self.clock.start()
+        start = time.perf_counter()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.clock.wait(time.perf_counter() - start)
         if self.position is not None:
             self.position.advance(batches)
         self.micro_batches = batches
