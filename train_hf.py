@@ -18,9 +18,9 @@ from transformers import set_seed
 from microvlm.files import write_json
 from microvlm.train import distill_vision, pretrain_text
 from microvlm.train.callbacks import EpochCallback
+from microvlm.train.checkpoints import card_values
 from microvlm.train.curves import plot_curves
 from microvlm.train.data import TrainingData
-from microvlm.train.publish import card_values
 from microvlm.train.recipe import load_recipe, read_recipe
 from microvlm.train.setup import (
     calibrate,

@@ -1053,9 +1053,8 @@ def test_the_log_of_a_resumed_run_between_logging_steps(run, tmp_path):
 @pytest.mark.parametrize("private", [None, True, False])
 def test_who_may_see_the_repo_is_handed_on(private, rows, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        "microvlm.train.publish.push_folder", lambda folder, repo_id, private, *args: given.append(private)
-    )
+    push = "microvlm.train.checkpoints.push_folder"
+    monkeypatch.setattr(push, lambda folder, repo_id, private, *args: given.append(private))
     toy_trainer(tmp_path, rows, hub_private_repo=private)._push(tmp_path, "message")
     assert given == [private]
 

@@ -1,15 +1,18 @@
-"""Write, find and rotate complete checkpoints of a run, and the place of its stream."""
+"""Write, find, rotate and push complete checkpoints of a run, and keep the place of its stream."""
 
 import json
 import logging
 import re
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..data.rows import list_paths
 from ..files import write_json
-from ..hub import write_card
+from ..hub import TAGS, TrainingStatus, push_folder, write_card
 from ..model import require
+from .recipe import Recipe
 
 MARKER = "complete.json"  # written last: a checkpoint without it, or with other files than it lists, was interrupted
 logger = logging.getLogger(__name__)
@@ -103,8 +106,20 @@ class StreamPosition:
         self.stream.go_on(self.batches, state["cursors"], self.args.dataloader_num_workers)
 
 
+def card_values(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Collect the values of `TrainingStatus` that stay the same during a run."""
+    stage, validation = re.search(r"stage(\d+)", name), recipe.data.validation
+    return {
+        "recipe": name,
+        "base_model": recipe.model,
+        "stage": f"stage {stage[1]}" if stage else "training",
+        "data": list_paths(recipe.data.train),
+        "validation_data": list_paths(validation)[0] if validation else None,
+    }
+
+
 class CheckpointMixin:
-    """The part of `MicroVLMTrainer` that writes checkpoints."""
+    """The part of `MicroVLMTrainer` that writes, describes and pushes checkpoints."""
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save like `super()`, then mark the checkpoint as complete, then delete old ones."""
@@ -142,3 +157,40 @@ class CheckpointMixin:
             self.model.__class__ = wrapped
         if self.options.card is not None and self.args.should_save:
             write_card(output_dir or self.args.output_dir, self.training_status())
+
+    def training_status(self) -> TrainingStatus:
+        """Describe the run as it is now, with its newest metrics."""
+        metrics = {}
+        for entry in self.state.log_history:
+            metrics |= {k: v for k, v in entry.items() if k.startswith("eval_")}
+        model = self.accelerator.unwrap_model(self.model)
+        text = model.config.text_config.model_type
+        return TrainingStatus(
+            **self.options.card,
+            parameters=model.num_parameters(),
+            trainable_parameters=model.num_parameters(only_trainable=True),
+            tags=[text if tag == "bitnet" else tag for tag in TAGS],
+            global_step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            finished=self.state.global_step >= self.state.max_steps,
+            validation_loss=metrics.get("eval_loss"),
+            date=datetime.now(UTC).isoformat(timespec="minutes"),
+            metrics=metrics,
+            effective_batch_size=self.get_total_train_batch_size(self.args),
+            repo_id=self.args.hub_model_id,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != "end":
+            self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
+
+    def push_to_hub(self, commit_message: str = "End of training"):
+        """Save and push the complete repo of `output_dir`."""
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            return self._push(self.args.output_dir, commit_message)
+
+    def _push(self, folder: str | Path, message: str):
+        args = self.args
+        repo_id = self.hub_model_id or args.hub_model_id or Path(args.output_dir).name
+        return push_folder(folder, repo_id, args.hub_private_repo, message, args.hub_revision, args.hub_token)

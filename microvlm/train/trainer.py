@@ -18,9 +18,7 @@ from .evaluation import Evaluation, EvaluationMixin, Means
 from .gradcache import embed_step, embedded_pairs, replayed_randomness
 from .loading import SeededLengthGroupedSampler, TrackedCollator, WaitClock
 from .losses import EPISODE_LOSSES, Step, Term, labelled_logits, loss_terms
-from .optimizer import build_optimizer
-from .publish import PublishMixin
-from .setup import check_patterns
+from .setup import build_optimizer, check_patterns
 
 
 @dataclass(kw_only=True)
@@ -39,7 +37,7 @@ class TrainerOptions:
     card: dict[str, Any] | None = None  # constant values of `TrainingStatus`; default: checkpoints have no cards
 
 
-class MicroVLMTrainer(CheckpointMixin, PublishMixin, EvaluationMixin, Trainer):
+class MicroVLMTrainer(CheckpointMixin, EvaluationMixin, Trainer):
     """`Trainer` whose loss is a weighted sum of named terms, each logged on its own.
 
     The loss of an optimizer step is the same however its rows are spread over micro-batches and ranks: `lm` is a mean
