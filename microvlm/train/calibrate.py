@@ -1,7 +1,6 @@
 """Choose temperature and thresholds of a checkpoint on images outside training."""
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -105,14 +104,7 @@ def calibrate_scope(model, processor, rows: Dataset, false_alarms: float, look_a
         model.config = change_config(model.config, {f"memory_config.{name}": [line[:2] for line in lines]})
 
 
-def main(
-    checkpoint: str,
-    out: str | Path,
-    data: str,
-    false_alarms: float = 0.015,
-    look_alikes: float = 1.0,
-    only: Literal["temperature", "scope"] | None = None,
-) -> None:
+def main(checkpoint: str, out: str, data: str, false_alarms=0.015, look_alikes=1.0, only: str | None = None) -> None:
     """Write a copy of a checkpoint, unpacked in float32, with its temperature and thresholds chosen."""
     out = Path(out)
     check_out(out, False, [checkpoint])

@@ -158,7 +158,8 @@ class MicroVLMTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             options |= {"use_cache": False} | labelled_logits(inputs["labels"])
         # in evaluation the number is of all ranks' rows, repeated ones too
         items = num_items if model.training else None
-        if items is not None:
+        summed = items is not None
+        if summed:
             options["num_items_in_batch"] = items
         return Step(
             model=inner,
@@ -166,10 +167,8 @@ class MicroVLMTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             options=options,
             accelerator=self.accelerator,
             items=items,
-            micro_batches=1 if items is None else self.current_gradient_accumulation_steps,
-            ranks=self.accelerator.num_processes
-            if items is not None and self.args.average_tokens_across_devices
-            else 1,
+            micro_batches=self.current_gradient_accumulation_steps if summed else 1,
+            ranks=self.accelerator.num_processes if summed and self.args.average_tokens_across_devices else 1,
             pairs=batch.get("pairs"),
             episode_losses=losses,
         )
