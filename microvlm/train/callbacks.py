@@ -1,4 +1,4 @@
-"""Callbacks of a run: stop signals, steps that are not finite, epochs, progress."""
+"""Callbacks of a run: stop signals, steps that are not finite, epochs."""
 
 import logging
 import math
