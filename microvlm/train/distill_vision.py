@@ -24,7 +24,6 @@ from torch import nn
 from ..data.augment import change_colors, change_style, random_affine, warp
 from ..data.rows import load_rows
 from ..files import atomic_path, write_json
-from ..model import require
 from ..teacher import nearest_neighbours, teacher_maps
 
 SMALL = 144  # side of the copies that crops of at most 128 x 128 are taken from
@@ -259,7 +258,8 @@ class Distillation:
             outputs = self.forward(x)
         losses = self.targets.losses(outputs, index, theta)
         loss = sum(self.recipe["weights"][k] * v for k, v in losses.items())
-        require(bool(torch.isfinite(loss)), f"the loss is not finite: {losses}")
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"the loss is not finite: {losses}")
         # learn
         self.model.zero_grad(set_to_none=True)
         loss.backward()
