@@ -81,10 +81,7 @@ PLOTS = {
 
 
 def timings(bench: Bench, row: dict, repeats: int = 7) -> dict[str, float]:
-    """Time writing, reading and forgetting one fact, and 20 LoRA steps on it; median milliseconds.
-
-    The image is encoded once in each but forgetting, in writing its grey copy too.
-    """
+    """Time writing, reading and forgetting one fact, and 20 LoRA steps on it; median milliseconds."""
     from peft import LoraConfig, get_peft_model
 
     model, processor = bench.model, bench.processor
@@ -166,7 +163,7 @@ def plot(results: list[dict], slots: int, path: str) -> None:
     canvas.savefig(path, dpi=110)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, data = parser.add_argument, str(ROOT / "data/mini/validation.parquet")
     add("--model", default=str(ROOT))
@@ -176,11 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--draws", type=int, default=1, help="draws of memories, names and questions; figures are means")
     add("--dtype", default="float32")
     add("--plot", default="runs/memory_recall.png", help="PNG file; default: %(default)s")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+    options = parser.parse_args()
     model, processor = load(options.model, dtype=options.dtype, device="cpu")
     rows = load_rows(options.data)
     bench = Bench(model, processor, rows)

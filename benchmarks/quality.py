@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from benchmarks.models import nf4_config
+from benchmarks.models import load_weights, nf4_config
 from microvlm.data.rows import load_rows
 from microvlm.files import ROOT
 from microvlm.model import PackedConfig
@@ -53,12 +53,9 @@ def variants() -> dict[str, tuple[bool, dict | BitsAndBytesConfig | None]]:
     }
 
 
-def load(source: Path, **kwargs):
-    return AutoModelForImageTextToText.from_pretrained(source, **kwargs).eval()
-
-
 def write(source: Path, modules: dict | BitsAndBytesConfig | None, counts: torch.Tensor, folder: Path):
     """Write a variant of a checkpoint to `folder` and open it from there."""
+    load = AutoModelForImageTextToText.from_pretrained
     if isinstance(modules, BitsAndBytesConfig):
         model = load(source, dtype=torch.bfloat16, quantization_config=modules)
     else:
@@ -67,7 +64,7 @@ def write(source: Path, modules: dict | BitsAndBytesConfig | None, counts: torch
             pack(model, PackedConfig(modules), counts)
         model.to(torch.bfloat16)
     model.save_pretrained(folder)
-    return load(folder, dtype="auto")
+    return load_weights(folder)
 
 
 def main() -> None:

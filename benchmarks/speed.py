@@ -95,20 +95,12 @@ def in_groups(needs: dict[str, int], available: int | None) -> list[list[str]]:
 
 
 def measure_group(subjects: list[Subject], rounds: int, new_tokens: int, read: Callable[[], float]) -> tuple:
-    """Open all subjects, then give each a turn in every round.
+    """Open all subjects, then give each a turn in every round; returns results by name and bandwidths.
 
-    Args:
-        subjects: to measure.
-        rounds: turns of each.
-        new_tokens: of a turn.
-        read: measures the bandwidth, once a round.
-
-    Returns:
-        Results by name, and the bandwidths, bytes per second.
+    `read` measures the bandwidth, bytes per second, once a round.
     """
     workers, results, rates = [Worker(subject) for subject in subjects], {}, []
     try:
-        # load all
         for worker in workers:
             results[worker.name] = Result(worker.ask("open", new_tokens))
             print(f"{worker.name}: open", file=sys.stderr, flush=True)
@@ -129,11 +121,7 @@ def measure_group(subjects: list[Subject], rounds: int, new_tokens: int, read: C
 
 
 def measure(names: list[str], options: argparse.Namespace) -> tuple[dict[str, Result], list[float], list[list[str]]]:
-    """Measure subjects, in groups that fit into memory.
-
-    Returns:
-        Results by name, the read bandwidths in bytes per second, and the groups.
-    """
+    """Measure subjects, in groups that fit into memory; returns results, read bandwidths and groups."""
     buffer = torch.ones((SMALL_BUFFER if options.small else BUFFER) // 4)
     results, rates = {}, []
     with tempfile.TemporaryDirectory(prefix="speed-") as folder:

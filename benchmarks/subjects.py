@@ -87,15 +87,15 @@ def quiet_llama_cpp():
     return llama_cpp
 
 
-def quantize_gguf(source: Path, kind: str, head: bool, path: Path) -> None:
-    """Quantise a GGUF in BF16 with llama.cpp's own quantizer; `head`: the tied embedding too, whatever it chooses."""
+def quantize_gguf(source: Path, kind: str, path: Path) -> None:
+    """Quantise a GGUF in BF16 with llama.cpp's own quantizer; "+head": the tied embedding too, whatever it chooses."""
     import gguf
 
     llama_cpp = quiet_llama_cpp()
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.nthread, options.ftype = THREADS, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    if head:
-        options.output_tensor_type = options.token_embedding_type = gguf.GGMLQuantizationType[kind].value
+    options, layers = llama_cpp.llama_model_quantize_default_params(), kind.removesuffix("+head")
+    options.nthread, options.ftype = THREADS, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{layers}")
+    if layers != kind:
+        options.output_tensor_type = options.token_embedding_type = gguf.GGMLQuantizationType[layers].value
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options))
     assert not failed, f"llama.cpp could not quantise {source.name} to {kind}"
 
@@ -123,11 +123,9 @@ class Scratch:
     def peer(self, name: str) -> Path:
         return self.make(name, partial(write_peer, name, self.small))
 
-    def gguf(self, kind: str, head: bool) -> Path:
+    def gguf(self, kind: str) -> Path:
         source = self.make("v-BF16.gguf", partial(write_gguf, self.v()))
-        if kind == "BF16":
-            return source
-        return self.make(f"v-{kind}{'-head' if head else ''}.gguf", partial(quantize_gguf, source, kind, head))
+        return source if kind == "BF16" else self.make(f"v-{kind}.gguf", partial(quantize_gguf, source, kind))
 
 
 # --- bytes that a step reads
@@ -144,10 +142,7 @@ def own_tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def read_modules(module: nn.Module, ran: set[nn.Module]) -> list[nn.Module]:
-    """List modules whose weights are read.
-
-    These are those that ran, and all inside one that ran and called no part of it.
-    """
+    """List modules whose weights are read: those that ran, and all inside one that called no part of it."""
     inside = [m for m in module.modules() if m is not module]
     if module in ran and not any(m in ran for m in inside):
         return [module, *inside]
@@ -156,13 +151,8 @@ def read_modules(module: nn.Module, ran: set[nn.Module]) -> list[nn.Module]:
 
 
 def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str, int]:
-    """Count the bytes of the weights that one decoding step reads, by dtype.
-
-    Args:
-        model: a MicroVLM or another captioner.
-        generate: makes that number of tokens. A step's modules run more often for three tokens than for two.
-    """
-    # which modules run in a step
+    """Count the bytes of the weights that one decoding step reads, by dtype; `generate` makes n tokens."""
+    # a step's modules run more often for three tokens than for two
     counts = Counter()
     hooks = [m.register_forward_pre_hook(lambda m, args: counts.update([m])) for m in model.modules()]
     generate(2)
@@ -190,12 +180,7 @@ def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str,
 
 @dataclass
 class Subject(ABC):
-    """What is measured.
-
-    Args:
-        name: in the tables.
-        path: of its weights, a folder or a GGUF.
-    """
+    """What is measured: its name in the tables, and its weights, a folder or a GGUF."""
 
     name: str
     path: Path
@@ -355,15 +340,14 @@ class LlamaCpp(Subject):
         return dict(result)
 
 
-def make_llama_cpp(kind: str, head: bool, name: str, scratch: Scratch) -> LlamaCpp:
+def make_llama_cpp(name: str, scratch: Scratch) -> LlamaCpp:
     """Prepare V's language model in llama.cpp; as many text tokens as MicroVLM has positions."""
-    return LlamaCpp(name, scratch.gguf(kind, head), v_config(scratch.small).num_prefix_tokens + TEXT_TOKENS)
+    kind = name.split()[-1]
+    return LlamaCpp(name, scratch.gguf(kind), v_config(scratch.small).num_prefix_tokens + TEXT_TOKENS)
 
 
-LLAMA_CPP = {
-    f"llama.cpp V {kind}": partial(make_llama_cpp, kind.removesuffix("+head"), kind.endswith("+head"))
-    for kind in ("BF16", "Q8_0", "Q4_0", "TQ2_0", "TQ1_0", "Q4_0+head")
-}
+KINDS = ("BF16", "Q8_0", "Q4_0", "TQ2_0", "TQ1_0", "Q4_0+head")
+LLAMA_CPP = {f"llama.cpp V {kind}": make_llama_cpp for kind in KINDS}
 CATALOGUE: dict[str, Callable[[str, Scratch], Subject]] = {
     "V bf16": lambda name, scratch: MicroVLM(name, scratch.v()),
     "V NF4": lambda name, scratch: MicroVLM(name, scratch.nf4()),

@@ -104,11 +104,7 @@ def measure(run, model, positions: int = 1) -> Saved:
 
 
 def saved_parts(config: MicroVLMConfig, trainable: list[str], positions: int = 128) -> dict[str, Saved]:
-    """Measure what each part saves.
-
-    Returns:
-        vision tower, adapter: per image; head with its loss, frozen and training decoder layer: per position.
-    """
+    """Measure what each part saves: per image, or of head with loss and decoder layers per position."""
     model = one_layer_model(config, trainable)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
         model.to_empty(device="cpu")  # fake tensors, still without storage
@@ -142,12 +138,7 @@ def saved_parts(config: MicroVLMConfig, trainable: list[str], positions: int = 1
 
 
 class Plan:
-    """A recipe of M or V, its model's parameters, and what follows from them.
-
-    Args:
-        path: recipes/m/... or recipes/v/...; the folder names the variant.
-        overrides: of the recipe, `key=value`.
-    """
+    """A recipe in recipes/m or recipes/v, its model's parameters, and what follows from them."""
 
     def __init__(self, path: Path, overrides: list[str]):
         recipe, variant = load_recipe(path, overrides), path.parent.name

@@ -20,11 +20,7 @@ def read_json(path: Path) -> dict:
 
 
 class Captioner:
-    """Three graphs of an export, and greedy decoding with a cache.
-
-    Args:
-        folder: written by `microvlm export onnx`.
-    """
+    """Three graphs of a folder that `microvlm export onnx` wrote, and greedy decoding with a cache."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)

@@ -73,8 +73,20 @@ def load(name: str):
     return model.dequantize(torch.float32) if getattr(model, "is_quantized", False) else model
 
 
-def train(model, processor, options: argparse.Namespace) -> Trainer:
+def run(trainer, prompt: str) -> None:
     """Train all that `requires_grad`; print loss and a caption of held-out rows, before and after."""
+    model, processor, held_out = trainer.model, trainer.processing_class, trainer.eval_dataset
+    before = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])
+    seconds = trainer.train().metrics["train_runtime"]
+    after = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])
+    trains, steps = sum(p.numel() for p in model.parameters() if p.requires_grad), trainer.state.global_step
+    print(f"trained {trains:,} of {model.num_parameters():,} parameters, {steps} steps in {seconds:.0f} s")
+    print(f"loss on {len(held_out)} held-out rows: {before[0]:.4f} before, {after[0]:.4f} after")
+    print(f"before: {before[1]}\nafter: {after[1]}")
+
+
+def train(model, processor, options: argparse.Namespace) -> Trainer:
+    """Train with the plain Trainer."""
     rows, held_out = load_splits(options)
     prompt = processor.decode(model.config.default_prompt_ids)  # the one of generate(pixel_values=...)
     trainer = Trainer(
@@ -98,14 +110,7 @@ def train(model, processor, options: argparse.Namespace) -> Trainer:
         data_collator=CaptionCollator(processor, prompt, options.answer),
         processing_class=processor,  # saved with the model
     )
-    # evaluate, train, evaluate
-    before = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])
-    seconds = trainer.train().metrics["train_runtime"]
-    after = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])
-    trains, steps = sum(p.numel() for p in model.parameters() if p.requires_grad), trainer.state.global_step
-    print(f"trained {trains:,} of {model.num_parameters():,} parameters, {steps} steps in {seconds:.0f} s")
-    print(f"loss on {len(held_out)} held-out rows: {before[0]:.4f} before, {after[0]:.4f} after")
-    print(f"before: {before[1]}\nafter: {after[1]}")
+    run(trainer, prompt)
     return trainer
 
 

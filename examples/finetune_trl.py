@@ -7,7 +7,7 @@ completion only. With one list of `messages` TRL would train on the whole sequen
 """
 
 import torch
-from finetune_trainer import describe, load, load_splits, parse_options
+from finetune_trainer import load, load_splits, parse_options, run
 from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
@@ -55,15 +55,9 @@ def main() -> None:
         eval_dataset=held_out,
         processing_class=processor,
     )
-    # evaluate, train, evaluate
-    prompt = processor.apply_chat_template(held_out[0]["prompt"], add_generation_prompt=True)
-    before = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])
-    seconds = trainer.train().metrics["train_runtime"]
-    after = trainer.evaluate()["eval_loss"], describe(model, processor, prompt, held_out[0]["image"])
+    run(trainer, processor.apply_chat_template(held_out[0]["prompt"], add_generation_prompt=True))
     trainer.save_model()
-    print(f"{trainer.state.global_step} steps in {seconds:.0f} s")
-    print(f"loss on {len(held_out)} held-out rows: {before[0]:.4f} before, {after[0]:.4f} after")
-    print(f"before: {before[1]}\nafter: {after[1]}\nsaved: {options.output}")
+    print(f"saved: {options.output}")
 
 
 if __name__ == "__main__":

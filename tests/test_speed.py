@@ -160,7 +160,7 @@ def count_types(kind: str) -> dict[str, int]:
 
 def test_the_gguf_holds_the_language_model(tmp_path):
     pytest.importorskip("gguf")
-    subject = LlamaCpp("", Scratch(tmp_path, True).gguf("BF16", False), 21)
+    subject = LlamaCpp("", Scratch(tmp_path, True).gguf("BF16"), 21)
     assert subject.read_bytes() == count_types("BF16")
 
 

@@ -92,11 +92,7 @@ def add_note(card: str, repo_id: str, revision: str, repository: str | None) -> 
 
 
 def build(root: Path, folder: Path, repo_id: str, revision: str, repository: str | None = None) -> None:
-    """Copy what a Hub repo needs into a folder, and adapt its card.
-
-    Raises:
-        OSError: a file of the code or the card is missing.
-    """
+    """Copy what a Hub repo needs into a folder, and adapt its card."""
     card = pin_snippets((root / "README.md").read_text(encoding="utf-8"), repo_id, revision)
     names = {*FILES, *code_files(root), *IMAGE.findall(card)}
     for name in sorted(names):
@@ -121,13 +117,7 @@ def fresh_environment(folder: Path) -> Path:
 
 
 def load(folder: Path, python: Path | str, scratch: Path, variables: dict[str, str] | None = None) -> dict:
-    """Load a release in another process, offline, from another working directory.
-
-    Args:
-        variables: more environment variables of the process.
-
-    Returns:
-        What tools/load_release.py prints.
+    """Load a release in another process, offline, from elsewhere; returns what tools/load_release.py prints.
 
     Raises:
         ReleaseError: the last line that the process wrote to stderr, or that it wrote into the folder.

@@ -36,16 +36,13 @@ def tables(scores: dict) -> list[str]:
     def by_facts(kinds: dict[str, str]) -> list[tuple[list[str], dict]]:
         return [([size, kind], values[key]) for size, values in facts.items() for kind, key in kinds.items()]
 
+    unwritten = by_facts({"unrelated": "unrelated", "look-alike": "look_alike"})
     half = [([size], values["after_forgetting_half"]) for size, values in facts.items() if int(size) > 1]
     return [
         table(["set", "captions"], CAPTIONS, captions),
         table(["set", "images"], NANO, nano),
         table(["facts", "names"], RECALL, by_facts({"seen": "names", "new": "new_names"})),
-        table(
-            ["facts", "images that were not written"],
-            UNWRITTEN,
-            by_facts({"unrelated": "unrelated", "look-alike": "look_alike"}),
-        ),
+        table(["facts", "images that were not written"], UNWRITTEN, unwritten),
         table(["facts"], HALF, half),
         table(["facts"], BYTES, [([size], values["bytes"]) for size, values in facts.items()]),
     ]
