@@ -114,24 +114,15 @@ class ReadOnlyLayer(DynamicLayer):
 
 
 class MemoryCache(Cache):
-    """A text cache with the memory of B rows attached.
-
-    Args:
-        text: the cache of the text; its layers are shared, not copied.
-        readout: what the memory adds, or None for nothing yet.
-
-    Attributes:
-        memory: keys and values (B, heads, S, head_dim) per layer, empty when nothing is attached.
-        log_gate: added to the scores of the memory tokens, (B,): 0 is on, -inf off.
-        hard: no row is between on and off.
-    """
+    """A text cache with the memory of B rows attached."""
 
     def __init__(self, text: Cache, readout: MemoryReadout | None = None):
         self.__dict__.update(text.__dict__)  # layers, offloading and what a subclass of Cache may have
         self.text = text
+        # keys and values (B, heads, S, head_dim) per layer, empty when nothing is attached
         self.memory: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.log_gate: torch.Tensor | None = None
-        self.hard = True
+        self.log_gate: torch.Tensor | None = None  # added to the scores of the memory tokens, (B,): 0 is on, -inf off
+        self.hard = True  # no row is between on and off
         if readout is not None:
             self.attach(readout)
 

@@ -129,14 +129,7 @@ class MemoryContentEncoder(nn.Module):
 
 
 class EpisodicMemory(nn.Module):
-    """Addresses, and the learned parts of writing and reading.
-
-    Args:
-        config: K slots, code size C, how to address, noise.
-        vision_size: width W of a vision feature.
-        hidden_size: text width D.
-        vocab_size: of the text model.
-    """
+    """Addresses, and the learned parts of writing and reading."""
 
     def __init__(self, config: MicroVLMMemoryConfig, vision_size: int, hidden_size: int, vocab_size: int):
         super().__init__()

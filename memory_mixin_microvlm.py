@@ -329,9 +329,6 @@ class MemoryMixin:
             pixel_values: (B, 3, height, width), or `mm_encoder_outputs` with `image` and, if
                 `memory_config.gray_weight` is not 0, `gray`: `get_image_features` of the images and their grey copies.
             labels: names to find the facts by; default: none, they go by number.
-
-        Raises:
-            ValueError: rows that are no fact, content that is not finite, a memory of another model or that is full.
         """
         B, encoder = len(input_ids), self.require_memory()
         # dropout and noise would not be in the receipts

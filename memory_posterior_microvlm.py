@@ -27,8 +27,6 @@ def sherman_morrison(mean, covariance, log_det, address, content, noise, sign=1.
     with log det Sigma += log(noise) - log(sign s). Rank one, O(K^2 + K Z) per row.
 
     Args:
-        address: (R, K).
-        content: (R, Z).
         noise: variance of the observation noise, > 0.
         sign: 1 to write, -1 to take the same observation out, 0 to leave the row; a number or (R,).
     """
@@ -61,12 +59,7 @@ def direct_write(mean, covariance, log_det, addresses, contents, noise, active=N
 
         G = W Sigma W^T + noise I,   M += Sigma W^T G^-1 (Z - W M),   Sigma -= Sigma W^T G^-1 W Sigma
 
-    The same posterior as N rank-one writes in any order.
-
-    Args:
-        addresses: (R, N, K).
-        contents: (R, N, Z).
-        active: (R, N), False for places to leave out.
+    The same posterior as N rank-one writes in any order. `active` (R, N) is False for places to leave out.
     """
     if active is not None:  # an observation at address zero changes nothing
         addresses = addresses * active.unsqueeze(-1)
@@ -92,10 +85,7 @@ def memory_kl(mean, covariance, log_det) -> torch.Tensor:
 
         KL = (Z tr(Sigma) + |M|^2 - K Z - Z log det Sigma) / 2
 
-    Trace and log-determinant count once per content column, in contrast to the formula of Larimar.
-
-    Returns:
-        (R,), nats per entry of the memory.
+    Trace and log-determinant count once per content column, in contrast to Larimar's formula. (R,), nats per entry.
     """
     K, Z = mean.shape[1:]
     trace = torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1)
@@ -108,13 +98,7 @@ def address_kl(address: torch.Tensor, log_variance: torch.Tensor) -> torch.Tenso
 
     A unit address has entries of size 1 / sqrt(K); scaled by sqrt(K) they have the size the prior expects.
     As the length is fixed, the term of the mean is constant: only the variance is learned from it.
-
-    Args:
-        address: means w (..., K).
-        log_variance: of u, (K,).
-
-    Returns:
-        (...,), nats per slot.
+    Means w (..., K), log variance of u (K,) -> (...,), nats per slot.
     """
     K = address.shape[-1]
     return 0.5 * (log_variance.exp() + K * address.square() - 1 - log_variance).mean(-1)
@@ -136,11 +120,7 @@ def read_statistics(similarity, variance, active, num_slots: int, by_words=None)
     Per query: its three largest similarities, their mean and standard deviation, the variance, the load of the memory
     in two scales, and whether it is a question in words.
 
-    Args:
-        similarity: of the queries to the items, (R, Q, N).
-        variance: predictive variance, (R, Q).
-        active: (R, N), whether a place holds an item.
-        by_words: (R, Q, 1) or None.
+    similarity (R, Q, N) to the items, variance (R, Q), active (R, N), by_words (R, Q, 1) or None.
     """
     # similarities: the best, their mean and spread
     K, count = num_slots, active.sum(1).to(similarity.dtype).view(-1, 1, 1)

@@ -236,7 +236,7 @@ class MemoryState(MemoryRows):
         observed: tuple[torch.Tensor, torch.Tensor] | None = None,
         token_ids: torch.Tensor | None = None,
     ) -> "MemoryState":
-        """Return the state after N observations per row.
+        """Return the state after N observations per row; what does not fit is a ValueError.
 
         Args:
             addresses, contents: unit vectors (R, N, K), and (R, N, Z).
@@ -245,8 +245,6 @@ class MemoryState(MemoryRows):
             method: a key of `WRITE_METHODS`; the posterior is the same.
             observed: noisy addresses and contents to write instead, in training; the receipts hold the exact ones.
             token_ids: the sentences (R, N, L), padded with -1.
-
-        What does not fit, and more than `max_items` in a row, is a ValueError.
         """
         # defaults for what is left out, and one check of all
         shape = (self.num_rows, addresses.shape[1] if addresses.ndim == 3 else -1)

@@ -284,14 +284,9 @@ class MicroVLMImageProcessor(TorchvisionBackend):
 
 
 class MicroVLMProcessor(ProcessorMixin):
-    """Tokenizer and image processor in one; an `<image>` in a text becomes `num_image_tokens` placeholders.
+    """Tokenizer and image processor in one; an `<image>` becomes `num_image_tokens` placeholders.
 
-    Args:
-        image_processor: a `MicroVLMImageProcessor`.
-        tokenizer: the text model's tokenizer, with the image token added.
-        chat_template: Jinja template for `apply_chat_template`.
-        image_token: the placeholder.
-        num_image_tokens: placeholders per image, the adapter's `num_prefix_tokens`.
+    The tokenizer has the `image_token`; `num_image_tokens` is the adapter's `num_prefix_tokens`.
     """
 
     # what a tokenizer may add and the model does not take
