@@ -111,9 +111,12 @@ Images = Annotated[list[str], Argument(metavar="IMAGE", help="images, folders, g
 Device = Annotated[str | None, Option(callback=usable_device, help="cpu, cuda, mps; default: the best there is")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="auto: the checkpoint's")]
 Facts = Annotated[str, Argument(metavar="FILE", help="memory file")]
+Fact = Annotated[str, Argument(metavar="WHICH", help="its number in the list, or its sentence")]
+Questions = Annotated[list[str], Argument(metavar="WHAT", help="images, and questions that end in ?")]
 Assignments = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
 Limit = Annotated[int | None, Option(min=1, help="only the first rows of the data")]
 MemoryFile = Annotated[str | None, Option(metavar="FILE", help="memory file")]
+Out = Annotated[str, Argument(metavar="OUT", help="folder")]
 OutFolder = Annotated[str, Option("--out", metavar="DIR", help="folder of the PNG files, made if need be")]
 Force = Annotated[bool, Option("--force", help="replace OUT")]
 Group = StrEnum("Group", ["captions", "language", "retrieval", "memory", "speed", "size"])
@@ -148,12 +151,7 @@ def add(file: Facts, image: str, sentence: str, model: Model = REPO, revision: R
 
 
 @command(memory, "commands.memory:ask")
-def ask(
-    file: Facts,
-    questions: Annotated[list[str], Argument(metavar="WHAT", help="images, and questions that end in ?")],
-    model: Model = REPO,
-    revision: Revision = "main",
-):
+def ask(file: Facts, questions: Questions, model: Model = REPO, revision: Revision = "main"):
     """Caption images and answer questions with the memory."""
 
 
@@ -163,12 +161,7 @@ def list_facts(file: Facts, model: Model = REPO, revision: Revision = "main"):
 
 
 @command(memory, "commands.memory:forget")
-def forget(
-    file: Facts,
-    fact: Annotated[str, Argument(metavar="WHICH", help="its number in the list, or its sentence")],
-    model: Model = REPO,
-    revision: Revision = "main",
-):
+def forget(file: Facts, fact: Fact, model: Model = REPO, revision: Revision = "main"):
     """Forget one fact."""
 
 
@@ -243,12 +236,7 @@ def gguf(
 
 
 @command(export, "export.onnx:main")
-def onnx(
-    source: Checkpoint,
-    out: Annotated[str, Argument(metavar="OUT", help="folder")],
-    revision: Revision = "main",
-    force: Force = False,
-):
+def onnx(source: Checkpoint, out: Out, revision: Revision = "main", force: Force = False):
     """Write vision, embeddings and decoder as ONNX graphs."""
 
 

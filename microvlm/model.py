@@ -37,34 +37,6 @@ from .quantization_microvlm import (
     ternary_quantize,
 )
 
-__all__ = [
-    "AUTO_MAP",
-    "CACHE_NAME",
-    "DEFAULT_MAX_PIXELS",
-    "MemoryState",
-    "MicroVLMConfig",
-    "MicroVLMForConditionalGeneration",
-    "MicroVLMImageProcessor",
-    "MicroVLMProcessor",
-    "PackedConfig",
-    "PackedEmbedding",
-    "PackedQuantizer",
-    "PackedWeight",
-    "QUANT_METHOD",
-    "TernaryLinear",
-    "fake_quantize_activation",
-    "fake_ternary",
-    "in_float32",
-    "load",
-    "load_plain",
-    "open_image",
-    "replace_with_packed",
-    "replace_with_ternary",
-    "require",
-    "ternary_quantize",
-    "to_rgb",
-]
-
 AutoConfig.register("microvlm", MicroVLMConfig, exist_ok=True)
 for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto.register(MicroVLMConfig, MicroVLMForConditionalGeneration, exist_ok=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..data.augment import gray_copy, image_augmentation
 from ..data.episodes import FACTS, QUESTIONS, caption_noun, make_names
 from ..data.rows import decode_row, text_ids
-from ..model import MemoryState, require
+from ..model import MemoryState
 
 STOPWORDS = set("a an the of with and in on to for from at by is 3d model picture".split())
 TRAINING_NAMES = 4000  # names that training draws from; the next ones are new
@@ -47,9 +47,9 @@ class Lesson:
         """Pick the M entries to ask for from a table (R, N)."""
         return [table[r][n] for r, n in self.places]
 
-    def rows_of(self, pairs: list[tuple[int, int]]) -> list[int] | None:
-        """Read the rows of pairs (row, ...); None where there is one memory for all."""
-        return None if len(self.images) == 1 else [r for r, _ in pairs]
+    def asking(self, places: list[tuple]) -> dict:
+        """Give the memory, and for places (row, ...) the rows to ask; None where it has one for all."""
+        return {"memory": self.memory, "rows": None if len(self.images) == 1 else [r for r, *_ in places]}
 
 
 class Bench:
@@ -63,8 +63,6 @@ class Bench:
         for i, concept in enumerate(self.concepts):
             self.by_concept.setdefault(concept, []).append(i)
         self.draw = random.Random(seed)
-        has_prompt = model.config.default_prompt_ids is not None
-        require(has_prompt, "the benchmark asks with the model's default prompt, which this config does not have.")
         # names that no caption says and that the tokenizer splits
         names = make_names(2 * TRAINING_NAMES)
         taken = set().union(STOPWORDS, *(caption_words(text) for text in (*self.captions, *FACTS, *QUESTIONS)))

@@ -62,12 +62,11 @@ def measure(bench: Bench, size: int, queries: int, kinds=("seen", "new"), detail
 
 def recalls(bench: Bench, lesson: Lesson) -> dict[str, float]:
     """Measure how many answers say the name, by memory, by nearest neighbour and without."""
-    memory, rows = lesson.memory, lesson.rows_of(lesson.places)
+    asking = lesson.asking(lesson.places)
     images, names, facts = map(lesson.at_places, (lesson.images, lesson.names, lesson.facts))
     # the same image, an augmented view, a question in words
-    same = bench.answers(0, images, memory=memory, rows=rows)
-    view = bench.answers(1, images, memory=memory, rows=rows)
-    words = bench.answers(None, images, bench.questions(images), memory=memory, rows=rows)
+    same, view = (bench.answers(view, images, **asking) for view in (0, 1))
+    words = bench.answers(None, images, bench.questions(images), **asking)
     result = {"same": name_share(names, same), "view": name_share(names, view), "words": name_share(names, words)}
     result["word_f1"] = sum(word_f1(own_words(a), own_words(b)) for a, b in zip(view, facts)) / len(view)
     result |= style_recalls(bench, lesson)
@@ -89,7 +88,7 @@ def style_recalls(bench: Bench, lesson: Lesson) -> dict[str, float]:
     if not pairs:
         return {}
     images, names = [i for _, _, i in pairs], [lesson.names[r][n] for r, n, _ in pairs]
-    asking = {"memory": lesson.memory, "rows": lesson.rows_of([(r, n) for r, n, _ in pairs])}
+    asking = lesson.asking(pairs)
     hits = [bench.nearest(0, i, lesson.images[r]) == n for r, n, i in pairs]
     return {
         "style": name_share(names, bench.answers(0, images, **asking)),
@@ -110,15 +109,14 @@ def negatives(bench: Bench, lesson: Lesson, queries: int, details: dict) -> dict
     def false_recalls(pairs, texts) -> float:
         return sum(any(says_name(name, t) for name in lesson.names[r]) for (r, _), t in zip(pairs, texts)) / len(pairs)
 
-    asking = {"memory": lesson.memory, "rows": lesson.rows_of(lesson.places)}
-    positive = details["known"] = bench.scope(1, lesson.at_places(lesson.images), **asking)
+    positive = details["known"] = bench.scope(1, lesson.at_places(lesson.images), **lesson.asking(lesson.places))
     result = {}
     for name, pairs in groups.items():
         result[name] = {"pictures": len(pairs)}
         if not pairs:
             continue
         # what the answers say, with the memory and without
-        images, asking = [i for _, i in pairs], {"memory": lesson.memory, "rows": lesson.rows_of(pairs)}
+        images, asking = [i for _, i in pairs], lesson.asking(pairs)
         texts, plain = bench.answers(0, images, **asking), bench.without_memory(images)
         # what the memory knows
         negative = details[name] = bench.scope(0, images, **asking)
@@ -151,7 +149,7 @@ def forget_half(bench: Bench, lesson: Lesson, queries: int) -> dict:
         places = [(r, n) for r in range(len(lesson.images)) for n in range(first, size, 2)]
         places = random.Random(0).sample(places, min(len(places), queries))
         images, names = ([table[r][n] for r, n in places] for table in (lesson.images, lesson.names))
-        return name_share(names, bench.answers(1, images, memory=memory, rows=lesson.rows_of(places)))
+        return name_share(names, bench.answers(1, images, **lesson.asking(places) | {"memory": memory}))
 
     recalls = {"forgotten": recall(half, 0), "kept": recall(half, 1), "kept_before": recall(lesson.memory, 1)}
     return {"forget": recalls}

@@ -26,6 +26,8 @@ PRE_TOKENIZERS = {
     "qwen2": (CONTRACTIONS + r"\p{N}" + PUNCTUATION, False, False),
     "llama-bpe": (CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION, False, True),
 }
+DIGITS = {"type": "Digits", "individual_digits": True}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 # Microsoft's name for BitNet 2B-4T's graph, with squared ReLU. llama.cpp has none of that name and refuses the file;
 # its "bitnet" would open it, apply SiLU and write other words.
 RELU2_ARCHITECTURE = "bitnet-b1.58"
@@ -50,18 +52,14 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> str:
     require(is_byte_level, f"the tokenizer is {kinds}, expected byte-level BPE (GPT-2, Qwen2, Llama 3).")
     is_unchanged = (spec["normalizer"] or {}).get("type") in (None, "NFC") and not parts[-1]["add_prefix_space"]
     require(is_unchanged, "the tokenizer changes text before it cuts it, which llama.cpp would not do.")
-    # at most one step that cuts off digits and one that splits by a regular expression, then bytes
-    digits = [p for p in parts[:-1] if p == {"type": "Digits", "individual_digits": True}]
-    splits = [p for p in parts[:-1] if p["type"] == "Split"]
-    regex = splits[0]["pattern"].get("Regex") if splits else None
-    is_simple = len(digits) + len(splits) == len(parts) - 1 and len(digits) <= 1 and len(splits) <= 1
-    is_simple = is_simple and parts[-1]["use_regex"] == (regex is None)
-    is_simple = is_simple and all(s["behavior"] == "Isolated" and not s["invert"] for s in splits)
-    way = (regex, bool(digits), bool(model.get("ignore_merges")))
-    name, known = next((name for name, known in PRE_TOKENIZERS.items() if way == known), ""), sorted(PRE_TOKENIZERS)
-    message = f"the tokenizer cuts text by {json.dumps(cutter)}, ignore_merges {way[2]}; known are {known}."
-    require(is_simple and name, message)
-    return name
+    # the steps before the bytes; GPT-2's expression is built into the last one
+    for name, (regex, digits, skips_merges) in PRE_TOKENIZERS.items():
+        steps = [DIGITS] * digits + [SPLIT | {"pattern": {"Regex": regex}}] * (regex is not None)
+        is_same = parts[:-1] == steps and parts[-1]["use_regex"] == (regex is None)
+        if is_same and bool(model.get("ignore_merges")) == skips_merges:
+            return name
+    known = sorted(PRE_TOKENIZERS)
+    raise ValueError(f"the tokenizer cuts text by {json.dumps(cutter)} and then merges; known are {known}.")
 
 
 def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppressed: list[int]) -> None:
