@@ -8,39 +8,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.image_utils import PILImageResampling
 
 from ..model import MicroVLMImageProcessor, MicroVLMProcessor, require
+from ..tables import TEMPLATES
 from .text import IMAGE_TOKEN, TextPart
 from .vision import VisionPart
 
 REQUEST = "Describe the picture."
-FLATTEN_MESSAGES = """\
-{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-    {%- if message.content is defined and message.content is sequence and message.content is not string -%}
-        {%- set content = namespace(text='') -%}
-        {%- for item in message.content -%}
-            {%- if item.type == 'image' -%}
-                {%- set content.text = content.text + '<image>' -%}
-            {%- elif item.type == 'text' -%}
-                {%- set content.text = content.text + item.text -%}
-            {%- else -%}
-                {{- raise_exception("Content is made of 'image' and 'text' items, got " ~ item.type) -}}
-            {%- endif -%}
-        {%- endfor -%}
-        {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
-    {%- else -%}
-        {%- set flat.messages = flat.messages + [message] -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-{{- '' }}"""  # printing nothing protects the first newline of the template that follows
-PLAIN_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {{- message.role | capitalize + ': ' + message.content | trim -}}
-    {{- eos_token + '\\n' if message.role == 'assistant' else '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- 'Assistant:' -}}
-{%- endif -%}"""
+# the first one joins images and texts of a message; it ends with printing nothing, which protects the first newline of
+# the template that follows
+FLATTEN_MESSAGES, PLAIN_CHAT_TEMPLATE = (
+    (TEMPLATES / f"chat_{name}.jinja").read_text().removesuffix("\n") for name in ("flatten", "plain")
+)
 
 
 def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,10 +10,10 @@ from huggingface_hub import EvalResult, ModelCard
 from ..hub import TASK, hub_id, metric_entry, public_path
 from ..model import require
 from .memory import count_facts
-from .report import CAPTION_LABELS, LANGUAGE_LABELS, MEMORY_LABELS, RETRIEVAL_LABELS
+from .report import LABELS, MEMORY_LABELS
 
 CARD_MEMORY = ("recall_same", "recall_view", "recall_words", "scope_accuracy", "scope_auroc", "scope_eer", "memory_kl")
-CARD_GROUPS = {"captions": CAPTION_LABELS, "language": LANGUAGE_LABELS, "retrieval": RETRIEVAL_LABELS}
+CARD_GROUPS = {group: LABELS[group] for group in ("captions", "language", "retrieval")}
 COUNTS = ("tokens", "pairs")  # no scores
 
 

@@ -1,6 +1,8 @@
 """Write scores for the terminal, as Markdown and as an HTML page."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from textwrap import indent
 
@@ -54,21 +56,17 @@ SPEED_LABELS = {
 }
 SIZE_LABELS = {"parameters": "parameters", "weights_bytes": "bytes on the disk"}
 SIZE_LABELS |= {"bits_per_parameter": "bits a parameter"}
-SINGLE = {"language": LANGUAGE_LABELS, "retrieval": RETRIEVAL_LABELS, "speed": SPEED_LABELS, "size": SIZE_LABELS}
+LABELS = {"captions": CAPTION_LABELS, "language": LANGUAGE_LABELS, "retrieval": RETRIEVAL_LABELS}
+LABELS |= {"memory": MEMORY_LABELS, "speed": SPEED_LABELS, "size": SIZE_LABELS}  # by group, in the order of the tables
 CURVES = ("recall_same", "recall_view", "recall_words", "recall_style", "recall_nearest", "recall_no_memory")
 
 
 def blocks(result: dict) -> list[tuple[str, dict[str, str], dict[str, dict]]]:
     """List the tables of one data set: title, metric -> label, and column name -> metric -> value."""
-
-    def single(*keys: str) -> dict[str, tuple]:
-        return {key.capitalize(): (SINGLE[key], {"": result[key]} if key in result else {}) for key in keys}
-
-    captioners = {name: result[key] for key, name in CAPTIONERS.items() if key in result}
-    memories = {count_facts(entry["facts"]): entry for entry in result.get("memory", [])}
-    tables = {"Captions": (CAPTION_LABELS, captioners), **single("language", "retrieval")}
-    tables |= {"Memory": (MEMORY_LABELS, memories), **single("speed", "size")}
-    return [(title, *table) for title, table in tables.items() if table[1]]
+    columns = {group: {"": result[group]} for group in LABELS if group in result}
+    columns["captions"] = {name: result[key] for key, name in CAPTIONERS.items() if key in result}
+    columns["memory"] = {count_facts(entry["facts"]): entry for entry in result.get("memory", [])}
+    return [(group.capitalize(), labels, columns[group]) for group, labels in LABELS.items() if columns.get(group)]
 
 
 def markdown(results: dict[str, dict]) -> str:
@@ -106,65 +104,58 @@ def print_result(path: str, result: dict) -> None:
         print(f"  not measured: {metric}: {reason}")
 
 
-def plot(draw, title: str) -> dict[str, str]:
-    """Draw a figure with `draw(axis)`; returns its title and its SVG as a data URI."""
+@contextmanager
+def plot(figures: list[dict[str, str]], title: str) -> Iterator:
+    """Give the axis of a figure, whose title and SVG, a data URI, join `figures`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({"svg.hashsalt": "microvlm"}):
         figure, data = Figure(figsize=(4.4, 3.3), layout="constrained"), BytesIO()
         axis = figure.subplots()
-        draw(axis)
+        yield axis
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
         figure.savefig(data, format="svg", metadata={"Date": None})
-    return {"title": title, "uri": data_uri(data.getvalue(), "svg+xml")}
+    figures.append({"title": title, "uri": data_uri(data.getvalue(), "svg+xml")})
+
+
+def histogram(figures: list[dict], title: str, values: dict[str, list[float]], limit: float, label: str) -> None:
+    with plot(figures, title) as axis:
+        for name, points in values.items():
+            axis.hist(points, bins=20, range=(0, limit), alpha=0.6, label=name or None)
+        axis.set(xlabel=label, ylabel="pictures")
 
 
 def plots(result: dict, details: dict) -> list[dict[str, str]]:
     """Draw the captions' scores, recall over facts, and ScopeNet's curves and probabilities."""
-    figures = []
-
-    def histogram(title: str, values: dict[str, list[float]], limit: float, label: str) -> None:
-        def draw(axis) -> None:
-            for name, points in values.items():
-                axis.hist(points, bins=20, range=(0, limit), alpha=0.6, label=name or None)
-            axis.set(xlabel=label, ylabel="pictures")
-
-        figures.append(plot(draw, title))
-
+    figures, memories = [], result.get("memory", [])
     # captions and references
     if "word_f1" in details:
-        histogram("Captions", {"": details["word_f1"]}, 1, "word F1")
+        histogram(figures, "Captions", {"": details["word_f1"]}, 1, "word F1")
     if losses := [loss for loss in details.get("loss", []) if math.isfinite(loss)]:
-        histogram("References, given the picture", {"": losses}, max(losses), "loss, nats a token")
+        histogram(figures, "References, given the picture", {"": losses}, max(losses), "loss, nats a token")
     # the memory
-    if result.get("memory"):
-        figures.append(plot(lambda axis: draw_recall(axis, result["memory"]), "Taught names said"))
+    if memories:
+        with plot(figures, "Taught names said") as axis:
+            for key in CURVES:
+                values = [math.nan if entry[key] is None else entry[key] for entry in memories]
+                label = MEMORY_LABELS[key].removeprefix("recall, ")
+                axis.plot([entry["facts"] for entry in memories], values, marker="o", ms=3, label=label)
+            axis.set_xscale("log", base=2)
+            axis.set(ylim=(-0.03, 1.03), xlabel="stored facts")
     if scopes := {n: scope for n, scope in details.get("scopes", {}).items() if "unrelated" in scope}:
-        figures.append(plot(lambda axis: draw_roc(axis, scopes), "ScopeNet: unrelated and known let through"))
+        with plot(figures, "ScopeNet: unrelated and known let through") as axis:
+            for size, scope in scopes.items():
+                axis.plot(*roc(scope["known"], scope["unrelated"]), lw=1, label=count_facts(size))
+            axis.plot([0, 1], [0, 1], ":", color="grey")
+            axis.set(xlabel="unrelated", ylabel="known")
         largest = max(scopes)
         sides = {name: scopes[largest][name].tolist() for name in ("known", "unrelated")}
-        histogram(f"ScopeNet with {count_facts(largest)}", sides, 1, "probability that it is known")
+        histogram(figures, f"ScopeNet with {count_facts(largest)}", sides, 1, "probability that it is known")
     return figures
-
-
-def draw_recall(axis, memory: list[dict]) -> None:
-    facts = [entry["facts"] for entry in memory]
-    for key in CURVES:
-        values = [math.nan if entry[key] is None else entry[key] for entry in memory]
-        axis.plot(facts, values, marker="o", ms=3, label=MEMORY_LABELS[key].removeprefix("recall, "))
-    axis.set_xscale("log", base=2)
-    axis.set(ylim=(-0.03, 1.03), xlabel="stored facts")
-
-
-def draw_roc(axis, scopes: dict[int, dict]) -> None:
-    for size, scope in scopes.items():
-        axis.plot(*roc(scope["known"], scope["unrelated"]), lw=1, label=count_facts(size))
-    axis.plot([0, 1], [0, 1], ":", color="grey")
-    axis.set(xlabel="unrelated", ylabel="known")
 
 
 @torch.inference_mode()

@@ -126,11 +126,7 @@ def score_references(model, processor, rows, options: EvaluateOptions) -> tuple[
 
 
 def evaluate(model, processor, rows, options: EvaluateOptions, train=None) -> tuple[dict, dict]:
-    """Score one data set.
-
-    Args:
-        rows: of `open_rows`.
-        train: rows and features (N, C) for the nearest-neighbour caption, or None.
+    """Score one data set; `train` has rows and features (N, C) for the nearest-neighbour caption.
 
     Returns:
         The figures, with `not_measured`: name -> reason; and for the report, where measured, `captions`,
@@ -145,10 +141,8 @@ def evaluate(model, processor, rows, options: EvaluateOptions, train=None) -> tu
         scores, losses, reasons = score_references(model, processor, rows, options)
         result, details, missing = result | scores, details | losses, missing | reasons
     if "memory" in groups:
-        result["memory"], details["scopes"], reasons = memory_scores(
-            model, processor, rows, options.facts, options.queries
-        )
-        missing |= reasons
+        memory, details["scopes"], reasons = memory_scores(model, processor, rows, options.facts, options.queries)
+        result, missing = result | {"memory": memory}, missing | reasons
     if "speed" in groups:
         result["speed"] = speed_scores(model, processor, rows, options.batch_size)
     if "size" in groups:

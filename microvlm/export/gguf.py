@@ -75,19 +75,12 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
     added = {token["id"]: token for token in spec["added_tokens"]}
     names = {i: text for text, i in spec["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
     require(max(names) < rows, f"the tokenizer has the id {max(names)}, the embedding {rows} rows only.")
-    tokens, types = [], []
-    for i in range(rows):
-        tokens.append(names.get(i, f"[PAD{i}]"))
-        if i not in names:
-            types.append(TokenType.UNUSED)
-        elif i in added:
-            types.append(TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED)
-        else:
-            types.append(TokenType.NORMAL)
+    types = dict.fromkeys(names, TokenType.NORMAL)
+    types |= {i: TokenType.CONTROL if t["special"] else TokenType.USER_DEFINED for i, t in added.items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(tokenizer_kind(tokenizer))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
+    writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(rows)])
+    writer.add_token_types([types.get(i, TokenType.UNUSED) for i in range(rows)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
     for name in ("bos", "eos", "pad", "unk"):
         value = getattr(tokenizer, f"{name}_token_id")
@@ -107,8 +100,6 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
 def check_architecture(model, text) -> None:
     """Raise ValueError where llama.cpp's graph would compute something else, except for BitNet's activation."""
     kind = text.model_type
-    known = f"expected one of {list(GGUF_ARCHITECTURES)}"
-    require(kind in GGUF_ARCHITECTURES, f"text_config.model_type {kind!r} has no GGUF architecture here, {known}.")
     act, rope = text.hidden_act, text.rope_parameters["rope_type"]
     acts = ("silu", "relu2") if kind == "bitnet" else ("silu",)
     ropes = ("default", "linear", "llama3") if kind == "llama" else ("default",)
@@ -118,7 +109,9 @@ def check_architecture(model, text) -> None:
     # biases that llama.cpp does not add
     biases = {n.split(".", 1)[1] for n, _ in layers.named_parameters() if n.endswith("_proj.bias")}
     biases -= {"qwen2": {f"self_attn.{n}_proj.bias" for n in "qkv"}, "bitnet": set()}.get(kind, biases)
+    known = list(GGUF_ARCHITECTURES)
     problems = {
+        f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {known}.": kind not in known,
         f"text_config.hidden_act is {act!r}, expected {' or '.join(acts)} of {kind}.": act not in acts,
         f"the text model has sliding windows, which llama.cpp's {kind} does not.": sliding,
         f"text_config.rope_parameters has rope_type {rope!r}, which is not exported for {kind}.": rope not in ropes,
@@ -272,14 +265,9 @@ def export_gguf(
     force: bool = False,
     architecture: str | None = None,
 ) -> Path:
-    """Write the language model of a checkpoint as one GGUF file.
+    """Write the language model of a checkpoint as one GGUF file; arguments as on the command line.
 
-    Args:
-        source: folder or Hub id.
-        dtype: of the matrices: f32, f16, bf16, q8_0, tq2_0 or tq1_0.
-        force: replace `out`.
-        architecture: the file's `general.architecture`; default: the model type, for a BitNet with squared ReLU
-            `RELU2_ARCHITECTURE`.
+    The default architecture is the model type, for a BitNet with squared ReLU `RELU2_ARCHITECTURE`.
     """
     # refuse before the work
     out = Path(out)

@@ -125,13 +125,7 @@ def save_graphs(model, image_size: tuple[int, ...], folder: Path) -> None:
 
 
 def export_onnx(source: str, out: str | Path, revision: str | None = None, force: bool = False) -> Path:
-    """Write vision tower with adapter, token embedding and decoder as ONNX, with config and processor.
-
-    Args:
-        source: folder or Hub id.
-        out: folder to write, with `vision_encoder.onnx`, `embed_tokens.onnx` and `decoder_model_merged.onnx` in `onnx`.
-        force: replace `out`.
-    """
+    """Write a folder of ONNX graphs, config and processor; arguments as on the command line."""
     # refuse before the work
     out = Path(out)
     require(out.suffix != ".gguf", f"OUT {out} ends in .gguf, expected a folder.")

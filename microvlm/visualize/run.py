@@ -12,23 +12,23 @@ from .attention import pooling_attention, word_attention
 from .figures import contrast_figure, memory_figure, pooling_figure, save_png, word_figure
 
 
-def words(images: list[str], memory: str | None, contrast: bool, **options) -> int:
-    return save_figures("contrast" if contrast else "words", images, memory, **options)
+def words(contrast: bool, **options) -> int:
+    return save_figures("contrast" if contrast else "words", **options)
 
 
-def pooling(images: list[str], **options) -> int:
-    return save_figures("pooling", images, None, **options)
+def pooling(**options) -> int:
+    return save_figures("pooling", **options)
 
 
-def memory(images: list[str], memory: str, **options) -> int:
-    return save_figures("memory", images, memory, **options)
+def memory(**options) -> int:
+    return save_figures("memory", **options)
 
 
 def warn(message: str) -> None:
     print(f"microvlm: {message}", file=sys.stderr)
 
 
-def save_figures(what: str, images: list[str], memory: str | None, out: str, model: str, revision: str) -> int:
+def save_figures(what: str, images: list[str], out: str, model: str, revision: str, memory: str | None = None) -> int:
     """Write one PNG per image; returns 1 where an image could not be read."""
     paths, missing = find_images(images)
     for source in missing:
