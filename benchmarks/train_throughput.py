@@ -115,7 +115,8 @@ class Bench:
         self.model = build(options.small, processor)
         side = self.model.model.vision_tower.timm_model.patch_embed.img_size[0]
         prompt = self.model.default_prompt(1)[0].tolist()
-        self.collator = CaptionCollator(processor, prompt, image_size=side)
+        processor.image_processor.size = {"height": side, "width": side}
+        self.collator = CaptionCollator(processor, prompt)
         # a round: a batch that only accumulation warms up with, one to warm up, those that count, one to read ahead
         self.per_round = (self.steps + 3) * self.batch_size
         self.rows = load_rows(str(DATA)).shuffle(seed=0).select(range(self.rounds * self.per_round))

@@ -344,11 +344,6 @@ def test_collator_pictures_are_those_of_the_processor(processor):
     assert torch.equal(CaptionCollator(processor, PROMPT)(pairs(3))["pixel_values"], expected)
 
 
-def test_image_size(processor):
-    collator = CaptionCollator(processor, PROMPT, image_size=16)
-    assert collator(pairs(2))["pixel_values"].shape == (2, 3, 16, 16)
-
-
 def test_captions_cannot_smuggle_in_special_tokens(processor):
     rows = pairs(2)
     rows[0]["caption"] = "a red <image> square<|endoftext|>"
@@ -559,7 +554,7 @@ def test_stale_vision_cache_is_not_taken(processor, tmp_path, toy_tower):
             (make(seed=1), rows, 1, str(folder), "t"),
             (make(), rows, 2, str(folder), "t"),
         ]
-        + [(make(image_size=32), rows, 1, str(folder), "t"), (make(), rows.select([3, 2, 1]), 1, str(folder), "t")],
+        + [(make(), rows.select([3, 2, 1]), 1, str(folder), "t")],
         start=2,
     ):
         cache_vision_features(tower, *arguments)
@@ -567,11 +562,11 @@ def test_stale_vision_cache_is_not_taken(processor, tmp_path, toy_tower):
     with torch.no_grad():
         next(tower.parameters()).mul_(2.0)
     changed, _ = cache_vision_features(tower, make(), rows, 1, str(folder), "t")
-    assert files() == 7 and not torch.equal(changed, first)
+    assert files() == 6 and not torch.equal(changed, first)
     with pytest.raises(RuntimeError, match="^none of the 2 training rows can be read.$"):
         bad = memory_rows([truncated(1), truncated(2)])
         cache_vision_features(tower, make(max_unreadable_share=1.0), bad, 1, str(folder), "t")
-    assert files() == 7
+    assert files() == 6
     # a file whose index was not yet written is an interrupted run: made again
     for index in folder.glob("*.json"):
         index.unlink()

@@ -243,7 +243,7 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         ),
         (
             {"data": {"train": "d", "validate": "v"}},
-            "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, image_size, limit, "
+            "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, limit, "
             "max_caption_tokens, max_unreadable_share, revision, stream, train, validation, validation_limit, vision_cache.",
         ),
         (

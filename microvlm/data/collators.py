@@ -30,7 +30,6 @@ class CaptionCollator:
     processor: Any  # a `MicroVLMProcessor`
     prompt_ids: list[int]  # the prompt with all placeholders, from `model.default_prompt`
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None  # on images (B, 3, H, W) in [0, 1], for training
-    image_size: int | None = None  # side of the images, the processor's own by default
     max_unreadable_share: float = 0.01  # training stops when a larger share of the rows cannot be read
     seed: int = 0  # of the augmentation
     max_caption_tokens: int | None = None  # longer captions are cut, and then have no end token
@@ -100,17 +99,12 @@ class CaptionCollator:
             "labels": pad_left([[-100] * len(prompt) + list(answer) for prompt, answer in pairs], -100),
         }
 
-    @property
-    def target_size(self) -> dict[str, int] | None:
-        return None if self.image_size is None else {"height": self.image_size, "width": self.image_size}
-
     def images(self, images: list[torch.Tensor], view: str = "") -> dict[str, torch.Tensor]:
         """Resize, augment and normalise images; another `view` draws other augmentations."""
         image_processor = self.processor.image_processor
-        size = {} if self.image_size is None else {"size": self.target_size}
         if self.augment is None:
-            return {"pixel_values": image_processor(images, return_tensors="pt", **size)["pixel_values"]}
-        small = image_processor(images, return_tensors="pt", do_normalize=False, **size)["pixel_values"]
+            return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"]}
+        small = image_processor(images, return_tensors="pt", do_normalize=False)["pixel_values"]
         # own random numbers, of seed, epoch, view and images
         start = zlib.crc32(f"{self.seed} {self.epoch}{view}".encode())
         with torch.random.fork_rng(devices=[]):

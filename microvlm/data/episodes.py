@@ -105,7 +105,7 @@ class Fact(NamedTuple):
 
 
 class Storyteller:
-    """Draw facts about images, with one of `number` made-up names, a noun, and at most `max_tokens` tokens."""
+    """Draw facts of at most `max_tokens` about images, with `number` made-up names."""
 
     def __init__(self, tokenizer, captions: list[str], number: int, max_tokens: int):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens

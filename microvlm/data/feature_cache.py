@@ -20,12 +20,7 @@ BATCH_SIZE = 64
 def write_vision_features(
     vision_tower, collator: CaptionCollator, rows: Dataset, views: int, file: Path
 ) -> tuple[list[int], list[int]]:
-    """Write features of `views` augmentations of every image into a file.
-
-    Returns:
-        The shape (views, rows, tokens, width) of the file's bfloat16 numbers, and the indices of the rows that could be
-        read: they fill the first places of every view.
-    """
+    """Write features of augmented images into a file; return its shape and the readable rows."""
     device = next(vision_tower.parameters()).device
     features, readable = None, []
     for view in range(views):
@@ -60,13 +55,8 @@ def cache_vision_features(
 ) -> tuple[torch.Tensor, Dataset]:
     """Compute the features of a frozen vision tower once, and keep them in a file.
 
-    The file's name is a digest of all that the features depend on, weights included. Of several processes one
-    computes, the others wait.
-
-    Args:
-        vision_tower: images (N, 3, height, width) -> `last_hidden_state` (N, tokens, width).
-        collator: reads and augments the images; view v is its epoch v.
-        transform: describes what `collator` does to an image.
+    The file's name is a digest of all that the features depend on, weights included; `transform` describes what the
+    collator does to an image. View v is the collator's epoch v. Of several processes one computes, the others wait.
 
     Returns:
         Features (views, readable rows, tokens, width) in bfloat16, and the rows with `feature_row` instead of images.
@@ -94,7 +84,7 @@ def cache_vision_features(
 
 def _digest(vision_tower, collator: CaptionCollator, rows: Dataset, views: int, transform: str) -> str:
     # _fingerprint is private in datasets 5.2; tests/test_data.py changes the rows
-    made_of = f"{transform} {views} {collator.seed} {collator.target_size} {rows._fingerprint}"
+    made_of = f"{transform} {views} {collator.seed} {rows._fingerprint}"
     digest = hashlib.sha256(made_of.encode())
     digest.update(collator.processor.image_processor.to_json_string().encode())
     for name, tensor in sorted(vision_tower.state_dict().items()):

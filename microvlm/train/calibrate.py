@@ -33,7 +33,7 @@ def reference_logits(model, processor, rows: Dataset, batch_size: int = 16) -> t
 
 
 def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Find the T of least cross-entropy of `logits / T` (N, V) with `targets` (N,); it is convex in 1 / T."""
+    """Find the T of least cross-entropy of `logits / T` with `targets`; convex in 1 / T."""
     log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_scale], max_iter=50, line_search_fn="strong_wolfe")
 

@@ -70,7 +70,7 @@ def rotate_checkpoints(folder: str | Path, limit: int | None, best: str | None =
 
 
 class StreamPosition:
-    """Where a run stands in its stream: its batches, and the workers' cursors; `sources` are the paths it reads."""
+    """Where a run stands in its stream of `sources`: its batches, and the workers' cursors."""
 
     def __init__(self, stream, args, sources: list[str] | None):
         self.stream, self.args, self.sources = stream, args, sources

@@ -45,15 +45,7 @@ def readable_rows(rows, count: int, image_processor):
 
 
 class TrainingData:
-    """The data of a recipe. The model is only read.
-
-    Attributes:
-        rows: a `Dataset`, or a `CaptionStream`; with cached features without `images`.
-        validation: a `Dataset` or None.
-        collator, eval_collator: rows -> batch.
-        memory_batches: episodes of validation images, or None.
-        caption_rows: validation rows whose images are captioned at every evaluation, or None.
-    """
+    """The data of a recipe: rows, collators, fixed batches and rows to evaluate on. The model is only read."""
 
     def __init__(self, recipe: Recipe, args: TrainingArguments, processor, model):
         self.data, self.evaluation, self.args = recipe.data, recipe.evaluation, args
@@ -61,14 +53,14 @@ class TrainingData:
         if self.data.episodes is not None:
             memory = model.model.memory
             require(memory is not None, "data.episodes teach a memory: set config: {use_memory: true}.")
-        # rows
+        # rows: a `Dataset` or a `CaptionStream`; with cached features without `images`
         self.validation = load_validation(self.data)
         self.rows = self.images = self._load_rows()
         # batches
         augmentation = self.data.augmentation
         self.augment = None if augmentation is None else image_augmentation(**augmentation)
         self.collator, self.eval_collator = self.caption_collator(self.augment), self.caption_collator(None)
-        self.memory_batches = self.caption_rows = None
+        self.memory_batches = self.caption_rows = None  # what every evaluation asks and captions
         if self.data.vision_cache is not None:
             self._use_features()
         elif self.data.episodes is not None:
@@ -98,7 +90,6 @@ class TrainingData:
             processor=self.processor,
             prompt_ids=self.prompt,
             augment=augment,
-            image_size=self.data.image_size,
             max_unreadable_share=self.data.max_unreadable_share,
             seed=self.args.seed,
             max_caption_tokens=self.data.max_caption_tokens,

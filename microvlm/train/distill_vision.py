@@ -66,7 +66,7 @@ def caption_words(caption: str) -> set[str]:
 
 
 class Targets:
-    """Hold what the student has to say about every image; the first `labelled` rows have a concept."""
+    """Hold what the student has to say; the first `labelled` rows have a concept."""
 
     def __init__(self, rows: list[dict], labelled: int, maps: torch.Tensor, pooled: torch.Tensor):
         # the teacher's features, (N, 320, h, w) and (N, 1280) in float16, are standardised

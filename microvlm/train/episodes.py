@@ -64,14 +64,7 @@ def encode_images(model, queries: torch.Tensor, supports: torch.Tensor) -> tuple
 
 
 def memory_losses(model, episodes: Episodes) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Write episodes and read them with a batch's queries.
-
-    Half of the rows see the memory through ScopeNet's soft gate, the other half as in inference: on where the query
-    was written, off where it was not.
-
-    Returns:
-        The read-out for `forward`, and the losses: `scope`, `reconstruction`, `key`, `memory_kl`, `address_kl`.
-    """
+    """Write episodes and read them with queries: the read-out, and the memory's losses."""
     memory, known = model.model.memory, episodes.known
     G, N = episodes.support_active.shape
     # encode and write the facts
@@ -81,7 +74,8 @@ def memory_losses(model, episodes: Episodes) -> tuple[Any, dict[str, torch.Tenso
     keys, *gray = in_float32(memory.key_encoder, episodes.support_features).unbind(2)  # (G, N, C) each
     keys = memory.written_keys(keys, gray[0] if gray else None)
     state = memory.write(state, keys, supports, active=episodes.support_active, method="direct")
-    # read them, half of the rows with the gate of inference
+    # read them: half of the rows see the memory through ScopeNet's soft gate, the other half as in inference: on where
+    # the query was written, off where it was not
     query = model.model.get_memory_query(episodes.input_ids, episodes.attention_mask, episodes.vision_features)
     readout = model.model.read_memory(state, query)
     hard = torch.zeros_like(readout.log_gate).masked_fill(~known, -torch.inf)

@@ -9,7 +9,7 @@ from ..data.rows import row_name
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Sample rows of similar length together, in an order of seed and epoch alone, as a resumed run needs it."""
+    """Sample rows of similar length together, in an order of seed and epoch alone."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths)

@@ -73,7 +73,6 @@ class DataConfig:
     validation: str | list[str] | None = option("the same for evaluation")
     revision: str | None = option("of a data set on the Hub")
     exclude_copyleft: bool = option("leave out rows with a copyleft licence", False)
-    image_size: int | None = option("side of the images; default: the processor's")
     augmentation: dict[str, float | int] | None = option("arguments of image_augmentation")
     max_unreadable_share: float | int = option("a larger share of unreadable rows ends the run", 0.01)
     max_caption_tokens: int | None = option("longer captions are cut")
@@ -83,10 +82,8 @@ class DataConfig:
     vision_cache: VisionCacheConfig | None = option("store the features of a frozen vision tower")
     episodes: EpisodesConfig | None = option("teach the memory")
 
-    def validate_augmentation(self):
-        check_keys("data.augmentation", self.augmentation or {}, signature(image_augmentation).parameters)
-
     def validate_sources(self):
+        check_keys("data.augmentation", self.augmentation or {}, signature(image_augmentation).parameters)
         stream, cache, episodes = self.stream, self.vision_cache, self.episodes
         remote, limited = is_remote(self.validation or ""), self.validation_limit is not None
         problems = {
@@ -219,7 +216,7 @@ def parse(text: str, name: str) -> Any:
 
 
 def build(kind: type, values: Any, name: str, prefix: str = "") -> Any:
-    """Make a section of a mapping, and the sections inside it; messages call it `name`, and those `prefix` + key."""
+    """Make a section of a mapping, and its inner ones; messages call it `name`."""
     require(isinstance(values, dict), f"{name} is a section of keys, got {values!r}.")
     check_keys(name, values, [option.name for option in fields(kind)])
     values = {key: value for key, value in values.items() if value is not None}

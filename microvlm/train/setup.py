@@ -160,7 +160,7 @@ def calibrate_adapter(model, collator: CaptionCollator, rows) -> None:
 
 
 def calibrate(model, data: TrainingData, count: int) -> None:
-    """Set statistics that do not train, of `count` images: inputs of adapter and keys, weights of words."""
+    """Set the statistics of adapter, keys and words, which do not train, of `count` images."""
     rows = data.sample(count) if count else []
     if rows:
         calibrate_adapter(model, data.eval_collator, rows)
