@@ -25,7 +25,7 @@ from conftest import ROOT  # noqa: F401  puts the project on the path
 import train_hf
 from microvlm.train import trainer
 from microvlm.train.checkpoints import is_complete
-from microvlm.train.loading import TrackedCollator
+from microvlm.train.data import TrackedCollator
 from microvlm.train.trainer import MicroVLMTrainer
 
 RANK = int(os.environ["RANK"])

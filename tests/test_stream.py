@@ -12,7 +12,7 @@ from microvlm.data.collators import CaptionCollator
 from microvlm.data.episodes import ImageEpisodeCollator
 from microvlm.data.rows import load_rows
 from microvlm.data.stream import CaptionStream, load_stream, take_rows
-from microvlm.train.loading import TrackedCollator
+from microvlm.train.data import TrackedCollator
 
 SIZES = (5, 1, 4, 3, 6)  # rows of the shards
 

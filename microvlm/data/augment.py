@@ -7,16 +7,14 @@ import torch
 import torch.nn.functional as F
 
 
-def random_affine(
-    n: int, degrees: float, shift: float, scale: float, aspect: float = 0.15, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def random_affine(n: int, degrees: float, shift: float, scale: float, generator=None) -> torch.Tensor:
     """Draw maps (n, 2, 3) from crop to image that rotate, shift, zoom and stretch."""
 
     def uniform(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=generator) * 2 - 1
 
     angle = uniform(n) * math.radians(degrees)
-    zoom, stretch = torch.exp(uniform(n) * math.log1p(scale)), torch.exp(uniform(n) * aspect)
+    zoom, stretch = torch.exp(uniform(n) * math.log1p(scale)), torch.exp(uniform(n) * 0.15)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * zoom * stretch, -angle.sin() * zoom
     theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * zoom, angle.cos() * zoom / stretch

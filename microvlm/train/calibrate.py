@@ -20,18 +20,6 @@ MOST_SCORES = 5000  # for the equal error rate
 COLUMNS = ("facts", "threshold", "unrelated", "AUROC", "EER", "written: on", "unrelated: on", "look-alikes: on")
 
 
-@torch.no_grad()
-def reference_logits(model, processor, rows: Dataset, batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute logits (N, V) of every token of the reference captions, and the tokens (N,)."""
-    logits, targets = [], []
-    for batch, length in reference_batches(model, processor, rows, batch_size):
-        labels = batch.pop("labels")[:, -length:]
-        answers = labels != -100
-        logits.append(model(**batch, logits_to_keep=length + 1).logits[:, :-1][answers])
-        targets.append(labels[answers])
-    return torch.cat(logits), torch.cat(targets)
-
-
 def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """Find the T of least cross-entropy of `logits / T` with `targets`; convex in 1 / T."""
     log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -49,7 +37,15 @@ def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 def calibrate_temperature(model, processor, rows: Dataset) -> None:
     """Divide the decoder's last norm by the best temperature (arXiv 1706.04599), in place."""
-    logits, targets = reference_logits(model, processor, rows)
+    # logits (N, V) of every token of the captions, and the tokens (N,)
+    logits, targets = [], []
+    with torch.no_grad():
+        for batch, length in reference_batches(model, processor, rows, 16):
+            labels = batch.pop("labels")[:, -length:]
+            logits.append(model(**batch, logits_to_keep=length + 1).logits[:, :-1][labels != -100])
+            targets.append(labels[labels != -100])
+    logits, targets = torch.cat(logits), torch.cat(targets)
+    # the best of them
     temperature = best_temperature(logits, targets)
     before, after = (float(F.cross_entropy(logits / t, targets)) for t in (1.0, temperature))
     with torch.no_grad():

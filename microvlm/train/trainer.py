@@ -13,10 +13,10 @@ from ..data.stream import CaptionStream
 from ..model import require
 from .callbacks import StepGuard, StreamEpoch
 from .checkpoints import CheckpointMixin, StreamPosition
+from .data import SeededLengthGroupedSampler, TrackedCollator, WaitClock
 from .episodes import memory_losses, split_inputs
 from .evaluation import Evaluation, EvaluationMixin, Means
 from .gradcache import embed_step, embedded_pairs, replayed_randomness
-from .loading import SeededLengthGroupedSampler, TrackedCollator, WaitClock
 from .losses import EPISODE_LOSSES, Step, Term, labelled_logits, loss_terms
 from .setup import build_optimizer, check_patterns
 
