@@ -80,9 +80,8 @@ class MicroVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     # with alignment: unit vectors (R, projection) of the R rows with an image and a text
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
-    match_logits: torch.FloatTensor | None = (
-        None  # (R, 2): the text belongs to its own image, to the most similar other
-    )
+    # (R, 2): the text belongs to its own image, to the most similar other
+    match_logits: torch.FloatTensor | None = None
     # with a memory
     scope_probability: torch.FloatTensor | None = None  # that the memory knows the row's query, (B,)
     scope_logits: torch.FloatTensor | None = None

@@ -208,7 +208,7 @@ def test_exclude_copyleft_needs_licences(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^training data .*none\.parquet does not exist\.$"):
+    with pytest.raises(FileNotFoundError, match=r"^data .*none\.parquet does not exist\.$"):
         load_rows(str(tmp_path / "none.parquet"))
     with pytest.raises(FileNotFoundError, match="none"):
         load_rows(str(tmp_path / "none-*.tar"))

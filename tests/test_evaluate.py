@@ -632,14 +632,15 @@ def test_outputs_are_checked_first(arguments, message, capsys):
 def test_data_that_is_not_there_is_said_before_a_model_is_loaded(monkeypatch, tmp_path, capsys):
     use_cache(monkeypatch, tmp_path / "cache")
     toy = str(write_parquet(tmp_path / "toy.parquet", pairs()))
-    card = tmp_path / "card.md"
+    card, image = tmp_path / "card.md", tmp_path / "image.bmp"
     card.write_text("---\na: [\n---\n")
+    image.touch()
     for arguments, message in (
         (["--data", "nowhere.parquet"], "nowhere.parquet does not exist"),
         (["--data", "owner/name.parquet"], "owner/name.parquet does not exist"),
         (["--data", "owner/name"], "needs --limit"),
         (["--data", "owner/name.v2"], "needs --limit"),
-        (["--data", "picture.bmp"], "expected a .parquet file"),
+        (["--data", str(image)], "expected a .parquet file"),
         (["--data", toy, "--data", "nowhere.tar"], "nowhere.tar does not exist"),
         (["--data", toy, "--yardstick", "nowhere.parquet"], "nowhere.parquet does not exist"),
         (["--data", toy, "--card", str(card)], f"the metadata of {card} cannot be read"),

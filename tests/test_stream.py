@@ -159,7 +159,7 @@ def test_take_rows(tars):
 
 
 def test_bad_sources_are_named(tmp_path, tars):
-    with pytest.raises(FileNotFoundError, match=f"^training data {tmp_path}/no-.*tar does not exist.$"):
+    with pytest.raises(FileNotFoundError, match=f"^data {tmp_path}/no-.*tar does not exist.$"):
         load_stream(str(tmp_path / "no-*.tar"))
     with pytest.raises(
         ValueError, match="^x.jsonl: a stream is of .tar or .parquet files, or of a data set on the Hub.$"

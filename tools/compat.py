@@ -88,7 +88,7 @@ def run(number: str, expected: dict) -> bool:
     print(f"transformers {number}: the checkpoint says the same; the tests:", flush=True)
     options = "-m pytest -n 2 --dist loadfile -p no:cacheprovider".split()
     command = [sys.executable, *options, "-m", "not slow", *TESTS]
-    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
 
 

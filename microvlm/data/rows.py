@@ -41,7 +41,7 @@ def check_sources(paths: list[str]) -> None:
     """Raise FileNotFoundError for a local path or glob without a file."""
     for path in paths:
         if not is_remote(path) and not Path(path).exists() and not glob(path, recursive=True):
-            raise FileNotFoundError(f"training data {path} does not exist.")
+            raise FileNotFoundError(f"data {path} does not exist.")
 
 
 def load_rows(path: str | list[str], exclude_copyleft: bool = False, limit: int | None = None) -> Dataset:
