@@ -19,7 +19,8 @@ from .configuration_microvlm import MicroVLMMemoryConfig
 
 def ridge_inverse(reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
     """Invert M_ref (K, C) with the ridge `address_ridge`, to (C, K)."""
-    gram = reference @ reference.mT + config.address_ridge * torch.eye(len(reference), device=reference.device)
+    identity = torch.eye(len(reference), dtype=reference.dtype, device=reference.device)
+    gram = reference @ reference.mT + config.address_ridge * identity
     return torch.cholesky_solve(reference, torch.linalg.cholesky(gram)).mT
 
 

@@ -23,6 +23,7 @@ from .llvm_microvlm import (
     TARGETS,
     VOID,
     Emitter,
+    built_once,
     compile_ir,
     const,
     element,
@@ -440,7 +441,7 @@ def emit(name: str, kind: str, size: int, bf16: bool) -> str:
     return QuantizeKernel(kind, bf16).emit()
 
 
-@functools.cache
+@built_once
 def compile_kernel(name: str, kind: str, size: int, bf16: bool) -> int:
     """Compile a kernel at its first use, see `emit`; returns its address."""
     return compile_ir(name, emit(name, kind, size, bf16))("kernel")

@@ -266,6 +266,11 @@ class MicroVLMConfig(PreTrainedConfig):
         for name, number in heads.items():
             divides = text.hidden_size % number == 0
             require(divides, f"{name} ({number}) must divide text_config.hidden_size ({text.hidden_size}).")
+        heads, shared = (getattr(text, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(shared, int):
+            divides = shared > 0 and heads % shared == 0
+            multiple = f"a multiple of num_key_value_heads ({shared})"
+            require(divides, f"text_config.num_attention_heads ({heads}) must be {multiple}.")
         full = all(kind == "full_attention" for kind in getattr(text, "layer_types", None) or [])
         needs = "use_memory needs a text model with full attention in every layer, this one has sliding windows."
         require(full or not self.use_memory, needs)

@@ -11,7 +11,6 @@ M counts tokens of all rows, D the hidden size, d the width of a head.
 """
 
 import threading
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -23,22 +22,15 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_microvlm import CACHE_NAME, GrowingLayer, memory_mask, one_cache
-from .kernels_microvlm import DTYPES, Attention, Eager, Matrix, Program
+from .configuration_microvlm import require
+from .kernels_microvlm import DTYPES, Attention, Eager, Matrix, Program, new
 from .llvm_microvlm import native_available
-from .quantization_microvlm import PackedLinear, matrix_of
+from .quantization_microvlm import PackedLinear, matrix_of, versions
 from .threads_microvlm import kernel_threads
 
 MODEL_TYPES = ("qwen2", "llama", "bitnet")
 # tokens times what they see in a pass with the compiled attention: beyond, torch's matrix products are no slower
 MOST_PAIRS = 2**18
-
-
-def versions(tensors: Iterable[torch.Tensor]) -> list[tuple]:
-    """Return where tensors lie and how often they were written to.
-
-    Equal lists mean equal values, but for what was written through `.data`.
-    """
-    return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
 
 class Product(NamedTuple):
@@ -52,7 +44,8 @@ class Product(NamedTuple):
         """Stack layers with row or tensor scales and the same columns and width."""
         bias = None
         if any(m.bias is not None for m in linears):
-            biases = [torch.zeros(m.rows) if m.bias is None else m.bias.detach().float() for m in linears]
+            none = [torch.zeros(m.rows, dtype=torch.float32, device="cpu") for m in linears]
+            biases = [zero if m.bias is None else m.bias.detach().float() for m, zero in zip(linears, none)]
             bias = torch.cat(biases)
         return cls(matrix_of(linears), bias)
 
@@ -154,7 +147,8 @@ class Layer:
         """
         attention = self.native_attention(view.dtype)
         out = attention.tokens(self.before_attention(x, Eager), turns, length)
-        attention.bind(*view.layer(self.index, len(x), (self.kv_heads, self.head_dim)))
+        bound = view.layer(self.index, len(x), (self.kv_heads, self.head_dim))  # alive until the run is over
+        attention.bind(*bound)
         attention()
         return self.after_attention(out, x, Eager)
 
@@ -165,8 +159,8 @@ class TokenStep:
     def __init__(self, decoder: "PackedDecoder", dtype: torch.dtype):
         first = decoder.layers[0]
         self.program = program = Program()
-        self.x = x = torch.zeros(1, first.out.matrix.rows)
-        self.turn, self.length = torch.zeros(1, first.head_dim), torch.zeros((), dtype=torch.int64)
+        self.x = x = new(1, first.out.matrix.rows)
+        self.turn, self.length = new(1, first.head_dim), new(dtype=torch.int64)
         self.attentions = []
         for layer in decoder.layers:
             attention = layer.native_attention(dtype)
@@ -181,8 +175,9 @@ class TokenStep:
         self.x.copy_(x)
         self.turn.copy_(turns)
         self.length.fill_(view.length)
-        for i, attention in enumerate(self.attentions):
-            attention.bind(*view.layer(i, 1))
+        bound = [view.layer(i, 1) for i in range(len(self.attentions))]  # alive until the run is over
+        for attention, arguments in zip(self.attentions, bound):
+            attention.bind(*arguments)
         self.program()
         view.grow(1)
         return self.out
@@ -217,10 +212,13 @@ class CacheView:
         """
         layer = self.cache.layers[i]
         if layer.capacity == 0:
-            empty = torch.empty(1, shape[0], 0, shape[1], dtype=self.dtype)
+            empty = new(1, shape[0], 0, shape[1], dtype=self.dtype)
             layer.update(empty, empty)
         layer.reserve(count)
-        return layer.kept_keys, layer.kept_values, self.memory[i], self.gate
+        keys, values = layer.kept_keys, layer.kept_values
+        fits = self.length + count <= min(keys.shape[2], values.shape[2])
+        require(fits, "the cache was shortened by another thread during the call.")
+        return keys, values, self.memory[i], self.gate
 
     def grow(self, count: int) -> None:
         for layer in self.cache.layers:
@@ -275,9 +273,10 @@ class PackedDecoder:
         rotary, last = self.model.rotary_emb, int(positions.max())
         if rotary.rope_type in ("dynamic", "longrope"):
             return self.make_turns(positions)
-        if self.table is None or last >= len(self.table):
-            self.table = self.make_turns(torch.arange(max(256, 2 * last)))
-        return self.table[positions]
+        table = self.table
+        if table is None or last >= len(table):
+            self.table = table = self.make_turns(torch.arange(max(256, 2 * last), device="cpu"))
+        return table[positions]
 
     def make_turns(self, positions: torch.Tensor) -> torch.Tensor:
         cos, sin = self.model.rotary_emb(self.norm.weight, positions.unsqueeze(0))
@@ -314,7 +313,7 @@ class PackedDecoder:
             cache = DynamicCache(config=self.config)
         past = self.prepare(cache)
         if position_ids is None:
-            position_ids = torch.arange(past, past + T).unsqueeze(0)
+            position_ids = torch.arange(past, past + T, device="cpu").unsqueeze(0)
         turns = self.turns(position_ids.expand(B, -1).flatten())
         # all layers
         x = inputs_embeds.reshape(B * T, D).float()
@@ -348,7 +347,7 @@ class PackedDecoder:
             if view.dtype not in steps:
                 steps[view.dtype] = TokenStep(self, view.dtype)
             return steps[view.dtype](x, turns, view)
-        length = torch.tensor(view.length)
+        length = torch.tensor(view.length, device="cpu")
         for layer in self.layers:
             x = layer.native(x, turns, length, view)
         view.grow(len(x))

@@ -25,6 +25,7 @@ from .packing_microvlm import COLUMNS, EPS, ROWS, ZERO, panel_bytes, round_up, u
 from .threads_microvlm import helper_count, run, run_many
 
 DTYPES = (torch.float32, torch.bfloat16)
+CPU = torch.device("cpu")
 GRAIN = 2**17  # least products in a piece of work; smaller calls stay on the caller
 PIECES = 8  # of a large product, for each thread
 KINDS = {(False, False): "plain", (False, True): "rms", (True, False): "silu", (True, True): "relu2"}  # gated, normed
@@ -80,6 +81,11 @@ def is_native(x: torch.Tensor) -> bool:
     return native_available() and x.is_cpu
 
 
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Allocate what a kernel writes, on the CPU; torch's defaults belong to the whole process."""
+    return torch.empty(shape, dtype=dtype, device=CPU)
+
+
 def pointers(*tensors: torch.Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
@@ -91,9 +97,10 @@ def quantize_job(x, weight=None, eps: float = 0.0, gated: bool = False) -> tuple
     """Prepare `quantize`: the job, what it writes, and its scratch memory."""
     kind = KINDS[gated, weight is not None]
     M, columns = len(x), x.shape[1] // 2 if gated else x.shape[1]
-    padded, scratch = round_up(columns, COLUMNS), torch.empty(M, columns) if gated else None
-    x_q = torch.empty(M, padded, dtype=torch.int8)
-    quantized = Quantized(x_q, torch.empty(M), torch.empty(M, dtype=torch.int32))
+    check("x", x, x.shape, x.dtype, CPU)
+    check("weight", weight, (columns,), torch.float32, CPU)
+    padded, scratch = round_up(columns, COLUMNS), new(M, columns) if gated else None
+    quantized = Quantized(new(M, padded, dtype=torch.int8), new(M), new(M, dtype=torch.int32))
     arguments = struct.pack("8qfi", *pointers(x, weight, scratch, *quantized), columns, padded, eps, 0)
     job = Job(kernel(kind, 8, x.dtype == torch.bfloat16), arguments, M, max(1, GRAIN // (8 * padded)))
     return job, quantized, scratch
@@ -131,7 +138,6 @@ def quantize(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0
     known, C = x.ndim == 2 and x.dtype in DTYPES, x.shape[-1]
     require(known, "x is {} {}; expected float32 or bfloat16 (tokens, columns).", x.dtype, tuple(x.shape))
     require(not gated or C % 2 == 0, "x has {} columns; expected an even number.", C)
-    check("weight", weight, (C // 2 if gated else C,), torch.float32, x.device)
     if not is_native(x):
         return quantize_reference(x, weight, eps, gated)
     x = x.contiguous()
@@ -145,6 +151,9 @@ def quantize(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0
 
 def linear_job(quantized: Quantized, matrix: Matrix, y: torch.Tensor, bias=None, residual=None, places=None) -> Job:
     (M, padded), rows = quantized.x_q.shape, matrix.rows
+    check_product(quantized, matrix, y.dtype, bias, residual)
+    check("y", y, (M, rows if places is None else y.shape[1]), y.dtype, CPU)
+    check("places", places, (rows,), torch.int64, CPU)
     tensors = pointers(*quantized, matrix.panels, matrix.scale, bias, residual, y, places)
     # the words of a `LinearKernel`, in order
     arguments = struct.pack("13q", *tensors, M, rows, padded, y.shape[1])
@@ -159,6 +168,8 @@ def check_product(quantized: Quantized, matrix: Matrix, dtype: torch.dtype, bias
     require(dtype in DTYPES, "dtype is {}; expected torch.float32 or torch.bfloat16.", dtype)
     M, device = len(quantized.x_q), matrix.panels.device
     check("x_q", quantized.x_q, (M, round_up(matrix.columns, COLUMNS)), torch.int8, device)
+    check("s", quantized.s, (M,), torch.float32, device)
+    check("sums", quantized.sums, (M,), torch.int32, device)
     check("bias", bias, (matrix.rows,), torch.float32, device)
     check("residual", residual, (M, matrix.rows), dtype, device)
 
@@ -209,10 +220,10 @@ def low_bit_linear_quantized(
         dtype: of the result, torch.float32 or torch.bfloat16.
         bias, residual: (R,) float32, and (M, R) of `dtype`.
     """
-    check_product(quantized, matrix, dtype, bias, residual)
     if not is_native(quantized.x_q):
+        check_product(quantized, matrix, dtype, bias, residual)
         return low_bit_linear_quantized_reference(quantized, matrix, dtype, bias, residual)
-    y = torch.empty(len(quantized.x_q), matrix.rows, dtype=dtype)
+    y = new(len(quantized.x_q), matrix.rows, dtype=dtype)
     run(*linear_job(quantized, matrix, y, bias, residual))
     return y
 
@@ -223,7 +234,6 @@ def quantize_tokens(x: torch.Tensor, columns: int) -> Quantized:
     return quantize(x.reshape(-1, columns))
 
 
-@torch.compiler.disable
 def low_bit_linear(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Apply a linear layer with packed weights, its input rounded per token to 8 bits.
 
@@ -234,7 +244,6 @@ def low_bit_linear(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = 
     return low_bit_linear_quantized(quantized, matrix, x.dtype, bias).view(*x.shape[:-1], matrix.rows)
 
 
-@torch.compiler.disable
 def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[tuple[Matrix, torch.Tensor]]) -> torch.Tensor:
     """Apply `low_bit_linear` with a matrix in parts, whose rows lie among each other.
 
@@ -245,8 +254,6 @@ def low_bit_linear_mixed(x: torch.Tensor, parts: Sequence[tuple[Matrix, torch.Te
     # every part writes its own rows
     for matrix, places in parts:
         if is_native(x):
-            check_product(quantized, matrix, x.dtype)
-            check("places", places, (matrix.rows,), torch.int64, x.device)
             run(*linear_job(quantized, matrix, y, places=places))
         else:
             y[:, places] = low_bit_linear_quantized(quantized, matrix, x.dtype)
@@ -266,6 +273,8 @@ class Attention:
     """
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, scaling: float, dtype: torch.dtype):
+        shared = kv_heads > 0 and heads % kv_heads == 0 and head_dim % 2 == 0
+        require(shared, "{} heads of width {} cannot share the keys of {}.", heads, head_dim, kv_heads)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scaling, self.dtype = scaling, dtype
         self.buffer, self.bound = ctypes.create_string_buffer(8 * 15), None
@@ -278,11 +287,11 @@ class Attention:
             turns: (T, d) float32: cosines, then sines, of the positions, as rotary embeddings by halves take them.
             length: () int64, tokens in the cache before them.
         """
-        T, device = len(qkv), length.device
-        check("qkv", qkv, (T, (self.heads + 2 * self.kv_heads) * self.head_dim), torch.float32, device)
-        check("turns", turns, (T, self.head_dim), torch.float32, device)
-        check("length", length, (), torch.int64, device)
-        out = torch.empty(T, self.heads * self.head_dim)
+        T = len(qkv)
+        check("qkv", qkv, (T, (self.heads + 2 * self.kv_heads) * self.head_dim), torch.float32, CPU)
+        check("turns", turns, (T, self.head_dim), torch.float32, CPU)
+        check("length", length, (), torch.int64, CPU)
+        out = new(T, self.heads * self.head_dim)
         self.inputs, self.bound = (qkv, turns, length, out), None
         return out
 
@@ -300,9 +309,9 @@ class Attention:
         if bound == self.bound:
             return
         for t, length in zip(parts, (capacity, capacity, items, items)):
-            check("keys or values", t, (1, self.kv_heads, length, self.head_dim), self.dtype, keys.device)
+            check("keys or values", t, (1, self.kv_heads, length, self.head_dim), self.dtype, CPU)
         # write the arguments of both kernels
-        self.bound, self.scratch = bound, torch.empty(self.heads * (capacity + items))
+        self.bound, self.scratch = bound, new(self.heads * (capacity + items))
         qkv, turns, length, out = self.inputs
         parts += (None,) * (4 - len(parts))
         words = pointers(qkv, turns, length, *parts, self.scratch, out)
@@ -349,7 +358,7 @@ class Program:
 
     def linear(self, quantized: Quantized, matrix: Matrix, bias=None, residual=None) -> torch.Tensor:
         """Record `low_bit_linear_quantized` to float32."""
-        y = torch.empty(len(quantized.x_q), matrix.rows)
+        y = new(len(quantized.x_q), matrix.rows)
         self.add(linear_job(quantized, matrix, y, bias, residual), *quantized, matrix, bias, residual, y)
         return y
 

@@ -9,6 +9,7 @@ No C compiler is needed. Set MICROVLM_KERNELS to the name of a target to force i
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -236,6 +237,22 @@ def optimize(source: str, machine):
 
 
 ENGINES = []  # keeps compiled code alive
+# held while kernels, threads and panels are made, so that every thread gets them whole; no process is forked meanwhile
+BUILDING = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=BUILDING.acquire, after_in_parent=BUILDING.release, after_in_child=BUILDING.release)
+
+
+def built_once(function: Callable) -> Callable:
+    """Cache what a function makes; threads that ask at the same time get one and the same."""
+    made = functools.cache(function)
+
+    @functools.wraps(function)
+    def build(*args):
+        with BUILDING:
+            return made(*args)
+
+    return functools.cache(build)  # made already: no lock
 
 
 def compile_ir(name: str, source: str) -> Callable[[str], int]:

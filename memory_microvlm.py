@@ -37,10 +37,11 @@ def in_float32(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         # inputs and weights in float32
         inputs = [x.float() if x.is_floating_point() else x for x in inputs]
         tensors = dict((*module.named_parameters(), *module.named_buffers()))
-        tensors = {name: t for name, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32}
-        if not tensors:  # packed weights see to their own dtype
+        others = {name: t for name, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32}
+        # packed weights take their scales as they are, and keep what they made of them
+        tensors = {name: t.float() for name, t in others.items() if not name.endswith("weight_scale")}
+        if not tensors:
             return module(*inputs)
-        tensors = {name: t.float() for name, t in tensors.items()}
         return torch.func.functional_call(module, tensors, tuple(inputs))
 
 
@@ -209,7 +210,7 @@ class EpisodicMemory(nn.Module):
 
         Smooth inverse frequency (Arora et al. 2017): a question is looked up by "penguin", not by "is" and "the".
         """
-        counts = torch.zeros(len(self.word_weight), dtype=torch.float64)
+        counts = torch.zeros(len(self.word_weight), dtype=torch.float64, device="cpu")
         for ids in sentences:
             counts[sorted(set(ids))] += 1
         self.word_weight.copy_(smoothing / (smoothing + counts / max(1, len(sentences))))
@@ -377,7 +378,7 @@ def scope_threshold(threshold: float | list[list[float]], facts: torch.Tensor) -
         facts: number of facts in each memory.
     """
     if isinstance(threshold, float):
-        return torch.full(facts.shape, threshold, device=facts.device)
+        return torch.full(facts.shape, threshold, dtype=torch.float32, device=facts.device)
     # the two pairs around each memory's number of facts, and the place between them
     table = torch.tensor(threshold, dtype=torch.float64, device=facts.device)
     x, y, at = table[:, 0].log1p(), table[:, 1].logit(), facts.double().log1p()

@@ -20,7 +20,6 @@ from transformers import Cache, DynamicCache, initialization as init
 
 from .cache_microvlm import CACHE_NAME, MemoryCache
 from .configuration_microvlm import require
-from .decoder_microvlm import versions
 from .memory_microvlm import (
     EpisodicMemory,
     MemoryContentEncoder,
@@ -32,6 +31,7 @@ from .memory_microvlm import (
 )
 from .memory_posterior_microvlm import address_kl
 from .memory_state_microvlm import MemoryState
+from .quantization_microvlm import versions
 
 # Values of the memory's config on which addresses, contents and the posterior depend, next to the weights.
 FINGERPRINT_FIELDS = (
@@ -123,7 +123,8 @@ class MemoryReader:
         placeholders, images = int(per_row.sum()), 0 if vision_features is None else len(vision_features)
         require(placeholders == images, f"The text has placeholders for {placeholders} images, {images} were given.")
         # keys of the images, summed over those of a row
-        keys = torch.zeros(len(per_row), self.config.memory_config.code_size, device=input_ids.device)  # (B, C)
+        shape = (len(per_row), self.config.memory_config.code_size)
+        keys = torch.zeros(shape, dtype=torch.float32, device=input_ids.device)  # (B, C)
         if images:
             image_keys = self.memory.image_keys(vision_features, self.vision_tower.num_prefix_tokens)  # (N, C)
             owner = torch.arange(len(per_row), device=per_row.device).repeat_interleave(per_row)  # (N,)
@@ -172,7 +173,7 @@ class MemoryReader:
         """Log of the gate (B,), from 0 for on to -inf for off; scope logits (B,)."""
         B, queries = len(scope), len(scope) // memory.num_rows  # in all, and to each memory
         if isinstance(gate, (bool, int, float)):  # the same for all rows
-            gate = torch.full((B,), float(gate))
+            gate = torch.full((B,), float(gate), dtype=torch.float32, device="cpu")
         # weights of the caller, ScopeNet's own, or on and off
         if isinstance(gate, torch.Tensor):
             require(gate.shape == (B,), f"memory_gate has the shape {tuple(gate.shape)}, expected ({B},).")

@@ -257,8 +257,8 @@ class MemoryState(MemoryRows):
         require(method in WRITE_METHODS, f"write method {method!r} is not one of {', '.join(WRITE_METHODS)}.")
         # receipts: a place left out holds nothing
         addresses, contents = (t.float().masked_fill(~active.unsqueeze(-1), 0) for t in (addresses, contents))
-        uids = torch.tensor([[uuid.uuid4().int >> 65 for _ in row] for row in labels], dtype=torch.long)
-        times = torch.full(shape, time.time(), dtype=torch.float64)
+        uids = torch.tensor([[uuid.uuid4().int >> 65 for _ in row] for row in labels], dtype=torch.long, device="cpu")
+        times = torch.full(shape, time.time(), dtype=torch.float64, device="cpu")
         receipts = {
             "addresses": addresses,
             "contents": contents,

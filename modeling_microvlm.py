@@ -34,6 +34,7 @@ from .cache_microvlm import CACHE_NAME, MemoryCache, memory_mask, one_cache, pos
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, naming_section, require
 from .decoder_microvlm import PackedDecoder
 from .generation_microvlm import MicroVLMGenerationMixin
+from .llvm_microvlm import BUILDING
 from .memory_microvlm import EpisodicMemory, MemoryProjection, MemoryReadout, ScopeNet
 from .memory_mixin_microvlm import (
     MemoryMixin,
@@ -199,9 +200,13 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Open a checkpoint like `super()`, packed ones with the quantizer of this copy of the code."""
-        register_quantizer()
-        return super().from_pretrained(*args, **kwargs)
+        """Open a checkpoint like `super()`, packed ones with the quantizer of this copy of the code.
+
+        One at a time: transformers sets the default dtype of the process meanwhile.
+        """
+        with BUILDING:
+            register_quantizer()
+            return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -461,13 +466,14 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         """
         if self.training:
             return None
-        # drop one that is of other weights, make a new one
-        if checked and getattr(self, "_decoder", None) is not None and not self._decoder.is_current():
-            del self._decoder
-        if not hasattr(self, "_decoder"):
-            supported = PackedDecoder.supports(self.language_model)
-            self._decoder = PackedDecoder(self.language_model) if supported else None
-        return self._decoder
+        # make one where there is none, or one of other weights; a thread that has one keeps it
+        missing = object()
+        decoder = getattr(self, "_decoder", missing)
+        if decoder is missing or (checked and decoder is not None and not decoder.is_current()):
+            with BUILDING:
+                supported = PackedDecoder.supports(self.language_model)
+                self._decoder = decoder = PackedDecoder(self.language_model) if supported else None
+        return decoder
 
     def _apply(self, fn, recurse=True):
         self.__dict__.pop("_decoder", None)

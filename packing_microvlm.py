@@ -93,8 +93,8 @@ FORMATS = {
 @functools.cache
 def numbers_of_bytes(form: Format, device: torch.device) -> torch.Tensor:
     """Return the numbers of every byte up to the largest, int8 (256, per_byte)."""
-    every = torch.arange(256).clamp(max=form.largest).unsqueeze(1)
-    digits = every // form.base ** torch.arange(form.per_byte) % form.base
+    every = torch.arange(256, device=device).clamp(max=form.largest).unsqueeze(1)
+    digits = every // form.base ** torch.arange(form.per_byte, device=device) % form.base
     return (form.low + form.step * digits).to(device, torch.int8)
 
 

@@ -13,7 +13,9 @@ checkpoints in `from_pretrained`.
 """
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_microvlm import require
-from .kernels_microvlm import Matrix, low_bit_linear, low_bit_linear_mixed
+from .kernels_microvlm import DTYPES, Matrix, low_bit_linear, low_bit_linear_mixed
+from .llvm_microvlm import BUILDING
 from .packing_microvlm import EPS, FORMATS, Scheme, panels_from_bytes, quantize_weight, spread, ternary_quantize
 
 QUANT_METHOD = "microvlm"
@@ -109,8 +112,37 @@ def replace_with_ternary(model: nn.Module, patterns: list[str], **options) -> li
 
 
 def kernel_input(x: torch.Tensor) -> torch.Tensor:
-    """Convert float16, which the kernels do not take, to float32."""
-    return x.float() if x.dtype == torch.float16 else x
+    """Convert what the kernels do not take to float32."""
+    return x if x.dtype in DTYPES else x.float()
+
+
+def versions(tensors: Iterable[torch.Tensor]) -> list[tuple]:
+    """Return where tensors lie and how often they were written to.
+
+    Equal lists mean equal values, but for what was written through `.data`.
+    """
+    advice = "torch.export cannot follow packed weights: export model.dequantize()."
+    require(not torch.compiler.is_exporting(), advice)
+    return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+
+
+class Derived:
+    """What is made of tensors, and made again when one of them was replaced or written to."""
+
+    def __init__(self):
+        self.kept = (), None, None  # tensors, their versions, what was made of them
+
+    def is_current(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        before, state, _ = self.kept
+        return state == versions(tensors) and all(a is b for a, b in zip(before, tensors))
+
+    def get(self, tensors: tuple[torch.Tensor, ...], make: Callable[[], Any]) -> Any:
+        """Return what `make` makes of the tensors as they are now; one thread makes it for all."""
+        if not self.is_current(tensors):
+            with BUILDING:
+                if not self.is_current(tensors):
+                    self.kept = tensors, versions(tensors), make()
+        return self.kept[2]
 
 
 class PackedWeight(nn.Module):
@@ -126,7 +158,7 @@ class PackedWeight(nn.Module):
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.uint8, device=device))
         scales = torch.ones(scheme.groups(rows, columns), dtype=scheme.scale_dtype, device=device)
         self.register_buffer("weight_scale", scales)
-        self._matrix: Matrix | None = None
+        self._matrix = Derived()
 
     @torch.no_grad()
     def store(self, weight: torch.Tensor, as_trained: bool = False) -> None:
@@ -136,15 +168,17 @@ class PackedWeight(nn.Module):
             values, self.weight_scale = values.to(torch.int8), scale.view(-1, 1) if scale.ndim < 2 else scale
         else:
             values, self.weight_scale = quantize_weight(weight, self.scheme)
-        self.weight, self._matrix = self.format.pack(values), None
+        self.weight = self.format.pack(values)
 
     def check(self, name: str) -> None:
-        """Raise a ValueError that names the tensor if its bytes are not of this format."""
-        self.format.check(self.weight, self.columns, f"{name}.weight: ")
+        """Raise a ValueError that names the tensor if its bytes are not of this format, or scales no numbers."""
+        if not self.weight.is_meta:
+            self.format.check(self.weight, self.columns, f"{name}.weight: ")
+            require(bool(self.weight_scale.isfinite().all()), f"{name}.weight_scale has values that are not finite.")
 
     def values(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return the numbers of some rows, or of all, int8 (N, C)."""
-        return self.format.unpack(self.weight if rows is None else self.weight[rows], self.columns)
+        return self.format.unpack(self.weight if rows is None else F.embedding(rows, self.weight), self.columns)
 
     def dequantize(self, rows: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return numbers times scales, of some rows or of all, (N, C)."""
@@ -160,7 +194,11 @@ class PackedWeight(nn.Module):
             if self.scheme.activation_bits is not None:
                 x = fake_quantize_activation(x, self.scheme.activation_bits)
             return F.linear(x, self.dequantize(dtype=x.dtype), None if bias is None else bias.to(x.dtype))
-        # in whole numbers
+        return self.whole_product(x, bias)
+
+    @torch.compiler.disable
+    def whole_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply in whole numbers."""
         bias = None if bias is None else bias.detach().float()
         return low_bit_linear(kernel_input(x), self.matrix(), bias).to(x.dtype)
 
@@ -171,16 +209,10 @@ class PackedWeight(nn.Module):
 
     def matrix(self) -> Matrix:
         """Return the weight as the kernels read it, laid out at the first call."""
-        if self._matrix is None:
-            self._matrix = matrix_of([self])
-        return self._matrix
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._matrix = None
-        super()._load_from_state_dict(*args, **kwargs)
+        return self._matrix.get((self.weight, self.weight_scale), lambda: matrix_of([self]))
 
     def _apply(self, fn, recurse=True):
-        scale, self._matrix = self.weight_scale, None
+        scale = self.weight_scale
         super()._apply(fn, recurse)
         self.weight_scale = scale.to(self.weight.device)  # a new dtype is not for scales
         return self
@@ -245,7 +277,7 @@ class PackedEmbedding(nn.Module):
             self.frequent = PackedWeight(scheme.frequent_rows, embedding_dim, own, device)
             bits = torch.zeros(-(-num_embeddings // 8), dtype=torch.uint8, device=device)
             self.register_buffer("is_frequent", bits)  # a bit per row, the first row's lowest
-        self._places = self._mixed = None
+        self._places = Derived()
 
     @torch.no_grad()
     def store(self, weight: torch.Tensor, counts: torch.Tensor | None = None) -> None:
@@ -259,28 +291,26 @@ class PackedEmbedding(nn.Module):
         self.frequent.store(weight[chosen])
         self.rest.store(weight[~chosen])
         self.is_frequent = FORMATS["binary"].pack(torch.where(chosen, 1, -1).unsqueeze(0))[0]
-        self._places = self._mixed = None
 
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which rows are frequent (V,), and every row's place in its part (V,)."""
-        if self._places is None:
+    @torch.compiler.disable
+    def places(self) -> tuple[torch.Tensor, ...]:
+        """Return which rows are frequent (V,), every row's place in its part (V,), and the rows of both parts."""
+
+        def make():
             chosen = FORMATS["binary"].unpack(self.is_frequent.unsqueeze(0), self.num_embeddings)[0] > 0
-            self._places = chosen, torch.where(chosen, chosen.cumsum(0), (~chosen).cumsum(0)) - 1
-        return self._places
+            place = torch.where(chosen, chosen.cumsum(0), (~chosen).cumsum(0)) - 1
+            return chosen, place, *(mask.nonzero().squeeze(1) for mask in (chosen, ~chosen))
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._places = self._mixed = None
-        super()._load_from_state_dict(*args, **kwargs)
+        return self._places.get((self.is_frequent,), make)
 
     def _apply(self, fn, recurse=True):
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self._places = self._mixed = None
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return super()._apply(fn, recurse)
 
     def check(self, name: str) -> None:
         """Raise a ValueError that names the tensor whose bytes do not fit."""
         self.rest.check(f"{name}.rest")
-        if self.frequent is not None:
+        if self.frequent is not None and not self.is_frequent.is_meta:
             self.frequent.check(f"{name}.frequent")
             count, expected = int(self.places()[0].sum()), self.frequent.rows
             require(count == expected, f"{name}.is_frequent marks {count} rows of {expected}.")
@@ -297,7 +327,7 @@ class PackedEmbedding(nn.Module):
         """Return rows (N, D) of tokens (N,)."""
         if self.frequent is None:
             return self.rest.dequantize(ids, dtype)
-        chosen, place = (t[ids] for t in self.places())
+        chosen, place = (F.embedding(ids, t.unsqueeze(1)).squeeze(1) for t in self.places()[:2])
         rows = torch.empty(len(ids), self.embedding_dim, dtype=dtype, device=ids.device)
         for part, mask in ((self.frequent, chosen), (self.rest, ~chosen)):
             if len(where := mask.nonzero().squeeze(1)):
@@ -308,20 +338,22 @@ class PackedEmbedding(nn.Module):
         """Compute logits (..., V) of hidden states (..., D)."""
         if self.frequent is None:
             return self.rest.product(x)
-        # a product per part, or both in one pass of the kernels
         if not self.rest.whole_numbers:
             logits = x.new_empty(*x.shape[:-1], self.num_embeddings)
             for part, where in self.parts():
                 logits[..., where] = part.product(x)
             return logits
-        if self._mixed is None:
-            self._mixed = [(part.matrix(), where) for part, where in self.parts()]
-        return low_bit_linear_mixed(kernel_input(x), self._mixed).to(x.dtype)
+        return self.whole_product(x)
+
+    @torch.compiler.disable
+    def whole_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply both parts in whole numbers, in one pass of the kernels."""
+        parts = [(part.matrix(), where) for part, where in self.parts()]
+        return low_bit_linear_mixed(kernel_input(x), parts).to(x.dtype)
 
     def parts(self) -> list[tuple[PackedWeight, torch.Tensor]]:
         """Return the two parts, and which rows each holds."""
-        chosen = self.places()[0]
-        return [(part, mask.nonzero().squeeze(1)) for part, mask in ((self.frequent, chosen), (self.rest, ~chosen))]
+        return list(zip((self.frequent, self.rest), self.places()[2:]))
 
 
 class PackedHead(nn.Module):

@@ -7,13 +7,12 @@ as torch has threads, less the caller's.
 import atexit
 import contextlib
 import ctypes
-import functools
 import os
 import threading
 
 import torch
 
-from .llvm_microvlm import arch_of, compile_ir, native_available
+from .llvm_microvlm import BUILDING, arch_of, built_once, compile_ir, native_available
 from .packing_microvlm import round_up
 
 # 64-bit words of a pool's state, each on its own 128 bytes so that no two share a cache line
@@ -187,7 +186,7 @@ done:
 """
 
 
-@functools.cache
+@built_once
 def pool_functions():
     """Compile POOL_IR for this CPU; returns its `run`, `worker` and `run_many`."""
     arch = arch_of()
@@ -240,7 +239,6 @@ class ThreadPool:
 
 
 pool: ThreadPool | None = None
-pool_lock = threading.Lock()
 local = threading.local()
 
 
@@ -254,8 +252,8 @@ def stop_pool() -> None:
 
 def forget_pool() -> None:
     """Forget the workers in a forked child, which has no threads."""
-    global pool, pool_lock
-    pool, pool_lock = None, threading.Lock()
+    global pool
+    pool = None
 
 
 atexit.register(stop_pool)
@@ -288,28 +286,30 @@ def helper_count() -> int:
     return (getattr(local, "threads", None) or torch.get_num_threads()) - 1
 
 
-def pool_address(helpers: int) -> int:
-    """Return the address of a pool with at least this many workers, 0 for none."""
+def pool_of(helpers: int) -> ThreadPool | None:
+    """Return a pool with at least this many workers; the caller holds it while a call runs in it."""
     global pool
     if not helpers:
-        return 0
+        return None
     chosen = pool
     if chosen is None or chosen.workers < helpers:
-        with pool_lock:
+        with BUILDING:
             if pool is None or pool.workers < helpers:
                 stop_pool()
                 pool = ThreadPool(helpers)
             chosen = pool
-    return chosen.address
+    return chosen
 
 
 def run(kernel: int, arguments: bytes, total: int, chunk: int) -> None:
     """Run kernel(arguments, begin, end) over 0 to total, shared in chunks."""
     helpers = helper_count()
-    pool_functions()[0](pool_address(helpers if total > chunk else 0), kernel, arguments, total, chunk, helpers)
+    workers = pool_of(helpers if total > chunk else 0)
+    pool_functions()[0](workers and workers.address, kernel, arguments, total, chunk, helpers)
 
 
 def run_many(jobs: ctypes.Array, count: int) -> None:
     """Run jobs in order: four 64-bit words each, the arguments of `run`."""
     helpers = helper_count()
-    pool_functions()[2](pool_address(helpers), jobs, count, helpers)
+    workers = pool_of(helpers)
+    pool_functions()[2](workers and workers.address, jobs, count, helpers)

@@ -4,8 +4,9 @@
     python train_hf.py recipes/finetune.yaml --set training.max_steps=20 --set training.output_dir=runs/try
     torchrun --nproc_per_node 8 train_hf.py recipes/finetune.yaml --resume
 
-The keys of a recipe are the dataclasses of `microvlm/train/recipe.py`. The loss is a weighted sum of named terms,
-`microvlm/train/losses.py`. A stage is a recipe; the next stage names the output of this one in `model`.
+The keys of a recipe are the dataclasses of `microvlm/train/recipe.py`. The terms of the loss are in
+`microvlm/train/losses.py`, their sum is `MicroVLMTrainer.compute_loss`. A stage is a recipe; the next stage names the
+output of this one in `model`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from microvlm.train.callbacks import EpochCallback
 from microvlm.train.checkpoints import card_values
 from microvlm.train.curves import plot_curves
 from microvlm.train.data import TrainingData
-from microvlm.train.recipe import load_recipe, read_recipe
+from microvlm.train.recipe import check_recipe, read_recipe
 from microvlm.train.setup import (
     calibrate,
     check_output,
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     values = read_recipe(options.recipe, options.set)
     if values.get("kind") in KINDS:
         return KINDS[values["kind"]](values)
-    recipe = load_recipe(options.recipe, options.set)
+    recipe = check_recipe(values, options.recipe)
     args = training_arguments(recipe)
     checkpoint = check_output(recipe, args, options.resume)
     set_seed(args.seed)

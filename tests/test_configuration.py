@@ -56,6 +56,13 @@ def test_overrides_keep_the_other_values(tmp_path):
     assert loaded.adapter_config.to_dict() == config.adapter_config.to_dict()
 
 
+@pytest.mark.parametrize("heads", [(2, 4), (4, 3), (4, 0)])
+def test_heads_share_keys_evenly(heads):
+    values = dict(zip(("num_attention_heads", "num_key_value_heads"), heads))
+    with pytest.raises(StrictDataclassError, match=f"num_attention_heads .{heads[0]}. must be a multiple of"):
+        tiny_config(text_config=tiny_config().text_config.to_dict() | values)
+
+
 def test_sub_configs_may_be_objects():
     config = tiny_config(adapter_config=MicroVLMAdapterConfig(num_prefix_tokens=9, num_attention_heads=4))
     assert config.num_prefix_tokens == 9

@@ -28,6 +28,7 @@ from tests.fuzz.material import small_memory, small_packed
 from tests.fuzz.mutations import ico_around, mutate_bytes, mutate_json, png_bomb
 from tests.fuzz.run import main
 from tests.fuzz.soak import memory_now, reset_peak
+from tests.fuzz.stress import stress
 
 small = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -71,9 +72,15 @@ def test_mutations_are_accepted_or_refused(name, examples, kinds):
     run()
 
 
+def test_threads_between_guard_pages():
+    """Eight threads that load, ask, stream, cancel, fork and change torch's defaults; a wrong byte ends the process."""
+    result = stress(8, guarded=True)
+    assert result["errors"] == [] and result["counts"]["ask"] > 8
+
+
 @pytest.mark.slow
 def test_ten_times_as_many(tmp_path):
-    options = "--cases 1000 --soak 60 --seed 1 --slope 1000".split()
+    options = "--cases 1000 --soak 60 --seed 1 --slope 1000 --stress 0".split()
     assert main([*options, "--json", str(tmp_path / "out.json")]) == 0
     results = {r["kind"]: r for r in json.loads((tmp_path / "out.json").read_text())}
     assert results.keys() == {*KINDS, "soak"}

@@ -10,9 +10,12 @@ from conftest import IMAGE_ID, VOCAB, outspoken_model, tiny_config, tiny_inputs,
 from microvlm.cache_microvlm import MemoryCache
 from microvlm.memory_microvlm import MemoryQuery
 from microvlm.memory_state_microvlm import MemoryState
+from microvlm.quantization_microvlm import PackedConfig
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, CompileConfig, DynamicCache
 from transformers.cache_utils import StaticCache
+
+from microvlm.pack import pack
 
 PAD, NEW, S, T = 1, 8, 6, 11  # S memory tokens, T tokens in a query
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": PAD}
@@ -742,3 +745,33 @@ def test_a_fused_optimizer_leaves_nothing_stale():
     with torch.no_grad():
         assert torch.equal(model.model.memory.prepared(), computed) and not torch.equal(computed, prepared)
         assert model.memory_fingerprint() != fingerprint
+
+
+# --- torch's defaults belong to the whole process: another thread may set them
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64, "meta"], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_defaults_of_torch_change_nothing(default, packed, text_type):
+    def use(model):
+        memory = model.write_memory(**FACTS)
+        plain = model.generate(**FACTS, **GREEDY)
+        recalled = model.generate(**FACTS, **GREEDY, memory=memory, memory_gate=0.7)
+        logits = model(**FACTS, memory=memory, memory_gate="on").logits
+        return plain, recalled, logits, model.forget(memory, 1).mean
+
+    models = [build(text_type) for _ in range(2)]
+    if packed:
+        linears = {r"model\.language_model\.layers\..*_proj": {"format": "ternary"}}
+        for model in models:
+            pack(model, PackedConfig(linears | {r"model\.vision_tower\..*": {"format": "int4"}}))
+    expected = use(models[0])
+    try:
+        if default != "meta":
+            torch.set_default_dtype(default)
+        with torch.device("meta" if default == "meta" else "cpu"):
+            found = use(models[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found))

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -495,6 +496,89 @@ def test_new_weights_are_seen():
     assert torch.equal(first(**inputs).logits, expected)
 
 
+def mixed_vocabulary(rows: int = 60) -> quantization.PackedEmbedding:
+    embedding = quantization.PackedEmbedding(rows, 32, packing.Scheme("binary", "row", frequent_rows=9))
+    embedding.store(torch.randn(rows, 32), torch.randperm(rows))
+    return embedding
+
+
+@torch.no_grad()
+def test_weights_changed_in_place_are_seen():
+    """In every layer; the decoder's own test is `test_new_weights_are_seen`."""
+    model = packed(outspoken_model("qwen2"), EVERYTHING | {r"model\.adapter\.(fc1|fc2)": {"format": "int8"}})
+    layers = [module for module in model.modules() if isinstance(module, quantization.PackedLinear)]
+    assert len(layers) > 15
+    for layer in layers:
+        x, bias = torch.randn(3, layer.columns), 0 if layer.bias is None else layer.bias
+        before = layer(x)
+        layer.weight_scale.mul_(2)
+        torch.testing.assert_close(layer(x) - bias, 2 * (before - bias), rtol=1e-4, atol=1e-4)
+        layer.weight.copy_(layer.format.pack(torch.zeros(layer.rows, layer.columns, dtype=torch.int8)))
+        torch.testing.assert_close(layer(x) - bias, torch.zeros_like(before))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["rest", "frequent"])
+def test_a_vocabulary_changed_in_place_is_seen(part):
+    embedding = mixed_vocabulary()
+    x = torch.randn(2, embedding.embedding_dim)
+    before = embedding.product(x)
+    changed = getattr(embedding, part)
+    changed.weight_scale.mul_(2)
+    rows = dict(zip(("frequent", "rest"), embedding.places()[2:]))[part]
+    expected = before.clone()
+    expected[:, rows] *= 2
+    torch.testing.assert_close(embedding.product(x), expected)
+
+
+@torch.no_grad()
+def test_threads_that_use_a_vocabulary_first_see_it_whole():
+    ids, x = torch.arange(60), torch.randn(1, 32)
+    for _ in range(20):
+        embedding = mixed_vocabulary()
+        barrier, found = threading.Barrier(4), []
+
+        def use(embedding=embedding, barrier=barrier, found=found):
+            barrier.wait()
+            found.append((embedding(ids), embedding.product(x)))
+
+        threads = [threading.Thread(target=use) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = embedding(ids), embedding.product(x)
+        assert len(found) == 4 and all(torch.equal(a, b) for pair in found for a, b in zip(pair, expected))
+
+
+@pytest.mark.parametrize("token", [-1, 60])
+def test_a_token_outside_the_vocabulary_is_an_index_error(token):
+    plain = quantization.PackedEmbedding(60, 32, packing.Scheme("int8", "row"))
+    for embedding in (plain, mixed_vocabulary()):
+        with pytest.raises(IndexError, match="out of (range|bounds)"):
+            embedding(torch.tensor([[3, token]]))
+
+
+def test_export_says_what_to_do():
+    model = packed(tiny_model("qwen2"))
+    with pytest.raises(ValueError, match=r"export model.dequantize\(\)"):
+        torch.export.export(model, (), tiny_inputs(), strict=False)
+
+
+@torch.no_grad()
+def test_double_precision_around_packed_weights():
+    model = packed(outspoken_model("qwen2"))
+    expected, inputs = model(**tiny_inputs()).logits, tiny_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    logits = model.double()(**inputs).logits
+    assert (logits - expected).abs().max() < 0.05 * expected.std()
+
+
+def test_on_meta_it_is_only_shapes(checkpoint):
+    model = reopen(checkpoint, device_map="meta")
+    assert all(t.is_meta for t in model.state_dict().values())
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}, {"dtype": "auto"}],
@@ -540,6 +624,15 @@ def test_damaged_weights_are_refused_by_name(checkpoint, damage, message):
     with pytest.raises((ValueError, RuntimeError)) as error:
         reopen(checkpoint)
     assert message in str(error.value)
+
+
+def test_a_scale_that_is_no_number_is_refused(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = "model.language_model.layers.1.mlp.up_proj.weight_scale"
+    tensors[name][0] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"^{name} has values that are not finite.$"):
+        reopen(checkpoint)
 
 
 def test_a_pattern_that_matches_nothing_is_refused():

@@ -177,7 +177,11 @@ RecipeLoader.add_implicit_resolver(
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Read a recipe with `section.key=value` overrides."""
-    values = read_recipe(path, overrides)
+    return check_recipe(read_recipe(path, overrides), path)
+
+
+def check_recipe(values: dict[str, Any], path: str | Path) -> Recipe:
+    """Make a recipe of the values of a file."""
     for key in LIST_KEYS:
         if isinstance(values.get(key), str):
             values[key] = [values[key]]

@@ -3,17 +3,19 @@
     python -m tests.fuzz                             10,000 images, 2,000 of each other kind, a soak of 10,000 captions
     python -m tests.fuzz --cases 1000 --soak 0       a tenth of it, without the soak
     python -m tests.fuzz --only memory,soak          only these kinds
+    python -m tests.fuzz --only stress               ten minutes of eight threads, twice, the second between guard pages
     python -m tests.fuzz --only configs --replay 17  one case again, with its traceback
 
 Kinds: `images`, mutated files through `open_image` and the processor; `processor`, odd combinations of images and
 texts; `configs`, mutated config.json, built on the meta device; `packed`, mutated packed checkpoints, opened and run;
-`memory`, mutated memory files, opened and used; `soak`, captions with memory writes and forgets.
+`memory`, mutated memory files, opened and used; `soak`, captions with memory writes and forgets; `stress`, see stress.py.
 
 A case is accepted, and its result checked, or refused with a documented error, raised by a `raise` in Python code, with
 a message. All else is `other`: another error, a check that fails, a dead process. A case over `--seconds` is a hang.
 Each kind runs in its own process; the peak memory of a case is read from the kernel (Linux).
 
-Exit code: 1 for any `other`, a hang, a case above `--memory` MB, or a soak that grew or changed its answers; else 0.
+Exit code: 1 for any `other`, a hang, a case above `--memory` MB, a soak that grew or changed its answers, or an error
+under stress; else 0.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from microvlm.tables import markdown_table
 from .kinds import KINDS, attempt, judge
 from .material import packed_nano
 from .soak import memory_now, quiet, reset_peak, run_soak
+from .stress import stress
 
 LIMIT = 6 << 30  # bytes that a process may take before it gets a MemoryError, which counts as other
 STACK = "stack.txt"
@@ -152,7 +155,7 @@ def table(results: list[dict]) -> str:
     header += ["slowest, s", "seconds"]
     rows, soaks = [], [r for r in results if r["kind"] == "soak"]
     for r in results:
-        if r["kind"] == "soak":
+        if r["kind"] not in KINDS:
             continue
         types = ", ".join(f"{count:,} {name}" for name, count in sorted(r["refused"].items(), key=lambda x: -x[1]))
         row = [r["kind"], r["cases"], r["accepted"], types or "0", sum(r["other"].values()), r["hangs"]]
@@ -172,11 +175,17 @@ def table(results: list[dict]) -> str:
             "seconds": f"{r['seconds']:.0f}",
         }
         tables.append(markdown_table(list(values), [list(values.values())]))
+    for r in (r for r in results if r["kind"] == "stress"):
+        values = {"threads": r["threads"], "guard pages": "yes" if r["guarded"] else "no", "seconds": r["seconds"]}
+        values |= dict(sorted(r["counts"].items())) | {"errors": len(r["errors"])}
+        tables.append("\n".join([markdown_table(list(values), [list(values.values())]), *r["errors"]]))
     return "\n\n".join(tables)
 
 
 def failed(r: dict, memory: float, slope: float) -> bool:
     """Judge a result: limits in MB, and in MB per 1,000 captions."""
+    if r["kind"] == "stress":
+        return bool(r["errors"])
     if r["kind"] == "soak":
         exact = r["none_left"] < 1e-6 and r["one_left"] < 1e-6
         return not (r["same_captions"] and exact and not r["slope_mb_per_1000"] > slope)
@@ -212,9 +221,10 @@ def soak_in_process(captions: int, seed: int) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, kinds = parser.add_argument, [*KINDS, "soak"]
+    add, kinds = parser.add_argument, [*KINDS, "soak", "stress"]
     add("--cases", type=int, default=10_000, help="images, and processor inputs; of other kinds a fifth; %(default)s")
     add("--soak", type=int, default=10_000, help="captions of the soak, 0: none (default: %(default)s)")
+    add("--stress", type=float, default=600, help="seconds under stress, twice, 0: none (default: %(default)s)")
     add("--only", default=",".join(kinds), help="kinds, with commas (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--seconds", type=float, default=30.0, help="a case that takes longer is a hang (default: %(default)s)")
@@ -248,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {results[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
     if "soak" in options.only and options.soak:
         results.append(soak_in_process(options.soak, options.seed))
+    if "stress" in options.only and options.stress:
+        results += [stress(options.stress, seed=options.seed, guarded=guarded) for guarded in (False, True)]
     print(table(results))
     if options.json:
         write_json(options.json, results)
