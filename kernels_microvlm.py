@@ -273,7 +273,8 @@ class Attention:
     """
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, scaling: float, dtype: torch.dtype):
-        shared = kv_heads > 0 and heads % kv_heads == 0 and head_dim % 2 == 0
+        # a kernel holds half a head in registers and on the stack
+        shared = kv_heads > 0 and heads % kv_heads == 0 and head_dim % 2 == 0 and head_dim <= 1024
         require(shared, "{} heads of width {} cannot share the keys of {}.", heads, head_dim, kv_heads)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scaling, self.dtype = scaling, dtype

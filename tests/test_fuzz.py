@@ -5,8 +5,11 @@ cases. Round trips, and every bug of that kind, have cases of their own.
 """
 
 import copy
+import ctypes
 import json
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -28,7 +31,7 @@ from tests.fuzz.material import small_memory, small_packed
 from tests.fuzz.mutations import ico_around, mutate_bytes, mutate_json, png_bomb
 from tests.fuzz.run import main
 from tests.fuzz.soak import memory_now, reset_peak
-from tests.fuzz.stress import stress
+from tests.fuzz.stress import guarded_tensor, stress
 
 small = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -70,6 +73,16 @@ def test_mutations_are_accepted_or_refused(name, examples, kinds):
         check(kinds(name), seed)
 
     run()
+
+
+@pytest.mark.parametrize("place", [-1, 24])
+def test_a_byte_outside_a_guarded_tensor_ends_the_process(place):
+    tensor = guarded_tensor(1024, 3, dtype=torch.float64)  # as long as its pages
+    assert tensor.is_contiguous() and tensor.fill_(1).sum() == 3072
+    if (child := os.fork()) == 0:
+        ctypes.memset(tensor.data_ptr() + (place if place < 0 else tensor.nbytes), 0, 1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] & 127 == signal.SIGSEGV
 
 
 def test_threads_between_guard_pages():

@@ -25,7 +25,7 @@ import torch
 from microvlm.llvm_microvlm import BUILDING
 from transformers import AutoProcessor, StoppingCriteria, TextIteratorStreamer
 
-from microvlm import kernels_microvlm as kernels
+from microvlm import cache_microvlm as cache, decoder_microvlm as decoder, kernels_microvlm as kernels
 from microvlm.model import MicroVLMForConditionalGeneration, open_image
 
 from .material import PROMPT, ROOT
@@ -65,16 +65,41 @@ def guarded_copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def guard() -> None:
-    """Put what kernels write, their weights and their arguments between guard pages."""
-    kernels.new = guarded_tensor
-    make = kernels.Matrix.__post_init__
+    """Put all tensors that kernels read and write between guard pages."""
+    # what they write
+    kernels.new = decoder.new = guarded_tensor
+
+    # what they read: copies, alive during a call or as long as their owner
+    def copying(function):
+        return lambda *args, **kwargs: function(
+            *(guarded_copy(x) if isinstance(x, torch.Tensor) else x for x in args),
+            **{k: guarded_copy(x) if isinstance(x, torch.Tensor) else x for k, x in kwargs.items()},
+        )
+
+    kernels.quantize = copying(kernels.quantize)
+    kernels.Eager.quantize = staticmethod(kernels.quantize)
+    kernels.low_bit_linear_quantized = copying(kernels.low_bit_linear_quantized)
+    check_matrix, look, reserve = kernels.Matrix.__post_init__, decoder.CacheView.__init__, cache.GrowingLayer.reserve
 
     def post_init(self):
         for name in ("panels", "scale"):
             object.__setattr__(self, name, guarded_copy(getattr(self, name)))
-        make(self)
+        check_matrix(self)
 
-    kernels.Matrix.__post_init__ = post_init
+    def init(self, *args):
+        look(self, *args)
+        self.memory = [pair and tuple(map(guarded_copy, pair)) for pair in self.memory]
+
+    def reserve_guarded(self, count):
+        reserve(self, count)
+        for name in ("kept_keys", "kept_values"):
+            kept = getattr(self, name)
+            if kept.numel() and not hasattr(kept, "guarded"):
+                setattr(self, name, guarded_copy(kept))
+                getattr(self, name).guarded = True
+
+    kernels.Matrix.__post_init__, decoder.CacheView.__init__ = post_init, init
+    cache.GrowingLayer.reserve = reserve_guarded
 
 
 class Cancelled(StoppingCriteria):
