@@ -6,6 +6,7 @@ cases. Round trips, and every bug of that kind, have cases of their own.
 
 import copy
 import ctypes
+import faulthandler
 import json
 import os
 import random
@@ -80,6 +81,7 @@ def test_a_byte_outside_a_guarded_tensor_ends_the_process(place):
     tensor = guarded_tensor(1024, 3, dtype=torch.float64)  # as long as its pages
     assert tensor.is_contiguous() and tensor.fill_(1).sum() == 3072
     if (child := os.fork()) == 0:
+        faulthandler.disable()
         ctypes.memset(tensor.data_ptr() + (place if place < 0 else tensor.nbytes), 0, 1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] & 127 == signal.SIGSEGV
