@@ -271,9 +271,9 @@ class MicroVLMConfig(PreTrainedConfig):
             divides = shared > 0 and heads % shared == 0
             multiple = f"a multiple of num_key_value_heads ({shared})"
             require(divides, f"text_config.num_attention_heads ({heads}) must be {multiple}.")
-        full = all(kind == "full_attention" for kind in getattr(text, "layer_types", None) or [])
-        needs = "use_memory needs a text model with full attention in every layer, this one has sliding windows."
-        require(full or not self.use_memory, needs)
+        others = ", ".join(sorted({*(getattr(text, "layer_types", None) or [])} - {"full_attention"}))
+        needs = f"use_memory needs a text model with full attention in every layer, {text.model_type!r} has {others}."
+        require(not others or not self.use_memory, needs)
 
     def validate_tokens(self):
         size, image, prompt = self.text_config.vocab_size, self.image_token_id, self.default_prompt_ids

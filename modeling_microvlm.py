@@ -151,7 +151,7 @@ class MicroVLMAdapter(nn.Module):
 class MicroVLMVisionTower(TimmWrapperModel):
     """A timm model (N, 3, height, width) -> (N, 1 + patches, vision width).
 
-    Every place of a convnet's map is a patch, with no class token before.
+    Every place of the map of a convnet or a Swin is a patch, with no class token before.
     """
 
     _no_split_modules = ["MicroVLMVisionTower"]  # FSDP looks the classes up by name, and `super()` names itself
@@ -163,10 +163,11 @@ class MicroVLMVisionTower(TimmWrapperModel):
 
     def forward(self, pixel_values: torch.FloatTensor, **kwargs):
         out = super().forward(pixel_values, **kwargs)
-        # the map of a convnet as tokens
+        # a map as tokens
         hidden = out[0]  # a tuple without return_dict
-        if hidden.ndim == 4:  # (N, width, rows, columns)
-            tokens = hidden.flatten(2).mT.contiguous()
+        if hidden.ndim == 4:  # (N, width, rows, columns), or (N, rows, columns, width)
+            is_last = getattr(self.timm_model, "output_fmt", "NCHW") == "NHWC"
+            tokens = hidden.flatten(1, 2) if is_last else hidden.flatten(2).mT.contiguous()
             if isinstance(out, tuple):
                 return (tokens, *out[1:])
             out.last_hidden_state = tokens
@@ -236,7 +237,8 @@ def check_parts(model: "MicroVLMModel") -> None:
     expected, width = model.config.adapter_config.vision_hidden_size, model.vision_tower.timm_model.num_features
     features = f"{model.config.vision_config.architecture} has features of width {width}"
     require(expected == width, f"adapter_config.vision_hidden_size is {expected}, but {features}.")
-    for name in ("embed_tokens", "layers", "norm"):
+    norm = "embedding_norm" if hasattr(model.language_model, "embedding_norm") else "norm"  # LFM2's name
+    for name in ("embed_tokens", "layers", norm):
         lacks = f"text model {model.config.text_config.model_type!r} has no {name}"
         require(hasattr(model.language_model, name), f"{lacks}: MicroVLM takes decoders that are built like Llama.")
 

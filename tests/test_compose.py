@@ -15,12 +15,20 @@ import torch
 from conftest import ROOT, microvlm
 from microvlm.configuration_microvlm import MicroVLMConfig
 from microvlm.memory_microvlm import MemoryKeyEncoder
-from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
+from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration, MicroVLMVisionTower
 from microvlm.processing_microvlm import MicroVLMProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitNetForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitNetForCausalLM,
+    GraniteConfig,
+    Lfm2Config,
+    LlamaForCausalLM,
+    Qwen2ForCausalLM,
+)
 from transformers.integrations.bitnet import pack_weights
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -621,6 +629,37 @@ def test_a_convnet_is_a_vision_tower(convnet, tmp_path):
     assert torch.equal(again.generate(pixel_values=pixel_values, max_new_tokens=3), generated)
 
 
+SMALL_SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 12, "depths": (1,) * 4, "num_heads": (1,) * 4}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args", "patches"),
+    [
+        ("test_vit", {}, 100),
+        ("test_convnext", {"num_classes": 7}, 25),
+        ("swin_tiny_patch4_window7_224", SMALL_SWIN, 4),
+        ("hiera_tiny_224", {"embed_dim": 8, "num_heads": 1, "stages": (1,) * 4}, 49),
+        ("repvit_m0_9", {}, 49),
+    ],
+)
+def test_what_timm_saves_is_a_vision_tower(architecture, args, patches, tmp_path):
+    """Maps with the width last, tokens without a class token, classifiers with layers of their own."""
+    model = timm.create_model(architecture, **args).eval()
+    timm.models.save_for_hf(model, tmp_path / "vision")
+    part = load_vision(str(tmp_path / "vision"))
+    pixel_values = torch.randn(2, 3, *part.image_size)
+    config = {"model_type": "timm_wrapper", "architecture": architecture, "model_args": part.model_args}
+    tower = MicroVLMVisionTower._from_config(MicroVLMConfig(vision_config=config).vision_config).eval()
+    tower.timm_model.load_state_dict(part.weights)
+    with torch.inference_mode():
+        expected = model.forward_features(pixel_values)
+        hidden = tower(pixel_values, do_pooling=False).last_hidden_state
+    if expected.ndim == 4 and expected.shape[1] == part.width:
+        expected = expected.movedim(1, -1)
+    assert part.num_patches == patches and hidden.shape[1] == patches + tower.num_prefix_tokens
+    assert torch.equal(hidden, expected.reshape(hidden.shape))
+
+
 def test_a_convnets_attention_is_drawn_over_its_map(convnet, tmp_path):
     convnet, folder = convnet
     model = MicroVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
@@ -673,7 +712,7 @@ def edited(source: Path, target: Path, **changes) -> str:
             r"Unknown model \(deit_gigantic\)",
         ),
         (
-            lambda s, t: edited(s / "vision", t / "v", architecture="swin_tiny_patch4_window7_224"),
+            lambda s, t: edited(s / "vision", t / "v", architecture="pit_ti_224"),
             "neither a vision transformer",
         ),
         (
@@ -740,6 +779,34 @@ PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantizati
 def test_wrong_text_parts_are_refused(sources, tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         load_text(make(sources, tmp_path))
+
+
+def text_family(folder: Path, source: Path, config_class, **sizes) -> str:
+    """A text model of another family, with a tokenizer of `source`."""
+    config = config_class(**SIZES | {"vocab_size": 320} | sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def test_lfm2_composes_and_says_why_it_has_no_memory(sources, tmp_path, capsys):
+    """Its norm has another name, and half of its layers keep no keys and values."""
+    text = text_family(tmp_path / "t", sources / "llama", Lfm2Config, layer_types=["conv", "full_attention"])
+    compose(str(sources / "vision"), text, tmp_path / "out")
+    assert "memory: none. --variant gives one to its parts, `config: {use_memory: true}`" in capsys.readouterr().out
+    model = MicroVLMForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    pixel_values = torch.rand(1, 3, 224, 224)
+    said = model.generate(pixel_values=pixel_values, max_new_tokens=4, min_new_tokens=4)
+    assert torch.equal(said, model.generate(pixel_values=pixel_values, max_new_tokens=4, min_new_tokens=4))
+    with pytest.raises(Exception, match="full attention in every layer, 'lfm2' has conv.$"):
+        MicroVLMConfig.from_dict(model.config.to_dict() | {"use_memory": True})
+
+
+def test_a_head_that_multiplies_is_refused_by_name(sources, tmp_path):
+    text = text_family(tmp_path / "t", sources / "llama", GraniteConfig, logits_scaling=8.0)
+    with pytest.raises(ValueError, match="text model 'granite' has logits_scaling=8.0: its head is more than one"):
+        compose(str(sources / "vision"), text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

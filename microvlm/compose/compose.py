@@ -134,6 +134,8 @@ def compose(
     added = text.vocab_size - source_rows
     place = f"{added} added row(s)" if added else "a spare row"
     print(f"{IMAGE_TOKEN} is token {model.config.image_token_id}, {place} of the embedding of {source_rows} rows")
+    if not model.config.use_memory:
+        print("memory: none. --variant gives one to its parts, `config: {use_memory: true}` of a recipe to others")
     # write, and verify what was written
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)

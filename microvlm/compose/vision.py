@@ -1,6 +1,7 @@
 """Open a timm vision tower as a part of a composed checkpoint."""
 
 import json
+import math
 import os
 import textwrap
 from dataclasses import dataclass
@@ -58,12 +59,18 @@ def patch_grid(model: nn.Module, input_size: list[int]) -> tuple[tuple[int, int]
     patch_embed = getattr(model, "patch_embed", None)
     if hasattr(model, "num_prefix_tokens") and hasattr(patch_embed, "num_patches"):
         return tuple(patch_embed.img_size), patch_embed.num_patches
-    # a convnet: every place of its last map is a patch
+    # a convnet or a windowed transformer: every place of its last map is a patch
     with torch.inference_mode():
-        features = model.eval().forward_features(torch.zeros(1, *input_size))
-    is_map = features.ndim == 4 and features.shape[1] == model.num_features
-    require(is_map, "it is neither a vision transformer nor a convnet, whose features have places.")
-    return tuple(input_size[1:]), features[0, 0].numel()
+        features = model.eval().forward_features(torch.zeros(1, *input_size))[0]
+    if features.ndim == 3 and getattr(model, "output_fmt", "NCHW") == "NCHW":
+        features = features.movedim(0, -1)
+    *places, width = features.shape
+    # places end to end, and no class token among them
+    reduction = model.feature_info[-1]["reduction"] if len(places) == 1 and hasattr(model, "feature_info") else 1
+    is_map = len(places) == 2 or places == [math.prod(side // reduction for side in input_size[1:])]
+    has_places = is_map and width == model.num_features
+    require(has_places, "it is neither a vision transformer nor a convnet, whose features have places.")
+    return tuple(input_size[1:]), math.prod(places)
 
 
 def load_vision(source: str, revision: str | None = None) -> VisionPart:
@@ -80,11 +87,11 @@ def load_vision(source: str, revision: str | None = None) -> VisionPart:
         settings = {**model.default_cfg, **config.get("pretrained_cfg", {})}
         PILImageResampling[settings["interpolation"].upper()]
         image_size, num_patches = patch_grid(model, settings["input_size"])
-        # the classifier is left out
-        classifier = settings.get("classifier") or ()
-        classifier = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+        # the classifier is left out, with what it has of its own
+        with torch.device("meta"):
+            classifier = timm.create_model(architecture, **model_args).state_dict().keys() - model.state_dict().keys()
         stored = timm.models.load_state_dict(str(weight_file), weights_only=True)
-        weights = {name: tensor for name, tensor in stored.items() if not name.startswith(classifier)}
+        weights = {name: tensor for name, tensor in stored.items() if name not in classifier}
         model.load_state_dict(weights)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = textwrap.shorten(str(error), 500)

@@ -49,7 +49,8 @@ def calibrate_temperature(model, processor, rows: Dataset) -> None:
     temperature = best_temperature(logits, targets)
     before, after = (float(F.cross_entropy(logits / t, targets)) for t in (1.0, temperature))
     with torch.no_grad():
-        model.model.language_model.norm.weight /= temperature
+        text = model.model.language_model
+        getattr(text, "embedding_norm", getattr(text, "norm", None)).weight /= temperature  # LFM2's name
     print(f"temperature {temperature:.4f}: {before:.4f} -> {after:.4f} nats a token over {len(targets)} tokens")
 
 
