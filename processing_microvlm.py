@@ -9,24 +9,30 @@ import base64
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from io import BytesIO
-from pathlib import Path
 from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import PILImageResampling, is_valid_image
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
 from .configuration_microvlm import require
 
 DEFAULT_MAX_PIXELS = 64_000_000  # 8000 x 8000
-DOWNLOAD_TIMEOUT = 60  # seconds
+MAX_BYTES = 8 * DEFAULT_MAX_PIXELS  # of a file: four channels of 16 bits
+DOWNLOAD_TIMEOUT = 60  # seconds for all of it
+# decoders of pixels alone; Pillow has others, such as EPS, which runs the file as a program
+FORMATS = "PNG JPEG WEBP GIF BMP TIFF AVIF JPEG2000 PPM ICO ICNS QOI DDS PCX TGA".split()
+TAKEN = "Pillow images, arrays, tensors, paths, URLs, base64, bytes, binary files, and {'bytes', 'path' or 'url': one}"
 T = Image.Transpose
 # EXIF orientations from 2 on: how to turn the stored pixels
 TURNS = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)
@@ -56,48 +62,83 @@ def naming_image(name: str, problem: str, unknown: Exception | None = None) -> I
         raise (unknown if unknown and isinstance(error, UnidentifiedImageError) else broken) from error
 
 
-def open_image(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def open_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Open an image as upright RGB, its size checked before its pixels are decoded; see `fetch_image` and `to_rgb`."""
     return to_rgb(fetch_image(source, max_pixels), max_pixels)
 
 
-def fetch_image(source: str | os.PathLike, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def fetch_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Read the bytes and the header of an image; decode nothing, leave nothing open.
 
     `load_image` of transformers decodes at once, so nothing could be checked before.
 
     Args:
-        source: a path, a `file:`, `http:`, `https:` or `data:` URL, or the bare base64 text of an image.
+        source: a path, a `file:`, `http:`, `https:` or `data:` URL, the bare base64 text of an image, its bytes, a
+            binary file, or a dictionary with one of these as `bytes`, `path` or `url`, as in rows of `datasets`.
         max_pixels: the limit for images in an icon file, where Pillow decodes one as it opens the file.
     """
-    source = os.fspath(source)
-    name = source if len(source) <= 200 else f"{source[:60]}... ({len(source)} characters)"
+    given = source if isinstance(source, Mapping) else {}
+    source = next((given[key] for key in ("bytes", "path", "url") if given.get(key)), source)
+    source = BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
+    is_file = hasattr(source, "readinto")
+    if not is_file and not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"images are {TAKEN}; got {type(source).__name__}.")
+    source = source if is_file else os.fspath(source)
+    name = str(given.get("path") or getattr(source, "name", "The image")) if is_file else source
+    name = name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
     # bytes
-    unknown = ValueError(f"{name} is not an image that Pillow can read.")
-    if source.startswith(("http://", "https://", "file://", "data:")):
-        data = download(source, name)
-    elif os.path.isfile(source):
-        data = Path(source).read_bytes()
-    else:  # base64, or the path of a missing file, which may look like it
-        data, unknown = decode_base64(source), FileNotFoundError(f"{name} is not a file.")
+    unknown = ValueError(f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}.")
+    try:
+        if is_file:
+            with suppress(AttributeError, OSError):  # what cannot go back is read on
+                source.seek(0)
+            data = read(source)
+        elif source.startswith(("http://", "https://", "file://", "data:")):
+            data = download(source)
+        elif os.path.isfile(source):
+            with open(source, "rb") as file:
+                data = read(file)
+        else:  # base64, or the path of a missing file, which may look like it
+            data, unknown = decode_base64(source), FileNotFoundError(f"{name} is not a file.")
+    except (OSError, HTTPException, ValueError) as error:
+        raise OSError(f"{name} cannot be opened: {error}") from error
     # sizes in an icon
     for match in PNG_HEADER.finditer(data) if data.startswith((b"\0\0\1\0", b"icns")) else ():
         check_size(name, [struct.unpack(">I", side)[0] for side in match.groups()], max_pixels)
     # header
     with naming_image(name, "cannot be opened", unknown):
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=FORMATS)
     image.source = name
     return image
 
 
-def download(url: str, name: str) -> bytes:
-    """Read a URL; raise an OSError that names it."""
+def read(file, deadline: float = float("inf")) -> bytes:
+    """Read a binary file to its end, at most `MAX_BYTES` until a time of `time.monotonic`."""
+    data, take = bytearray(), getattr(file, "read1", file.read)  # what has come, without waiting for more
+    while chunk := take(2**20):
+        data += chunk
+        require(len(data) <= MAX_BYTES, f"it has more than {MAX_BYTES} bytes, the limit of an image file.")
+        require(time.monotonic() < deadline, f"it took more than {DOWNLOAD_TIMEOUT} seconds.")
+    return bytes(data)
+
+
+def download(url: str) -> bytes:
+    """Read a URL, in a thread: a server that sends its headers byte by byte would hold this one for ever."""
+    result, deadline = Future(), time.monotonic() + DOWNLOAD_TIMEOUT
+
+    def work() -> None:
+        try:
+            request = Request(url, headers={"User-Agent": "MicroVLM"})  # some sites refuse Python's own
+            with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+                result.set_result(read(response, deadline))
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
     try:
-        request = Request(url, headers={"User-Agent": "MicroVLM"})  # some sites refuse Python's own
-        with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            return response.read()
-    except (OSError, HTTPException, ValueError) as error:
-        raise OSError(f"{name} cannot be opened: {error}") from error
+        return result.result(DOWNLOAD_TIMEOUT)
+    except TimeoutError as error:
+        raise TimeoutError(f"it took more than {DOWNLOAD_TIMEOUT} seconds.") from error
 
 
 def decode_base64(text: str) -> bytes:
@@ -154,17 +195,20 @@ def to_rgb(image: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Im
 # --------------------------------------------------------------------------------------------------- arrays and tensors
 
 
-def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Scale values of any shape to uint8.
+def white_of(largest: float, real: bool) -> float:
+    """Tell which value is white, by the largest of an image.
 
-    Integers are 16-bit; floats are in [0, 1], [0, 255] or 16-bit, by their maximum; what is larger still is divided
-    by its maximum.
+    Integers are 16-bit; real numbers are in [0, 1], [0, 255] or 16-bit; of what is larger still, it is the largest.
     """
+    return next((top for top in ((1, 255, 65535) if real else (65535,)) if largest <= top), largest)
+
+
+def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Scale values of any shape to uint8, white as by `white_of`."""
     # the scale is that of the whole array
     largest, smallest = np.float64(values.max()), np.float64(values.min())
     require(np.isfinite([smallest, largest]).all(), "it holds values that are not finite numbers.")
-    tops = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
-    top = next((top for top in tops if largest <= top), largest)
+    top = white_of(largest, values.dtype.kind == "f")
     # part by part: in float64 a value takes eight bytes
     flat, out = values.reshape(-1), np.empty(values.size, np.uint8)
     for start in range(0, flat.size, 2**20):
@@ -215,8 +259,8 @@ class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
 class MicroVLMImageProcessor(TorchvisionBackend):
     """Resize to 224 x 224, scale to [0, 1] and normalise, to `pixel_values` (N, 3, 224, 224).
 
-    Takes Pillow images, arrays and tensors (values 0 to 255, or a uint16 array; no, 1, 3 or 4 channels, first or
-    last), and what `fetch_image` takes: paths, URLs, base64.
+    Takes Pillow images, arrays and tensors (values 0 to 255, a uint16 array, or real numbers with white as `white_of`
+    says, unless `do_rescale=False`; no, 1, 3 or 4 channels, first or last), and what `fetch_image` takes.
 
     Args:
         max_pixels: images with more pixels by their header are refused before decoding (ValueError).
@@ -237,7 +281,10 @@ class MicroVLMImageProcessor(TorchvisionBackend):
 
     def fetch_images(self, image_url_or_urls):
         """Open paths, URLs and base64, nested as they are; nothing is decoded before `process_image` checks sizes."""
-        if isinstance(image_url_or_urls, (list, tuple)):
+        if is_valid_image(image_url_or_urls):
+            gray = getattr(image_url_or_urls, "ndim", 3) == 2  # an array (height, width)
+            return image_url_or_urls[None] if gray else image_url_or_urls
+        if isinstance(image_url_or_urls, Sequence) and not isinstance(image_url_or_urls, (str, bytes, bytearray)):
             images = [self.fetch_images(x) for x in image_url_or_urls]
             # of one kind: transformers would take the rows of an image for images
             batches = ("batches" if getattr(x, "ndim", 3) == 4 else "images" for x in images)
@@ -248,10 +295,7 @@ class MicroVLMImageProcessor(TorchvisionBackend):
                 "per text, or arrays of several images alone.",
             )
             return images
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return fetch_image(image_url_or_urls, self.max_pixels)
-        images = super().fetch_images(image_url_or_urls)
-        return images[None] if getattr(images, "ndim", 3) == 2 else images  # a gray array (height, width)
+        return fetch_image(image_url_or_urls, self.max_pixels)
 
     def _prepare_images_structure(self, images, expected_ndims=3):
         images = super()._prepare_images_structure(images, expected_ndims)
@@ -270,7 +314,11 @@ class MicroVLMImageProcessor(TorchvisionBackend):
             image = as_uint8(image)
         if isinstance(image, np.ndarray):
             image = np.require(image, requirements="CW")  # torch takes neither read-only arrays nor bgr[..., ::-1]
-        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        # white is 255 for the rescaling that follows
+        if image.is_floating_point() and kwargs.get("do_rescale") and kwargs.get("rescale_factor") == 1 / 255:
+            image = image.clamp(min=0) * (255 / white_of(float(image.max()), True))
+        return image
 
     def rescale_and_normalize(self, images: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Rescale and normalise like `super()`; refuse what is not finite in float32."""

@@ -412,7 +412,7 @@ def test_in_a_browser(address, browser, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     show(broken)
-    expect(tab.get_by_text("broken.png is not an image that Pillow can read.").first).to_be_visible()
+    expect(tab.get_by_text("broken.png is not an image that Pillow can read as PNG").first).to_be_visible()
     expect(caption).to_have_value("")
 
     example("drum")

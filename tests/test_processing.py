@@ -2,16 +2,22 @@
 clear error."""
 
 import base64
+import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 import warnings
 import zlib
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -205,9 +211,17 @@ def test_tokenizer_without_the_image_token(unknown):
 def test_every_kind_of_input_gives_the_same_pixels(processor, tmp_path):
     image, path = picture(), tmp_path / "a picture.png"
     image.save(path)
-    text = base64.b64encode(path.read_bytes()).decode()
+    data = path.read_bytes()
+    text = base64.b64encode(data).decode()
     array = np.asarray(image)
-    sources = [image, path, str(path), path.as_uri(), text, f"data:image/png;base64,{text}", array]
+    at_end = io.BytesIO(data)
+    at_end.read()
+    row = datasets.Dataset.from_list([{"image": {"bytes": data}}], datasets.Features({"image": datasets.Image()}))
+    sources = [data, bytearray(data), at_end, {"bytes": data, "path": "gone.png"}, {"bytes": None, "path": str(path)}]
+    sources += [{"url": path.as_uri()}, row["image"], row.cast_column("image", datasets.Image(decode=False))["image"]]
+    with path.open("rb") as file:
+        assert processor(images=file)["pixel_values"] is not None
+    sources += [image, path, str(path), path.as_uri(), text, f"data:image/png;base64,{text}", array]
     sources += [
         array.transpose(2, 0, 1),
         torch.from_numpy(array.copy()),
@@ -218,6 +232,24 @@ def test_every_kind_of_input_gives_the_same_pixels(processor, tmp_path):
         assert processor(images=source, return_tensors="pt")["pixel_values"].equal(expected), type(source)
     flipped = array[..., ::-1]  # negative strides
     assert processor(images=flipped, return_tensors="pt")["pixel_values"].equal(expected.flip(1))
+
+
+def test_what_is_white_in_arrays_of_real_numbers(processor):
+    """The same rule as for Pillow's mode F; ToTensor's arrays are in [0, 1]."""
+
+    def pixels(image, **kwargs):
+        return processor(images=image, return_tensors="pt", do_resize=False, **kwargs)["pixel_values"]
+
+    image = np.asarray(picture())
+    real, expected = torch.from_numpy(image / np.float32(image.max())).permute(2, 0, 1), pixels(image)
+    assert image.max() == 255
+    for top in (1, 255, 65535, 1e6):
+        for array in (real * top, (real * top).numpy().transpose(1, 2, 0), [real * top]):
+            assert torch.allclose(pixels(array), expected, atol=1e-5), top
+    for kwargs in ({"do_rescale": False}, {"rescale_factor": 1.0}):
+        assert torch.allclose(pixels(real, **kwargs), expected, atol=1e-5)
+    gray = Image.fromarray(np.array([[-1, 0, 0.5, 1]], dtype=np.float32))
+    assert torch.allclose(pixels(gray), pixels(np.asarray(gray)), atol=0.01)
 
 
 def test_arrays_of_other_shapes_and_widths(processor):
@@ -553,8 +585,8 @@ def broken(kind: str) -> bytes:
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("nothing", "{} is not an image that Pillow can read."),
-        ("text", "{} is not an image that Pillow can read."),
+        ("nothing", "{} is not an image that Pillow can read as PNG, JPEG, "),
+        ("text", "{} is not an image that Pillow can read as PNG, JPEG, "),
         ("half JPEG", "{} cannot be decoded: image file is truncated"),
         ("half PNG", "{} cannot be decoded: image file is truncated"),
         ("half GIF", "{} cannot be decoded: image file is truncated"),
@@ -587,11 +619,72 @@ def test_urls_that_cannot_be_opened(processor, source):
     assert str(error.value).startswith(f"{source} cannot be opened: ")
 
 
+@pytest.mark.parametrize("suffix", ["EPS", "PDF", "PSD", "WMF", "FITS", "SUN"])
+def test_formats_that_are_not_promised_are_not_opened(processor, suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
+    heads = {"EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n%%EOF\n"}
+    heads |= {"PSD": b"8BPS\0\1" + bytes(6) + b"\0\3\0\0\0\4\0\0\0\4\0\10\0\3" + bytes(12) + b"\0\0" + bytes(48)}
+    (tmp_path / "a.png").write_bytes(heads.get(suffix, suffix.encode() + bytes(400)))
+    for source in (tmp_path / "a.png", (tmp_path / "a.png").as_uri(), (tmp_path / "a.png").read_bytes()):
+        with pytest.raises(ValueError, match="is not an image that Pillow can read as PNG, JPEG, .*, TGA.$"):
+            processor(images=source)
+
+
+@contextlib.contextmanager
+def http_server(answer):
+    """Give the address of a server that answers with the pieces of a generator, each when it comes."""
+
+    def serve(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            for piece in answer():
+                connection.sendall(piece)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=server.accept()[:1], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def slowly(data):
+    for place in range(len(data)):
+        yield data[place : place + 1]
+        time.sleep(0.1)
+
+
+def test_bytes_of_a_file_are_bounded(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(processing_microvlm, "MAX_BYTES", 5_000_000)
+    path = tmp_path / "sparse.png"
+    with path.open("wb") as file:
+        file.truncate(60 * 10**9)
+    head = b"HTTP/1.0 200 OK\r\n\r\n"
+    with http_server(lambda: itertools.chain([head], itertools.repeat(bytes(10**6)))) as url, path.open("rb") as file:
+        for source in (str(path), path.as_uri(), url, file):
+            with pytest.raises(OSError, match="cannot be opened: it has more than 5000000 bytes, the limit of"):
+                processor(images=source)
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.0 200 OK\r\n\r\n"], ids=["headers", "body"])
+def test_time_of_a_download_is_bounded(processor, head, monkeypatch):
+    monkeypatch.setattr(processing_microvlm, "DOWNLOAD_TIMEOUT", 0.5)
+    rest = b"HTTP/1.0 200 OK\r\n" if not head else bytes(100)
+    with http_server(lambda: itertools.chain([head], slowly(rest))) as url:
+        start = time.monotonic()
+        with pytest.raises(OSError, match=f"{url} cannot be opened: it took more than 0.5 seconds."):
+            processor(images=url)
+        assert time.monotonic() - start < 3
+
+
 def test_things_that_are_no_pictures(processor):
-    for source in (3, None, [None], [picture(), object()]):
-        with pytest.raises(TypeError, match="only a single or a list of entries is supported"):
+    for source in (3, None, [None], [picture(), object()], {}, {"bytes": None}, io.StringIO("a")):
+        with pytest.raises(TypeError, match="images are Pillow images, .*; got (int|NoneType|object|dict|StringIO)."):
             processor.image_processor(source)
-    with pytest.raises(ValueError, match="data:image/png;base64,AAAA is not an image that Pillow can read."):
+    with pytest.raises(ValueError, match="data:image/png;base64,AAAA is not an image that Pillow can read as PNG, "):
         processor(images="data:image/png;base64,AAAA")
 
 

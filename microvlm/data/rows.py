@@ -1,16 +1,14 @@
 """Read image-caption pairs: parquet, image folders, img2dataset's output."""
 
 import hashlib
-import io
 import re
 from glob import glob
 from pathlib import Path
 
 import torch
 from datasets import Dataset, Image, load_dataset
-from PIL import Image as PILImage
 
-from ..model import require
+from ..model import DEFAULT_MAX_PIXELS, open_image, require
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "text", "txt")
@@ -131,10 +129,9 @@ def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
     if not image.get("bytes") and not image.get("path"):
         raise UnreadableRowError(f"row {row_name(row)} has no picture.")
     try:
-        source = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
-        with PILImage.open(source) as opened:
-            return image_processor.process_image(opened, do_convert_rgb=True), caption
-    except (OSError, ValueError, PILImage.DecompressionBombError) as error:
+        image = open_image(image, getattr(image_processor, "max_pixels", DEFAULT_MAX_PIXELS))
+        return image_processor.process_image(image, do_convert_rgb=False), caption
+    except (OSError, ValueError) as error:
         raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {error}") from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..images import find_images
-from ..model import load, open_image, to_rgb
+from ..model import load, open_image
 from .attention import pooling_attention, word_attention
 from .figures import contrast_figure, memory_figure, pooling_figure, save_png, word_figure
 
@@ -41,7 +41,7 @@ def save_figures(what: str, images: list[str], out: str, model: str, revision: s
     state = network.load_memory(memory) if memory else None
     for path in paths or [None]:
         try:
-            image = None if path is None else to_rgb(open_image(path))
+            image = None if path is None else open_image(path)
         except (OSError, ValueError) as error:
             warn(str(error))
             failed += 1
