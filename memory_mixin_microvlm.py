@@ -277,10 +277,20 @@ class MemoryMixin:
         device = "cpu" if self.device.type == "mps" else self.device  # which has no float64
         return self.require_memory().new_state(batch_size, self.memory_fingerprint(), device=device)
 
+    @torch.no_grad()
     def load_memory(self, path: str) -> MemoryState:
-        """Open a memory that this model has saved; see `MemoryState.load` for what is checked."""
+        """Open a memory that this model has saved; see `MemoryState.load` for what else is checked."""
         expected = self.new_memory()
-        return MemoryState.load(path, expected, expected.device)
+        memory = MemoryState.load(path, expected, expected.device)
+        # what is shown is what is spoken: sentences, where they were kept, give the contents
+        told = memory.active & (memory.token_ids[..., 0] >= 0)
+        ids, kept, refused = memory.token_ids[told], memory.contents[told], f"memory file {path} is refused"
+        known = bool((ids < self.config.text_config.vocab_size).all())
+        require(known, f"{refused}: it has token ids beyond the vocabulary.")
+        contents = self.encode_contents(ids.to(self.device)).to(kept) if len(ids) else kept
+        same = ((contents - kept).norm(dim=-1) <= 0.05 * kept.norm(dim=-1)).all()  # other weight formats: 0.002
+        require(bool(same), f"{refused}: a sentence is not what its content says.")
+        return memory
 
     def _check_memory(self, memory: MemoryState, batch_size: int | None = None) -> None:
         """Refuse what is no memory of this model, or of another number of rows."""

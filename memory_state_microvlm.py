@@ -8,16 +8,18 @@ A receipt is the address and the content of an item. It makes forgetting exact, 
 receipts must give the posterior.
 """
 
+import glob
 import json
 import os
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from .configuration_microvlm import require
 from .memory_posterior_microvlm import (
@@ -407,18 +409,23 @@ class MemoryState(MemoryRows):
             "max_items": str(self.max_items),
         }
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self.TENSORS}
-        # a new file, then its name
+        # a new file, on the disk before it has the name
         path = os.path.realpath(path)
-        temporary = f"{path}.{os.getpid()}.part"
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.part"
         try:
-            with open(temporary, "wb") as file:
-                mode = os.fstat(file.fileno()).st_mode  # of a new file here: safetensors makes private ones
-            save_file(tensors, temporary, metadata)
-            os.chmod(temporary, mode)
+            with open(temporary, "xb") as file:
+                file.write(to_bytes(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            if os.path.exists(temporary):  # only if one of the steps failed
+            with suppress(FileNotFoundError):
                 os.unlink(temporary)
+        # what killed processes have left
+        for part in glob.glob(f"{glob.escape(path)}.*.part"):
+            with suppress(OSError):  # another process was first
+                if time.time() - os.path.getmtime(part) > 3600:
+                    os.unlink(part)
 
     @classmethod
     def load(
@@ -549,8 +556,11 @@ def check_content(state: MemoryState, expected: MemoryState) -> None:
     theirs, own = state.noise, expected.noise
     require(theirs == own, f"its observation noise is {theirs}, this model's is {own}")
     # values that a tokenizer or a calendar cannot take
-    known = ((state.token_ids >= -1) & (state.token_ids < 2**31)).all()
+    ids = state.token_ids
+    known = ((ids >= -1) & (ids < 2**31)).all() and (ids[..., 1:] < 0).logical_or(ids[..., :-1] >= 0).all()
     require(bool(known), "it has impossible token ids")
+    for uids, active in zip(state.uids, state.active):
+        require(len(uids[active].unique()) == active.sum(), "two items have one uid")
     past = ((state.times >= 0) & (state.times < LATEST_TIME)).all()
     require(bool(past), "an item was written at an impossible time")
     # items, and the posterior that they give

@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +24,6 @@ from microvlm.memory_state_microvlm import MemoryState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
-
-from microvlm import memory_state_microvlm
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -792,17 +792,41 @@ class TestFiles:
             assert (tmp_path / "memory").stat().st_mode == (tmp_path / "other").stat().st_mode
 
     def test_a_failed_save_leaves_the_old_file(self, tmp_path, monkeypatch):
-        def broken(tensors, path, metadata):
-            Path(path).write_bytes(b"half of it")
+        def broken(handle):
             raise OSError("disk full")
 
         state, path = written(), tmp_path / "memory"
         state.save(path)
         before = path.read_bytes()
-        monkeypatch.setattr(memory_state_microvlm, "save_file", broken)
+        monkeypatch.setattr("os.fsync", broken)
         with pytest.raises(OSError, match="disk full"):
             state.forget(0).save(path)
         assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+    def test_it_is_on_the_disk_before_it_has_its_name(self, tmp_path, monkeypatch):
+        steps = []
+        for name in ("fsync", "replace"):
+            real = getattr(os, name)
+            monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (steps.append(name), real(*args)))
+        written().save(tmp_path / "memory")
+        assert steps == ["fsync", "replace"]
+
+    def test_threads_that_save_to_one_path(self, tmp_path):
+        states = [written(seed=seed) for seed in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda state: state.save(tmp_path / "memory"), states * 10))
+        mean = self.load(tmp_path / "memory").mean
+        assert any(torch.equal(mean, state.mean) for state in states)
+        assert [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+    def test_what_a_killed_process_has_left_goes(self, tmp_path):
+        old, fresh, other = (tmp_path / f"{name}.part" for name in ("memory.0123abcd", "memory.4567cdef", "my.file"))
+        for path in (old, fresh, other):
+            path.touch()
+        for path in (old, other):
+            os.utime(path, (0, 0))
+        written().save(tmp_path / "memory")
+        assert not old.exists() and fresh.exists() and other.exists()
 
     def test_a_folder_is_refused(self, tmp_path):
         with pytest.raises(ValueError) as error:
@@ -883,6 +907,9 @@ class TestFiles:
             ("covariance", lambda x: 0.99 * x, "its receipts do not give its covariance"),
             ("covariance", lambda x: -x, "its receipts do not give its covariance"),
             ("log_det", lambda x: x + 1e-3, "its receipts do not give its log_det"),
+            ("uids", lambda x: spoil(x, x[0, 1]), "two items have one uid"),
+            ("token_ids", lambda x: spoil(x, 2**31), "it has impossible token ids"),
+            ("token_ids", lambda x: torch.tensor([-1, 3, 3, 3, 3]).expand_as(x), "it has impossible token ids"),
         ],
     )
     def test_tensors(self, tmp_path, name, damage, why):
@@ -1072,6 +1099,22 @@ class TestVerbs:
         why = f"it was written by another model (fingerprint {theirs}, this model's is {own})"
         with refused(f"memory file {path} is refused: {why}."):
             model.load_memory(path)
+
+    def test_a_file_says_what_its_contents_say(self, model, tmp_path):
+        path, facts = tmp_path / "memory", tiny_inputs(2, 10)
+        state = model.write_memory(model.new_memory(2), **facts)
+        without = replace(state, token_ids=torch.full_like(state.token_ids, -1))
+        for good in (state, without, model.new_memory()):
+            good.save(path)
+            assert_same_state(model.load_memory(path), good)
+        for changed, why in (
+            (lambda ids: spoil(ids, model.config.text_config.vocab_size), "it has token ids beyond the vocabulary"),
+            (lambda ids: spoil(ids, 10 + ids[0, 0, 0] % 7), "a sentence is not what its content says"),
+            (lambda ids: ids.flip(0), "a sentence is not what its content says"),
+        ):
+            replace(state, token_ids=changed(state.token_ids.clone())).save(path)
+            with refused(f"memory file {path} is refused: {why}."):
+                model.load_memory(path)
 
     def test_model_without_memory(self, model, tmp_path):
         plain, facts = tiny_model(), tiny_inputs(2, 10)
