@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_microvlm import require
+from .memory_microvlm import present
 
 
 def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -40,7 +41,8 @@ class MicroVLMFusionLayer(nn.Module):
         self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, text: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-        text = text + self.attention(self.norm1(text), prefix, prefix, need_weights=False)[0]
+        with present(self.attention):  # which reads the weights of its parts itself
+            text = text + self.attention(self.norm1(text), prefix, prefix, need_weights=False)[0]
         return text + self.fc2(F.gelu(self.fc1(self.norm2(text))))
 
 

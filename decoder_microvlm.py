@@ -245,7 +245,8 @@ class PackedDecoder:
         if config.model_type not in MODEL_TYPES or layer_types != {"full_attention"} or config.hidden_act != activation:
             return False
         linears = [m for name, m in model.layers.named_modules() if name.endswith("_proj")]
-        return all(isinstance(m, PackedLinear) and m.whole_numbers and m.weight.device.type == "cpu" for m in linears)
+        here = {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cpu"}  # and not offloaded
+        return here and all(isinstance(m, PackedLinear) and m.whole_numbers for m in linears)
 
     def weights(self) -> list[tuple]:
         """Return the `versions` of the weights."""

@@ -129,7 +129,7 @@ class MicroVLMGenerationMixin(GenerationMixin):
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:  # use_cache=False: every step is a whole pass, and needs it again
             model_kwargs["memory_readout"] = readout
-        elif isinstance(cache, MemoryCache):
+        elif hasattr(cache, "attach"):  # a MemoryCache, of any copy of this code
             cache.attach(readout)
         else:
             model_kwargs[CACHE_NAME] = MemoryCache(cache, readout)
@@ -138,7 +138,7 @@ class MicroVLMGenerationMixin(GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **kwargs):
         """Make the masks of a static cache ahead, unless `forward` has to append the memory's columns."""
         cache = one_cache(past_key_values, cache)
-        if isinstance(cache, MemoryCache) and cache.num_memory_tokens:
+        if getattr(cache, "num_memory_tokens", 0):
             return attention_mask
         return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
 

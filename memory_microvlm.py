@@ -16,6 +16,7 @@ docs/memory.md has the maths.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,9 +32,25 @@ NUM_SCOPE_STATISTICS = 9
 WORD_SHARPNESS = 40.0  # of the address of a question in words
 
 
+@contextmanager
+def present(*parts: nn.Module):
+    """Have the weights of modules in place, which accelerate's hooks bring for a module's own `forward` alone."""
+    away = [m for part in parts for m in part.modules() if "_hf_hook" in vars(m)]
+    away = [m for m in away if any(t.is_meta for t in (*m.parameters(False), *m.buffers(False)))]
+    for m in away:
+        m._hf_hook.pre_forward(m)
+    forwards = [vars(m).pop("forward") for m in away]  # which would take them away again
+    try:
+        yield
+    finally:
+        for m, forward in zip(away, forwards):
+            m.forward = forward
+            m._hf_hook.post_forward(m, None)
+
+
 def in_float32(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     """Compute `module(*inputs)` in float32, whatever the dtype of its parameters, and without autocast."""
-    with no_autocast(inputs[0]):
+    with no_autocast(inputs[0]), present(module):
         # inputs and weights in float32
         inputs = [x.float() if x.is_floating_point() else x for x in inputs]
         tensors = dict((*module.named_parameters(), *module.named_buffers()))
@@ -169,7 +186,8 @@ class EpisodicMemory(nn.Module):
         # the last one, or a new one
         if not torch.is_grad_enabled() and self._prepared[0] == key:
             return self._prepared[1]
-        prepared = ADDRESSINGS[config.addressing].prepare(reference.float(), config)
+        with present(self):
+            prepared = ADDRESSINGS[config.addressing].prepare(self.reference.float(), config)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._prepared = key, prepared
         return prepared
@@ -217,8 +235,9 @@ class EpisodicMemory(nn.Module):
 
     def weigh_words(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up weights of tokens, in the shape of `ids`, float32; 1 for tokens added to the vocabulary since."""
-        known = ids < len(self.word_weight)
-        return self.word_weight.float()[ids * known].masked_fill(~known, 1.0)
+        with present(self):
+            known = ids < len(self.word_weight)
+            return self.word_weight.float()[ids * known].masked_fill(~known, 1.0)
 
     def match(self, state: MemoryState, words: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compare questions in words with the stored sentences, (R, Q, N); about 1 where a sentence has all words.

@@ -27,6 +27,7 @@ from .memory_microvlm import (
     MemoryQuery,
     MemoryReadout,
     in_float32,
+    present,
     scope_threshold,
 )
 from .memory_posterior_microvlm import address_kl
@@ -90,6 +91,18 @@ def memory_outputs(readout: MemoryReadout | None) -> dict[str, torch.Tensor]:
         "memory_kl": readout.memory_kl,
         "address_kl": readout.address_kl,
     }
+
+
+def fingerprint_bytes(name: str, value: torch.Tensor) -> bytes:
+    """Return what a fingerprint takes of a weight: its name and its bfloat16 values, the same in both widths."""
+    readable = isinstance(value, torch.Tensor) and not value.is_meta and not value.is_quantized
+    advice = "open memory, vision tower and token embeddings as ordinary weights."
+    require(readable, f"this form of the model has no memory, {name} is no tensor of numbers: {advice}")
+    if value.ndim == 0 and not value.is_floating_point():  # BatchNorm's count of batches, a format of bitsandbytes
+        return b""
+    value = getattr(value, "full_tensor", lambda: value)().to(torch.bfloat16)  # of a DTensor
+    name = name.removesuffix(".weight") if name.startswith("embeddings.") else name
+    return name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 class MemoryReader:
@@ -159,15 +172,16 @@ class MemoryReader:
         scope = in_float32(self.scope, query.keys, read.statistics.flatten(0, 1))  # (B,)
         log_gate = self._log_gate(memory, query, scope, gate)
         content = read.content.flatten(0, 1)  # (B, S x C)
-        return MemoryReadout(
-            key_values=self.memory_projection(content.to(self.memory_projection.token_bias.dtype)),
-            log_gate=log_gate,
-            scope_logits=scope,
-            content=content.view(len(scope), self.config.memory_config.num_content_slots, -1),
-            address=addresses.flatten(0, 1),
-            memory_kl=memory.kl().mean().float().to(scope.device) if kl else None,
-            address_kl=address_kl(addresses, self.memory.address_log_variance.float()).mean() if kl else None,
-        )
+        with present(self.memory):
+            return MemoryReadout(
+                key_values=self.memory_projection(content.to(self.memory_projection.token_bias.dtype)),
+                log_gate=log_gate,
+                scope_logits=scope,
+                content=content.view(len(scope), self.config.memory_config.num_content_slots, -1),
+                address=addresses.flatten(0, 1),
+                memory_kl=memory.kl().mean().float().to(scope.device) if kl else None,
+                address_kl=address_kl(addresses, self.memory.address_log_variance.float()).mean() if kl else None,
+            )
 
     def _log_gate(self, memory: MemoryState, query: MemoryQuery, scope: torch.Tensor, gate) -> torch.Tensor:
         """Log of the gate (B,), from 0 for on to -inf for off; scope logits (B,)."""
@@ -218,7 +232,7 @@ class MemoryReader:
                 return MemoryCache(DynamicCache(config=text_config), readout), True
             return MemoryCache.read_only(len(layers), readout), False
         # the caller's cache
-        if not isinstance(cache, MemoryCache):
+        if not hasattr(cache, "attach"):
             return MemoryCache(cache, readout), use_cache
         cache.attach(readout)
         return cache, use_cache
@@ -226,7 +240,7 @@ class MemoryReader:
     @contextmanager
     def replaying_memory(self, cache: Cache | None):
         """Let checkpointed layers keep a read-only cache, so that their replay reads the memory again."""
-        replay = self._is_checkpointing and isinstance(cache, MemoryCache) and cache.is_read_only
+        replay = self._is_checkpointing and getattr(cache, "is_read_only", False)
         layers = self.language_model.layers if replay else []
         for layer in layers:
             layer._can_checkpoint_with_cache = True  # of GradientCheckpointingLayer, transformers 5.23 and 5.24
@@ -248,6 +262,9 @@ class MemoryMixin:
     def train(self, mode: bool = True):
         """Like `super()`; the fingerprint is computed again afterwards."""
         self._fingerprint = (None,)
+        for name, module in self.named_modules():
+            if hasattr(module, "support_avx512bf16_for_cpu") and "language_model" not in name:
+                module.support_avx512bf16_for_cpu = False  # the first pass would change 4 bits, and so the fingerprint
         return super().train(mode)
 
     def memory_fingerprint(self) -> str:
@@ -255,27 +272,27 @@ class MemoryMixin:
 
         The decoder's layers are not in it: fine-tuning them leaves stored memories readable.
         """
-        # keys, contents and words
-        memory = self.require_memory()
-        modules = {"memory": memory, "vision_tower": self.model.vision_tower}
-        tensors = {f"{part}.{n}": t for part, m in modules.items() for n, t in m.state_dict(keep_vars=True).items()}
-        vocabulary = self.get_input_embeddings().state_dict(keep_vars=True)
-        tensors |= {f"embeddings.{name}".removesuffix(".weight"): tensor for name, tensor in vocabulary.items()}
+        # words, keys and contents
+        parts = {"embeddings": self.get_input_embeddings(), "memory": self.require_memory()}
+        parts["vision_tower"] = self.model.vision_tower
         fields = tuple((name, getattr(self.config.memory_config, name)) for name in FINGERPRINT_FIELDS)
         # hash again only when a tensor was written to
-        key = fields, versions(tensors.values())
+        key = fields, versions(t for part in parts.values() for t in (*part.parameters(), *part.buffers()))
         if getattr(self, "_fingerprint", (None,))[0] != key:
             digest = hashlib.sha256(repr(fields).encode())
-            for name in sorted(tensors):
-                value = tensors[name].detach().to(torch.bfloat16).cpu().contiguous()  # the same in both widths
-                digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
+            with present(*parts.values()):
+                for part, module in parts.items():
+                    for name, value in sorted(module.state_dict(prefix=f"{part}.").items()):
+                        digest.update(fingerprint_bytes(name, value))
             self._fingerprint = key, digest.hexdigest()[:32]
         return self._fingerprint[1]
 
     def new_memory(self, batch_size: int = 1) -> MemoryState:
         """Make empty memories, one per row; one row serves any number of queries."""
-        device = "cpu" if self.device.type == "mps" else self.device  # which has no float64
-        return self.require_memory().new_state(batch_size, self.memory_fingerprint(), device=device)
+        with present(memory := self.require_memory()):
+            device = memory.word_weight.device
+        device = "cpu" if device.type == "mps" else device  # which has no float64
+        return memory.new_state(batch_size, self.memory_fingerprint(), device=device)
 
     @torch.no_grad()
     def load_memory(self, path: str) -> MemoryState:
@@ -294,7 +311,7 @@ class MemoryMixin:
 
     def _check_memory(self, memory: MemoryState, batch_size: int | None = None) -> None:
         """Refuse what is no memory of this model, or of another number of rows."""
-        if not isinstance(memory, MemoryState):
+        if not all(hasattr(memory, name) for name in MemoryState.TENSORS):  # or of another copy of this code
             raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}: load_memory() opens a file.")
         theirs, own, rows = memory.fingerprint, self.memory_fingerprint(), memory.num_rows
         another = f"the memory was written by another model: its fingerprint is {theirs}, this model's {own}."

@@ -30,12 +30,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .alignment_microvlm import AlignmentMixin, MicroVLMAlignment, MicroVLMFusion, contrastive_loss
-from .cache_microvlm import CACHE_NAME, MemoryCache, memory_mask, one_cache, positions_without_padding
+from .cache_microvlm import CACHE_NAME, memory_mask, one_cache, positions_without_padding
 from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, naming_section, require
 from .decoder_microvlm import PackedDecoder
 from .generation_microvlm import MicroVLMGenerationMixin
 from .llvm_microvlm import BUILDING
-from .memory_microvlm import EpisodicMemory, MemoryProjection, MemoryReadout, ScopeNet
+from .memory_microvlm import EpisodicMemory, MemoryProjection, MemoryReadout, ScopeNet, present
 from .memory_mixin_microvlm import (
     MemoryMixin,
     MemoryReader,
@@ -162,7 +162,8 @@ class MicroVLMVisionTower(TimmWrapperModel):
         return getattr(self.timm_model, "num_prefix_tokens", 0)
 
     def forward(self, pixel_values: torch.FloatTensor, **kwargs):
-        out = super().forward(pixel_values, **kwargs)
+        with present(self):  # timm's own `forward`, which a hook waits for, is never called
+            out = super().forward(pixel_values, **kwargs)
         # a map as tokens
         hidden = out[0]  # a tuple without return_dict
         if hidden.ndim == 4:  # (N, width, rows, columns), or (N, rows, columns, width)
@@ -449,7 +450,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             kwargs = {"use_cache": kwargs.get("use_cache")}
         else:
             decoder, kwargs = self.language_model, {"return_dict": True, **kwargs}
-            if isinstance(cache, MemoryCache) and cache.num_memory_tokens:
+            if getattr(cache, "num_memory_tokens", 0):
                 text_config = self.config.text_config
                 attention_mask = memory_mask(text_config, inputs_embeds, attention_mask, cache, position_ids)
         return decoder(
@@ -483,10 +484,6 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key != "_decoder"}  # a copy makes its own
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.__dict__.pop("_decoder", None)
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, MicroVLMPreTrainedModel):
