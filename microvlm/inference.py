@@ -1,5 +1,6 @@
 """Caption images, store facts, answer questions: what every front end calls."""
 
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from transformers import TextIteratorStreamer
 
 from .model import DEFAULT_MAX_PIXELS, MemoryState, open_image, require
 
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS, MAX_SECONDS = 32, 60
 
 
 @dataclass
@@ -94,8 +95,8 @@ def _caption(model, processor, paths, text, batch_size, generate_kwargs) -> Iter
         try:
             batch.append(Caption(path, image=open_image(path, max_pixels)))
             images += 1
-        except (OSError, ValueError) as error:
-            batch.append(Caption(path, error=str(error)))
+        except (OSError, ValueError, MemoryError) as error:
+            batch.append(Caption(path, error=str(error) or f"{path} needs more memory than there is."))
         if images == batch_size:
             yield from _caption_batch(model, processor, batch, text, generate_kwargs)
             batch, images = [], 0
@@ -144,15 +145,23 @@ def ask(model, processor, what: str, memory: MemoryState | None = None) -> Answe
 
 
 def stream(model, processor, query: Query, readout=None) -> Iterator[tuple[str, list[int]]]:
-    """Yield an answer as it grows, and with the last piece its tokens; `readout` is what a memory adds to it."""
+    """Yield an answer as it grows, and with the last piece its tokens; `readout` is what a memory adds to it.
+
+    It ends after a minute, or with the token in which nobody reads it any more.
+    """
+    closed = threading.Event()
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer, "max_time": MAX_SECONDS}
+    options["stopping_criteria"] = [lambda *_: closed.is_set()]
     # generate in a thread, read its pieces here
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(model.generate, **query.inputs(), memory_readout=readout, **options)
         future.add_done_callback(lambda _: streamer.end())  # after an error too
         text = ""
-        for piece in streamer:
-            text += piece
-            yield text.strip(), []
+        try:
+            for piece in streamer:
+                text += piece
+                yield text.strip(), []
+        finally:
+            closed.set()
         yield text.strip(), future.result()[0, query.input_ids.shape[1] :].tolist()

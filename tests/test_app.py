@@ -11,7 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlparse
@@ -26,15 +29,26 @@ from safetensors.torch import load_file, save_file
 gr = pytest.importorskip("gradio")
 
 import httpx
+from gradio_client.utils import apply_diff
 
-from microvlm.commands.app import EXAMPLES, NO_MEMORY, Page, build, recall_table
+from microvlm.commands.app import EXAMPLES, GONE, LONGEST, NO_MEMORY, Page, build, recall_table
 from microvlm.model import load
 from microvlm.visualize.attention import Recall
 
-SWAN, DRUM = ({"path": str(ROOT / "examples" / name)} for name in ("swan.png", "drum.png"))
+SWAN, DRUM = {}, {}  # uploaded, see `uploads`
 FACT, OTHER = "This is Bimo the swan.", "This is Tavo the drum."
-GONE = "The picture is no longer here: show it again."
 SECONDS = 150  # for one step of the browser, on a busy machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uploads(tmp_path_factory):
+    """Make pytest's folder the one where gradio keeps uploads."""
+    folder = tmp_path_factory.getbasetemp()
+    for picture, name in ((SWAN, "swan.png"), (DRUM, "drum.png")):
+        picture["path"] = shutil.copy(ROOT / "examples" / name, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +174,25 @@ def test_a_picture_that_is_gone_is_told(page, tmp_path):
             assert error.value.message == GONE
 
 
+def test_only_uploads_are_opened(page, taught, uploads, tmp_path):
+    taught.save(facts := tmp_path / "facts.safetensors")
+    outside = Path(tempfile.mkdtemp())
+    try:
+        for path in (SWAN["path"], facts):
+            shutil.copy(path, outside)
+        (tmp_path / "link.png").symlink_to(outside / "swan.png")
+        for path in (outside / "swan.png", tmp_path / "link.png", f"{uploads}/../{outside.name}/swan.png", "\0", 5):
+            picture = {"path": path if path == 5 else str(path)}
+            for wrong in (lambda: list(page.look(picture, None)), lambda: page.teach(picture, FACT, None)):  # noqa: B023
+                with pytest.raises(gr.Error) as error:
+                    wrong()
+                assert error.value.message == GONE
+        with pytest.raises(gr.Error, match="Choose a file first."):
+            page.load(str(outside / "facts.safetensors"))
+    finally:
+        shutil.rmtree(outside)
+
+
 def test_files_stay_for_a_day(page):
     assert build(page.model, page.processor).delete_cache == (3600, 86400)
 
@@ -218,8 +251,10 @@ def test_wrong_use_is_told(page, taught):
     for wrong in (
         lambda: page.teach(None, FACT, None),
         lambda: page.teach(SWAN, "  ", None),
-        lambda: page.teach(SWAN, "word " * 100, None),  # longer than can be stored
+        lambda: page.teach(SWAN, "word " * 39, None),  # longer than can be stored
         lambda: list(page.ask(" ", None)),
+        *(lambda wrong=wrong: page.teach(SWAN, wrong, None) for wrong in (None, 5, ["a"], {}, "word " * 20_000)),
+        *(lambda wrong=wrong: list(page.ask(wrong, None)) for wrong in (None, 5, "a" * (LONGEST + 1))),
         lambda: page.forget(None, taught),
         lambda: page.forget("5", taught),
         lambda: page.forget("5", None),
@@ -285,16 +320,35 @@ class Visitor:
             (there,) = self.client.post(f"{self.address}/upload", files={"files": (path.name, file)}).json()
         return {"path": there, "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
 
-    def __call__(self, event, *data):
-        """What an event ends in: its outputs as `data`, of those that do not stream, or an `error`."""
+    def join(self, event, *data):
         event = {"data": data, "fn_index": self.events[event], "session_hash": self.name}
         self.client.post(f"{self.address}/queue/join", json=event).raise_for_status()
+
+    def messages(self, event, *data):
+        self.join(event, *data)
         path = f"{self.address}/queue/data"
         with self.client.stream("GET", path, params={"session_hash": self.name}) as lines:
             for line in lines.iter_lines():
                 message = json.loads(line.removeprefix("data:") or "{}")
+                if message.get("msg") in ("process_generating", "process_completed"):
+                    yield message
                 if message.get("msg") == "process_completed":
-                    return message["output"]
+                    return
+
+    def __call__(self, event, *data):
+        """What an event ends in: its outputs as `data`, of those that do not stream, or an `error`."""
+        return list(self.messages(event, *data))[-1]["output"]
+
+    def last(self, event, *data):
+        """The outputs of an event that streams, at its end."""
+        outputs = []
+        for message in self.messages(event, *data):
+            for place, value in enumerate(message["output"].get("data", [])):
+                if place >= len(outputs):
+                    outputs.append(value)
+                elif message["msg"] == "process_generating":  # changes since the message before
+                    outputs[place] = apply_diff(outputs[place], value)
+        return outputs
 
 
 def test_a_bad_picture_is_refused_by_name_on_the_page(address, tmp_path):
@@ -329,6 +383,92 @@ def test_a_stale_choice_forgets_nothing_else_on_the_page(address, listed):
     assert "nothing was forgotten" in visitor("forget", first, None).get("error", "")
     names, _, *answer = visitor("items", None)["data"]
     assert [label for label, _ in names["choices"]] == [f"0. {OTHER}"] and answer == ["", ""]
+
+
+PRIVATE = ("/etc/hostname", "/etc/no such file", str(ROOT / "examples" / "swan.png"), "file:///etc/hostname")
+
+
+@pytest.mark.parametrize("meta", [None, {"_type": "gradio.FileData"}, {"_type": "x"}])
+@pytest.mark.parametrize("url", [None, "/gradio_api/file=/etc/hostname", "http://127.0.0.1:9/a.png"])
+def test_nothing_else_of_the_server_is_read(address, meta, url):
+    visitor, said = Visitor(address, f"thief {meta} {url}"), set()
+    for path in PRIVATE:
+        file = {"path": path, "url": url} | ({} if meta is None else {"meta": meta})
+        for output in (visitor("look", file, None), visitor("teach", file, FACT, None), visitor("load", file, None)):
+            assert output["error"] is not None and "data" not in output, output
+            said.add(output["error"].replace(path, "PATH").partition(" [type=")[0])  # pydantic repeats the input
+    assert len(said) < 4  # the same for what is there and for what is not
+    for path in PRIVATE:
+        assert visitor.client.get(f"{visitor.address}/file={path}").status_code in (403, 404)
+
+
+def test_what_a_browser_would_not_send_is_told(address):
+    visitor, start = Visitor(address, "odd"), time.monotonic()
+    picture = visitor.upload(Path(SWAN["path"]))
+    for text in ("word " * 100_000, None, 5, [], {"a": 1}):
+        for event in (("teach", picture, text, None), ("ask", text, None)):
+            error = visitor(*event).get("error", "")
+            if event[0] == "teach" or not isinstance(text, (int, list, dict)):  # gradio makes a text of these
+                assert re.match(r"Type a (sentence|question) first\.|This text has 499999 characters", error), (
+                    event,
+                    error,
+                )
+    for odd in ("swan.png", 5, [], {}, {"path": 5}, {"path": None}, {"path": ["a"]}):
+        assert visitor("look", odd, None)["error"] and visitor("teach", odd, FACT, None)["error"], odd
+    for uid in (5, [], {"a": 1}, "x" * 10**6):
+        assert "nothing was forgotten" in visitor("forget", uid, None)["error"]
+    assert time.monotonic() - start < SECONDS
+    assert "error" not in visitor("teach", picture, FACT, None)  # the page still works
+
+
+def test_markup_in_a_sentence_is_text(address):
+    visitor = Visitor(address, "markup")
+    picture = visitor.upload(Path(SWAN["path"]))
+    assert "error" not in visitor("teach", picture, "<img src=x onerror=alert(1)> is a swan.", None)
+    assert "<img src=x" not in json.dumps(visitor.last("look", picture, None))
+
+
+@pytest.fixture
+def here(page):
+    """A server in this process, whose model a test can change."""
+    blocks = build(page.model, page.processor)
+    try:
+        yield blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, show_error=True)[1].rstrip("/")
+    finally:
+        blocks.close(verbose=False)
+
+
+def test_two_visitors_are_served_at_once(here, page, monkeypatch):
+    both, real = threading.Barrier(2), page.model.generate
+    monkeypatch.setattr(page.model, "generate", lambda **kwargs: (both.wait(60), real(**kwargs))[1])
+    visitors = [Visitor(here, name) for name in "ab"]
+    pictures = [visitor.upload(Path(p["path"])) for visitor, p in zip(visitors, (SWAN, DRUM))]
+    with ThreadPoolExecutor(2) as pool:
+        captions = list(pool.map(lambda visitor, picture: visitor.last("look", picture, None)[0], visitors, pictures))
+    monkeypatch.undo()
+    assert captions == [last(page.look(picture, None))[0][0] for picture in (SWAN, DRUM)]
+
+
+def test_who_leaves_stops_the_work(here, page, monkeypatch):
+    steps, real, started = [], page.model.forward, threading.Event()
+
+    @wraps(real)
+    def forward(*args, **kwargs):
+        steps.append(time.monotonic())
+        started.set()
+        time.sleep(0.5)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(page.model, "forward", forward)
+    monkeypatch.setattr(page.model.generation_config, "eos_token_id", None)  # 32 tokens
+    visitor = Visitor(here, "leaves")
+    visitor.join("ask", "Who is the swan?", None)
+    with visitor.client.stream("GET", f"{visitor.address}/queue/data", params={"session_hash": visitor.name}):
+        assert started.wait(60)
+    time.sleep(3)
+    count = len(steps)
+    time.sleep(1.5)
+    assert len(steps) == count < 16
 
 
 # --- browser

@@ -1,5 +1,6 @@
 """Serve a page to try a model on."""
 
+import copy
 import html
 import os
 import tempfile
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import torch
+from gradio.utils import get_upload_folder, is_in_or_equal
 from safetensors import SafetensorError
 
 from ..files import ROOT
@@ -22,6 +24,8 @@ from ..visualize.figures import overlay
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 EXAMPLES = ("swan", "robot", "drum", "grapes", "chipmunk", "saxophone")
 TABLE_ROWS, MAP_SIZE = 6, 224
+LONGEST, VISITORS = 200, 2  # characters of a sentence or question; visitors who are served at once
+GONE = "The picture is no longer here: show it again."
 NO_MEMORY = "<p class='quiet'>The memory is empty.</p>"
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
@@ -46,12 +50,20 @@ def error_on_page(**names: str) -> Iterator[None]:
 
 
 @contextmanager
-def path_of(image: dict) -> Iterator[str]:
-    """Give the path in gradio's description of a file; errors in here name the file without its folder."""
-    path = image["path"]
-    ask_for(path and os.path.isfile(path), "The picture is no longer here: show it again.")
+def uploaded(path, missing: str) -> Iterator[str]:
+    """Give the path of an upload, and of no other file here; errors in here name it without its folder."""
+    is_here = isinstance(path, str) and os.path.isfile(path) and is_in_or_equal(path, get_upload_folder())
+    ask_for(is_here, missing)
     with error_on_page(**{os.path.basename(path): path}):
         yield path
+
+
+def text_of(value, missing: str) -> str:
+    """Strip what a visitor typed; what a browser would not send is told, too."""
+    text = value.strip() if isinstance(value, str) else ""
+    ask_for(text, missing)
+    ask_for(len(text) <= LONGEST, f"This text has {len(text)} characters, at most {LONGEST} are read: shorten it.")
+    return text
 
 
 def uids(memory) -> list[str]:
@@ -75,6 +87,9 @@ class Page:
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
+        # of the same weights, for the maps: another visitor's caption must not come from a model set to eager
+        self.eager = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        self.eager.model.language_model.set_attn_implementation("eager")
 
     def look(self, image: dict | None, memory) -> Iterator[tuple[str, str, list]]:
         """Yield caption, recall table and a heat map per word as they come; after an error all are empty."""
@@ -82,7 +97,7 @@ class Page:
             yield "", "", []
             return
         try:
-            with path_of(image) as path, torch.no_grad():
+            with uploaded(image["path"], GONE) as path, torch.no_grad():
                 yield from self._look(open_image(path), memory)
         except gr.Error:
             yield "", "", []
@@ -97,7 +112,7 @@ class Page:
         for text, ids in stream(self.model, self.processor, query, result and result.readout):  # noqa: B007
             yield text, recall_table(result), []
         # then where each of its words looked
-        words = word_attention(self.model, self.processor, query.pixel_values, [ids], memory)[0]
+        words = word_attention(self.eager, self.processor, query.pixel_values, [ids], memory)[0]
         small, maps = thumbnail(image, MAP_SIZE), []
         for word, heat, share in zip(words.words, words.maps, words.memory):
             label = f"{word} {share:.0%}" if result and result.speaks else word
@@ -111,9 +126,9 @@ class Page:
 
     def ask(self, question: str, memory) -> Iterator[tuple[str, str]]:
         """Yield the answer to a question as it grows, and the recall table."""
-        ask_for(question.strip(), "Type a question first.")
+        question = text_of(question, "Type a question first.")
         with error_on_page(), torch.no_grad():
-            query = question_query(self.model, self.processor, question.strip())
+            query = question_query(self.model, self.processor, question)
             _, result = self._recall(query, memory)
             for text, _ in stream(self.model, self.processor, query, result.readout):
                 yield text, recall_table(result)
@@ -121,10 +136,10 @@ class Page:
     def teach(self, image: dict | None, sentence: str, memory):
         """Store a sentence under the image; returns the memory and the emptied text box."""
         ask_for(image is not None, "Choose a picture first.")
-        ask_for(sentence.strip(), "Type a sentence first.")
-        with path_of(image) as path:
+        sentence = text_of(sentence, "Type a sentence first.")
+        with uploaded(image["path"], GONE) as path:
             memory = self.model.new_memory() if memory is None else memory
-            return teach(self.model, self.processor, path, sentence.strip(), memory), ""
+            return teach(self.model, self.processor, path, sentence, memory), ""
 
     def forget(self, uid: str | None, memory):
         """Forget the item of this uid; returns the memory."""
@@ -153,8 +168,7 @@ class Page:
 
     def load(self, path: str | None):
         """Open the memory of a file, in place of the one there is."""
-        ask_for(path is not None, "Choose a file first.")
-        with error_on_page(**{os.path.basename(path): path}):
+        with uploaded(path, "Choose a file first."):
             memory = self.model.load_memory(path)
             stored_sentences(memory, self.processor)  # raises for several rows
             return memory
@@ -191,7 +205,7 @@ def lay_out(has_memory: bool) -> SimpleNamespace:
     page.recall = gr.HTML(NO_MEMORY, visible=has_memory, elem_id="said", elem_classes="said")
     # teaching and asking
     with gr.Column(visible=has_memory):
-        text = {"max_length": 200}
+        text = {"max_length": LONGEST}
         page.sentence = gr.Textbox(label="Teach it", placeholder="This is Bimo the swan.", elem_id="sentence", **text)
         page.teach = gr.Button("Teach", variant="primary", elem_id="teach")
         page.question = gr.Textbox(label="Ask it", placeholder="Who is the swan?", elem_id="question", **text)
@@ -215,9 +229,9 @@ def lay_out(has_memory: bool) -> SimpleNamespace:
 
 def connect(handlers: Page, page: SimpleNamespace) -> None:
     """Say which handler runs at which event, with which components."""
-    single = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    shared = {"concurrency_limit": VISITORS, "concurrency_id": "model", "api_visibility": "private"}
     # gradio's preprocessing opens the image and looks for the choice, and words its own errors about them
-    raw = {"preprocess": False, **single}
+    raw = {"preprocess": False, **shared}
     look = {"fn": handlers.look, "inputs": [page.image, page.memory], "outputs": [page.caption, page.recall, page.maps]}
     look |= {"show_progress": "minimal", **raw}
     items = {"fn": handlers.items, "inputs": page.memory, "api_visibility": "private"}
@@ -229,12 +243,12 @@ def connect(handlers: Page, page: SimpleNamespace) -> None:
         change.success(**items).then(**look)
     change = page.forget.click(handlers.forget, [page.items, page.memory], page.memory, **raw)
     change.success(**items).then(**look)
-    page.load.upload(handlers.load, page.load, page.memory, **single).success(**items).then(**look)
+    page.load.upload(handlers.load, page.load, page.memory, **shared).success(**items).then(**look)
     # what leaves the memory as it is
     question, answer = [page.question, page.memory], [page.answer, page.answer_recall]
     for event in (page.ask.click, page.question.submit):
-        event(handlers.ask, question, answer, show_progress="minimal", **single)
-    page.save.click(handlers.save, page.memory, page.download, **single)
+        event(handlers.ask, question, answer, show_progress="minimal", **shared)
+    page.save.click(handlers.save, page.memory, page.download, **shared)
 
 
 def build(model, processor) -> gr.Blocks:
@@ -242,7 +256,7 @@ def build(model, processor) -> gr.Blocks:
     # every hour, files older than a day go: an image that still lies on the page can be taught
     with gr.Blocks(title="MicroVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         connect(Page(model, processor), lay_out(model.config.use_memory))
-    return blocks
+    return blocks.queue(max_size=100)
 
 
 def main(model: str, revision: str, port: int, share: bool) -> None:
