@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, BadParameter, Exit, Option, Typer
 
-from .files import ROOT
+from .files import ROOT, one_line
 
 # Exit codes; typer itself ends with WRONG_USE where an option is not as declared below
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -66,7 +66,7 @@ def exit_codes() -> Iterator[None]:
             message = " ".join(str(error).split())
         else:
             raise
-        print(f"microvlm: {message}", file=sys.stderr)
+        print(f"microvlm: {one_line(message)}", file=sys.stderr)
         raise Exit(FAILED) from error
 
 

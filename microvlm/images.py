@@ -4,10 +4,14 @@ import base64
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 
 from PIL import Image
+from tqdm import tqdm
+
+from .files import one_line
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2", ".ico"}
 URL_SCHEMES = ("http://", "https://", "file://")
@@ -49,6 +53,10 @@ def _expand(source: str, recursive: bool) -> Iterator[str]:
 def natural_key(name: str) -> list:
     """Make a sort key under which numbers count as numbers."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name)]
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"microvlm: {one_line(message)}", file=sys.stderr)
 
 
 def thumbnail(image: Image.Image, size: int) -> Image.Image:

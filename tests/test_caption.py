@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -15,9 +16,10 @@ from PIL import Image
 from test_processing import picture, save_checkpoint
 
 from microvlm.commands.caption import ContactSheet, HtmlPage, JsonLines
+from microvlm.commands.memory import show_answer
 from microvlm.files import atomic_file
 from microvlm.images import find_images, natural_key
-from microvlm.inference import Caption, caption
+from microvlm.inference import Answer, Caption, caption
 from microvlm.model import load, open_image
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -317,6 +319,38 @@ def test_any_file_name_and_caption_is_one_json_line(tmp_path):
     ).stat().st_mode  # not private as a temporary file
     (line,) = (tmp_path / "a.json").read_text().splitlines()
     assert json.loads(line) == {"path": "b\udc80\n.png", "caption": 'é "two"\nlines'} and "é" in line
+
+
+NASTY = "a\n\x1b[31m\x9b2J\u202eb.png"
+
+
+def test_names_do_not_command_the_terminal(no_loading, pictures, tmp_path, capsys):
+    shutil.copy(pictures / "p1.png", tmp_path / NASTY)
+    (tmp_path / f"bad{NASTY}").write_bytes(b"text")
+    good, bad, gone = (tmp_path / f"{start}{NASTY}" for start in ("", "bad", "gone"))
+    for options in ([], ["--json", "-"]):
+        code, out, err = call(capsys, good, bad, gone, "--max-new-tokens", 2, *options)
+        lines = [*out.splitlines(), *err.splitlines()]
+        assert code == 1 and len(lines) == (4 if options else 3), lines
+        assert not set("\x1b\x9b\u202e\u2028") & set(out + err) and "a\\n\\u001b" in out.replace("\\u000a", "\\n")
+        if options:
+            assert {json.loads(line)["path"] for line in out.splitlines()} == {str(good), str(bad)}
+
+
+def test_what_the_memory_says_does_not_command_the_terminal(capsys):
+    show_answer(NASTY, Answer("\x1b]0;title\a"))
+    assert capsys.readouterr().out == "a\\u000a\\u001b[31m\\u009b2J\\u202eb.png: \\u001b]0;title\\u0007\n"
+
+
+def test_a_picture_that_does_not_fit_into_memory_ends_nothing(loaded, pictures, monkeypatch):
+    def opened(path, *args):
+        if path == "large.png":
+            raise MemoryError
+        return open_image(path, *args)
+
+    monkeypatch.setattr("microvlm.inference.open_image", opened)
+    large, good = caption(*loaded, ["large.png", str(pictures / "p1.png")], max_new_tokens=2)
+    assert large.error == "large.png needs more memory than there is." and good.text
 
 
 def test_long_captions_stay_in_their_cell(tmp_path):

@@ -10,8 +10,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from ..files import atomic_file, check_outputs
-from ..images import find_images, small_jpeg
+from ..files import atomic_file, check_outputs, one_line
+from ..images import find_images, small_jpeg, warn
 from ..inference import Caption, caption
 from ..model import load, require
 from ..tables import page_template
@@ -23,7 +23,7 @@ class Terminal:
 
     def add(self, result: Caption) -> None:
         if result.error is None:
-            tqdm.write(f"{result.path}: {' '.join(result.text.split())}", file=sys.stdout)
+            tqdm.write(one_line(f"{result.path}: {' '.join(result.text.split())}"), file=sys.stdout)
 
     def finish(self) -> None:
         sys.stdout.flush()
@@ -37,7 +37,7 @@ class JsonLines:
 
     def add(self, result: Caption) -> None:
         outcome = {"caption": result.text} if result.error is None else {"error": result.error}
-        self.file.write(json.dumps({"path": result.path} | outcome, ensure_ascii=False) + "\n")
+        self.file.write(one_line(json.dumps({"path": result.path} | outcome, ensure_ascii=False)) + "\n")
 
     def finish(self) -> None:
         self.file.flush()
@@ -79,10 +79,6 @@ class ContactSheet(Sheet):
 
     def finish(self) -> None:
         self.page.save(self.file, "PNG")
-
-
-def warn(message: str) -> None:
-    tqdm.write(f"microvlm: {message}", file=sys.stderr)
 
 
 def open_sinks(stack: ExitStack, options: SimpleNamespace, count: int) -> list:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from filelock import FileLock
 
-from ..files import ROOT, check_outputs
+from ..files import ROOT, check_outputs, one_line
 from ..inference import Answer, ask as answer, teach
 from ..model import MemoryState, load, require
 
@@ -32,7 +32,7 @@ def change(file: str, model, processor, edit: Callable[[MemoryState], MemoryStat
 
 def show_answer(name: str, result: Answer) -> None:
     known = "" if result.scope is None else f"  (memory {result.scope:.2f})"
-    print(f"{name}: {result.text}{known}", flush=True)
+    print(one_line(f"{name}: {result.text}{known}"), flush=True)
 
 
 def add(file: str, image: str, sentence: str, model: str, revision: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, Image, load_dataset
 
+from ..files import one_line
 from ..model import DEFAULT_MAX_PIXELS, open_image, require
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
@@ -105,7 +106,7 @@ def load_files(folder: Path) -> Dataset:
 def row_name(row: dict) -> str:
     """Name a row for an error message."""
     names = (row.get("id"), row.get("__key__"), (row.get("image") or {}).get("path"))
-    return str(next((name for name in names if name not in (None, "")), "without a name"))
+    return one_line(str(next((name for name in names if name not in (None, "")), "without a name")))
 
 
 def row_caption(row: dict) -> str:

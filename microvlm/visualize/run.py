@@ -1,12 +1,12 @@
 """Draw attention and memory of images into PNG files."""
 
 import os
-import sys
 from pathlib import Path
 
 from PIL import Image
 
-from ..images import find_images
+from ..files import one_line
+from ..images import find_images, warn
 from ..model import load, open_image
 from .attention import pooling_attention, word_attention
 from .figures import contrast_figure, memory_figure, pooling_figure, save_png, word_figure
@@ -24,10 +24,6 @@ def memory(**options) -> int:
     return save_figures("memory", **options)
 
 
-def warn(message: str) -> None:
-    print(f"microvlm: {message}", file=sys.stderr)
-
-
 def save_figures(what: str, images: list[str], out: str, model: str, revision: str, memory: str | None = None) -> int:
     """Write one PNG per image; returns 1 where an image could not be read."""
     paths, missing = find_images(images)
@@ -42,8 +38,8 @@ def save_figures(what: str, images: list[str], out: str, model: str, revision: s
     for path in paths or [None]:
         try:
             image = None if path is None else open_image(path)
-        except (OSError, ValueError) as error:
-            warn(str(error))
+        except (OSError, ValueError, MemoryError) as error:
+            warn(str(error) or f"{path} needs more memory than there is.")
             failed += 1
             continue
         # a name of its own, also for images of one name in two folders
@@ -53,7 +49,7 @@ def save_figures(what: str, images: list[str], out: str, model: str, revision: s
         names.add(name)
         file = os.path.join(out, f"{name}.png")
         save_png(draw(what, network, processor, state, image), file)
-        print(file, flush=True)
+        print(one_line(file), flush=True)
     return 1 if failed else 0
 
 
