@@ -19,10 +19,17 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """Return the cache of a call that takes it by either of its names."""
+    """Return the cache of a call that takes it by either of its names.
+
+    PEFT's prefix tuning gives its prefix beside the cache of `generate`: the longer one holds the other's text.
+    """
+    if past_key_values is None or cache is None:
+        return cache if past_key_values is None else past_key_values
+    shorter, longer = sorted((past_key_values, cache), key=lambda one: one.get_seq_length())
     both = "You cannot specify both cache and past_key_values: they are two names of one thing."
-    require(past_key_values is None or cache is None, both)
-    return cache if past_key_values is None else past_key_values
+    require(shorter.get_seq_length() < longer.get_seq_length(), both)
+    require(not isinstance(shorter, MemoryCache), "a memory and prefix tuning cannot be had in one call.")
+    return longer
 
 
 def check_rows(memory: int, text: int) -> None:

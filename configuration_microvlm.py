@@ -223,6 +223,7 @@ class MicroVLMConfig(PreTrainedConfig):
         "cache",
         "hidden_states",
         "attentions",
+        "image_outputs",
         "image_hidden_states",
         "scope_logits",
         "memory_content",

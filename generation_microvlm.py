@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 from transformers import GenerationMixin
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -17,52 +18,34 @@ from transformers.generation.logits_process import (
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_microvlm import CACHE_NAME, MemoryCache, one_cache
+from .configuration_microvlm import require
 from .memory_mixin_microvlm import check_memory_arguments
 from .memory_state_microvlm import MemoryState
 from .threads_microvlm import kernel_threads
 
+INDEXED = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, SuppressTokensLogitsProcessor)
 
-class IndexedProcessor:
-    """Set the scores of some tokens to -inf by their numbers.
 
-    The library's own processors look every token of the vocabulary up in the list: milliseconds per token.
+class IndexedProcessor(LogitsProcessor):
+    """Set the scores of some tokens to -inf by their numbers, as one of the library's processors does.
+
+    That looks every token of the vocabulary up in the list: milliseconds per token.
     """
 
-    @classmethod
-    def copy_of(cls, processor):
-        """Make a processor that does the same as one of the library's."""
-        new = cls.__new__(cls)
-        vars(new).update(vars(processor))
-        return new
+    def __init__(self, processor: LogitsProcessor):
+        known = vars(processor)
+        self.tokens = known.get("suppress_tokens", known.get("eos_token_id"))
+        # of a sequence that is long enough
+        self.length = known.get("prompt_length_to_skip", 0)
+        self.length += known.get("min_length", known.get("min_new_tokens", math.inf))
+        self.supports_continuous_batching = processor.supports_continuous_batching
 
-    def without(self, scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Scores (B, V) with -inf at the tokens; numbers outside the vocabulary count for nothing."""
-        if not hasattr(self, "inside"):
-            self.inside = tokens[(tokens >= 0) & (tokens < scores.shape[-1])].to(scores.device)
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[-1] >= self.length:
+            return scores
+        if not hasattr(self, "inside"):  # numbers outside the vocabulary count for nothing
+            self.inside = self.tokens[(self.tokens >= 0) & (self.tokens < scores.shape[-1])].to(scores.device)
         return scores.index_fill(-1, self.inside, -math.inf)
-
-
-class IndexedSuppressTokens(IndexedProcessor, SuppressTokensLogitsProcessor):
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        return self.without(scores, self.suppress_tokens)
-
-
-class IndexedMinNewTokens(IndexedProcessor, MinNewTokensLengthLogitsProcessor):
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        enough = input_ids.shape[-1] - self.prompt_length_to_skip >= self.min_new_tokens
-        return scores if enough else self.without(scores, self.eos_token_id)
-
-
-class IndexedMinLength(IndexedProcessor, MinLengthLogitsProcessor):
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores if input_ids.shape[-1] >= self.min_length else self.without(scores, self.eos_token_id)
-
-
-INDEXED = {
-    MinLengthLogitsProcessor: IndexedMinLength,
-    MinNewTokensLengthLogitsProcessor: IndexedMinNewTokens,
-    SuppressTokensLogitsProcessor: IndexedSuppressTokens,
-}
 
 
 class MicroVLMGenerationMixin(GenerationMixin):
@@ -98,6 +81,11 @@ class MicroVLMGenerationMixin(GenerationMixin):
         with kernel_threads() if self.model.packed_decoder() is not None else nullcontext():
             return super().generate(inputs, *args, **kwargs)
 
+    def generate_batch(self, *args, memory: MemoryState | None = None, **kwargs):
+        """Generate by continuous batching like `super()`, from texts alone; it has no memory."""
+        require(memory is None, "generate_batch() has no memory, its cache is paged: call generate(memory=...).")
+        return super().generate_batch(*args, **kwargs)
+
     def default_prompt(self, batch_size: int, device: torch.device | None = None) -> torch.LongTensor:
         """Make the prompt of `generate(pixel_values=...)`, with one image a row, (batch_size, length)."""
         token, P = self.config.image_token_id, self.config.num_prefix_tokens
@@ -113,7 +101,7 @@ class MicroVLMGenerationMixin(GenerationMixin):
         own = {id(processor) for processor in logits_processor or ()}
         for i, processor in enumerate(processors):
             if id(processor) not in own and type(processor) in INDEXED:
-                processors[i] = INDEXED[type(processor)].copy_of(processor)
+                processors[i] = IndexedProcessor(processor)
         return processors
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):

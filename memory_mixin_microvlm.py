@@ -80,6 +80,15 @@ def question_mask(attention_mask: torch.Tensor | None, labels: torch.Tensor | No
     return (labels == -100) & (True if attention_mask is None else attention_mask.bool())
 
 
+def without_placeholders(labels: torch.LongTensor, placeholders: torch.BoolTensor, kwargs: dict) -> torch.LongTensor:
+    """Take image placeholders out of labels (B, T), and their share out of what `Trainer` has counted."""
+    kept, number = labels.masked_fill(placeholders, -100), kwargs.get("num_items_in_batch")
+    if number is not None:
+        left, counted = ((t[:, 1:] != -100).sum() for t in (kept, labels))
+        kwargs["num_items_in_batch"] = (number * (left / counted.clamp(min=1))).clamp(min=1)
+    return kept
+
+
 def memory_outputs(readout: MemoryReadout | None) -> dict[str, torch.Tensor]:
     """Name what a forward pass returns of a read-out."""
     if readout is None:
@@ -220,8 +229,12 @@ class MemoryReader:
         """Put a read-out into the cache of a pass; returns it, and whether it keeps the text."""
         layers, text_config = self.language_model.layers, self.config.text_config
         checkpointing = self._is_checkpointing
+        paged = f"a memory cannot join a {type(cache).__name__}: generate_batch() has none, generate(memory=...) has."
+        require(isinstance(cache, Cache | None), paged)
         if checkpointing:
-            reentrant = any(m._gradient_checkpointing_func.keywords.get("use_reentrant") for m in layers)
+            reentrant = any(
+                getattr(m._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") for m in layers
+            )
             needs = "gradient checkpointing with a memory needs"
             require(cache is None, f"{needs} a pass without a cache.")
             require(not reentrant, f"{needs} use_reentrant=False: all layers share the memory's graph.")
@@ -236,6 +249,12 @@ class MemoryReader:
             return MemoryCache(cache, readout), use_cache
         cache.attach(readout)
         return cache, use_cache
+
+    def reaching_all(self, loss: torch.FloatTensor) -> torch.FloatTensor:
+        """Give what a loss leaves out a gradient of 0: with checkpointing, `Trainer` makes DDP wait for all."""
+        if not (self._is_checkpointing and torch.distributed.is_initialized()):
+            return loss
+        return loss + sum(p.flatten()[:0].sum().to(loss.device) for p in self.parameters() if p.requires_grad)
 
     @contextmanager
     def replaying_memory(self, cache: Cache | None):

@@ -16,15 +16,14 @@ the logits. `generate()` is in generation_microvlm.py, the memory's verbs are in
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, TimmWrapperModel, initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -43,52 +42,17 @@ from .memory_mixin_microvlm import (
     init_memory_weights,
     memory_outputs,
     question_mask,
+    without_placeholders,
 )
 from .memory_state_microvlm import MemoryState
+from .outputs_microvlm import MicroVLMCausalLMOutputWithPast, MicroVLMImageFeatures, MicroVLMModelOutputWithPast
 from .quantization_microvlm import PackedEmbedding, register_quantizer, replace_with_ternary
 
-# What `forward` hands on to the language model and the loss; any other name is a mistake, and is refused.
+# What `forward` hands on to the language model and the loss. With transformers' own attention and caches any other name
+# is a mistake, and is refused; a paged cache, and the attention of vLLM or SGLang, take names of their own.
 FORWARD_KWARGS = TransformersKwargs.__optional_keys__ | {"use_cache", "token_type_ids", "shift_labels", "ignore_index"}
 # What the packed decoder can do without; with any other the plain one runs.
 FAST_KWARGS = {"use_cache", "return_dict", "shift_labels", "ignore_index", "num_items_in_batch"}
-
-
-@dataclass
-class MicroVLMImageFeatures(BaseModelOutputWithPooling):
-    """Output of `get_image_features`.
-
-    `last_hidden_state` has the vision features, class token first, (N, 1 + patches, vision width); `pooler_output` the
-    prefix tokens, a tuple of N tensors (P, D).
-    """
-
-    pooling_attentions: torch.FloatTensor | None = None  # with `output_attentions`, (N, heads, P, patches)
-
-
-@dataclass
-class MicroVLMModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of `MicroVLMModel`."""
-
-    image_hidden_states: torch.FloatTensor | None = None  # prefix tokens (N, P, D) of the images in this call
-    pooling_attentions: torch.FloatTensor | None = None  # see `MicroVLMImageFeatures`
-
-
-@dataclass
-class MicroVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of `MicroVLMForConditionalGeneration`; `logits` are (B, T or logits_to_keep, V)."""
-
-    image_hidden_states: torch.FloatTensor | None = None  # see `MicroVLMModelOutputWithPast`
-    pooling_attentions: torch.FloatTensor | None = None
-    # with alignment: unit vectors (R, projection) of the R rows with an image and a text
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    # (R, 2): the text belongs to its own image, to the most similar other
-    match_logits: torch.FloatTensor | None = None
-    # with a memory
-    scope_probability: torch.FloatTensor | None = None  # that the memory knows the row's query, (B,)
-    scope_logits: torch.FloatTensor | None = None
-    memory_content: torch.FloatTensor | None = None  # what was read, (B, S, C)
-    memory_kl: torch.FloatTensor | None = None  # divergence of memories and addresses from their priors, ()
-    address_kl: torch.FloatTensor | None = None
 
 
 class MicroVLMAdapter(nn.Module):
@@ -209,6 +173,12 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
         with BUILDING:
             register_quantizer()
             return super().from_pretrained(*args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Set it for the parts that have one: `super()` warns of all other sections of the config."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -331,18 +301,16 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             last_hidden_state=vision_features, pooler_output=tuple(prefix), pooling_attentions=attention
         )
 
-    def encode_images(
-        self, pixel_values, mm_encoder_outputs: dict | None = None, output_attentions: bool | None = None
-    ) -> MicroVLMImageFeatures | None:
+    def encode_images(self, pixel_values, mm_encoder_outputs=None, **kwargs) -> MicroVLMImageFeatures | None:
         """Encode the images of a call, or take those that come encoded; None without images."""
         both = "You cannot specify both pixel_values and mm_encoder_outputs at the same time"
         require(pixel_values is None or not mm_encoder_outputs, both)
         # pixels, or features of `get_image_features` or of the vision tower alone
         if pixel_values is not None:
-            return self.get_image_features(pixel_values, output_attentions=output_attentions, return_dict=True)
+            return self.get_image_features(pixel_values, **kwargs | {"return_dict": True})
         image = (mm_encoder_outputs or {}).get("image")
         if image is not None and image.pooler_output is None:  # features of a frozen vision tower
-            image = self.pool_image_features(image.last_hidden_state, bool(output_attentions))
+            image = self.pool_image_features(image.last_hidden_state, bool(kwargs.get("output_attentions")))
         return image
 
     def get_placeholder_mask(
@@ -393,13 +361,14 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         mm_encoder_outputs: dict[str, MicroVLMImageFeatures] | None = None,
         memory_readout: MemoryReadout | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MicroVLMModelOutputWithPast:
-        cache = one_cache(past_key_values, cache)
-        if unknown := sorted(kwargs.keys() - FORWARD_KWARGS):
+        cache, unknown = one_cache(past_key_values, cache), sorted(kwargs.keys() - FORWARD_KWARGS)
+        foreign = self.config.text_config._attn_implementation not in (None, "eager", "sdpa")
+        if unknown and not foreign and isinstance(cache, Cache | None):
             raise TypeError(f"forward() got unexpected keyword arguments: {', '.join(unknown)}")
         # images take the place of their placeholders: one sequence of embeddings
-        image = self.encode_images(pixel_values, mm_encoder_outputs, kwargs.get("output_attentions"))
+        image = self.encode_images(pixel_values, mm_encoder_outputs, **kwargs)
         inputs_embeds, prefix = self.embed(input_ids, inputs_embeds, image)
         # memory tokens join the cache, without a position
         if memory_readout is not None:
@@ -413,6 +382,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             **{CACHE_NAME: None if kwargs.get("use_cache") is False else getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            image_outputs=image,
             image_hidden_states=prefix,
             pooling_attentions=None if image is None else image.pooling_attentions,
         )
@@ -441,12 +411,12 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
     def decode(self, inputs_embeds, attention_mask, position_ids, cache: Cache | None, **kwargs):
         """Run the language model over (B, T, D); by its packed form where that gives all outputs."""
         # the packed form, looked at again before a new text
-        decoder = self.packed_decoder()
+        others = [k for k, v in kwargs.items() if k not in FAST_KWARGS and v is not None and v is not False]
+        decoder = None if others else self.packed_decoder()
         if decoder is not None and (cache is None or not cache.get_seq_length()):
             decoder = self.packed_decoder(checked=True)
-        others = [k for k, v in kwargs.items() if k not in FAST_KWARGS and v is not None and v is not False]
         # or the plain form, with the memory's columns in its mask
-        if decoder is not None and not inputs_embeds.requires_grad and not others:
+        if decoder is not None and not inputs_embeds.requires_grad:
             kwargs = {"use_cache": kwargs.get("use_cache")}
         else:
             decoder, kwargs = self.language_model, {"return_dict": True, **kwargs}
@@ -457,7 +427,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE_NAME: cache},
+            **{CACHE_NAME if isinstance(cache, Cache | None) else "cache": cache},  # a paged one has one name
             **kwargs,
         )
 
@@ -494,11 +464,11 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
         pixel_values: images of all rows in order, (N, 3, height, width); or `mm_encoder_outputs`, `{"image": ...}` of
             `get_image_features`; with `last_hidden_state` alone, the adapter pools it.
         past_key_values, cache: two names of the text's cache; outputs have the name of the installed transformers.
-        labels: (B, T), -100 where no loss is wanted; shifted inside.
+        labels: (B, T), -100 where no loss is wanted; shifted inside. Image placeholders count as -100.
         logits_to_keep: number of last positions to give logits for, 0 for all; or positions.
         return_alignment: also embed images and texts, of labelled positions if any; "only": without the language model.
         use_fusion: also return `match_logits`; default: the config's.
-        memory, memory_gate: read as in `generate`; or `memory_readout` of `read_memory`.
+        memory, memory_gate: read as in `generate`; or `memory_readout` of `read_memory`. The cache is a `MemoryCache`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -545,15 +515,18 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
         memory_gate: str | torch.Tensor = "auto",
         memory_readout: MemoryReadout | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MicroVLMCausalLMOutputWithPast:
         """Run one pass; the arguments are described by the class."""
         check_memory_arguments(memory, memory_gate, memory_readout)
         has_images = pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
         self.model.check_alignment(return_alignment, use_fusion, input_ids, has_images)
+        if labels is not None and input_ids is not None:
+            placeholders = (input_ids == self.config.image_token_id).to(labels.device)
+            labels = without_placeholders(labels, placeholders, kwargs)
         # ask the memory with the images and words of this call
         if memory is not None:
-            image = self.model.encode_images(pixel_values, mm_encoder_outputs, kwargs.get("output_attentions"))
+            image = self.model.encode_images(pixel_values, mm_encoder_outputs, **kwargs)
             question = question_mask(attention_mask, labels)
             memory_readout = self.ask_memory(memory, memory_gate, input_ids, question, image)
             pixel_values, mm_encoder_outputs = None, {"image": image}
@@ -576,6 +549,7 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
         logits, loss, alignment = self._logits(outputs.last_hidden_state, logits_to_keep), None, {}
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            loss = self.model.reaching_all(loss)
         if return_alignment and outputs.image_hidden_states is not None:
             prefix = outputs.image_hidden_states
             alignment = self.model.get_alignment(input_ids, prefix, labels, attention_mask, use_fusion)
@@ -606,3 +580,5 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
 
 MicroVLMModel.register_for_auto_class("AutoModel")  # so that a saved base model, too, has its code next to it
 MicroVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+# `label_smoothing_factor`: Trainer shifts the labels for these classes alone
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("microvlm", "MicroVLMForConditionalGeneration")

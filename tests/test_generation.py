@@ -1,5 +1,7 @@
 """Every way to generate agrees with every other: cache, batch, padding, beams, streaming, assistance, continuation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import IMAGE_ID, ROOT, VOCAB, outspoken_model, tiny_inputs, tiny_model
@@ -196,6 +198,24 @@ class TestContinuation:
         expected = new_tokens(model, whole | {"pixel_values": a["pixel_values"]})
         kwargs = {"past_key_values": first.past_key_values, "prefill_chunk_size": text.shape[1] // 2}
         assert new_tokens(model, whole, **kwargs) == expected
+
+
+class TestContinuousBatching:
+    def test_the_captions_of_generate(self):
+        model = outspoken_model("llama")
+        rows = [text_row(n, seed) for seed, n in enumerate((7, 3))]
+        got = model.generate_batch(rows, max_new_tokens=4)
+        expected = [
+            model.generate(torch.tensor([row]), **GREEDY | {"max_new_tokens": 4})[0, len(row) :] for row in rows
+        ]
+        assert [list(o.generated_tokens) for _, o in sorted(got.items())] == [ids.tolist() for ids in expected]
+
+    def test_a_memory_is_refused(self):
+        model = tiny_model("llama", use_memory=True)
+        with pytest.raises(ValueError, match=r"^generate_batch\(\) has no memory, its cache is paged"):
+            model.generate_batch([[5, 6]], memory=model.new_memory())
+        with pytest.raises(ValueError, match="^a memory cannot join a SimpleNamespace"):
+            model(torch.tensor([[5, 6]]), memory=model.new_memory(), cache=SimpleNamespace())
 
 
 class TestTheCachesNames:
@@ -457,11 +477,11 @@ def test_indexed_processors_are_the_librarys():
         arguments = {"input_ids_seq_length": 9 - (8 - length), "device": "cpu"}
         ours = model._get_logits_processor(config, **arguments)
         theirs = GenerationMixin._get_logits_processor(model, config, **arguments)
-        assert [type(p).__name__ for p in ours] == ["IndexedMinLength", "IndexedMinNewTokens", "IndexedSuppressTokens"]
+        assert [type(p).__name__ for p in ours] == ["IndexedProcessor"] * 3
         for processor, library in zip(ours, theirs, strict=True):
-            assert isinstance(processor, type(library)) and type(processor) is not type(library)
+            assert processor.supports_continuous_batching == library.supports_continuous_batching
             assert torch.equal(processor(ids, scores.clone()), library(ids, scores))
     for own in (SuppressTokensLogitsProcessor([7]), lambda ids, scores: scores):
         got = model._get_logits_processor(config, logits_processor=LogitsProcessorList([own]), **arguments)
         assert sum(p is own for p in got) == 1 and not type(own).__name__.startswith("Indexed")
-        assert type(got[0]).__name__ == "IndexedMinLength"
+        assert type(got[0]).__name__ == "IndexedProcessor"

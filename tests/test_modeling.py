@@ -1,12 +1,14 @@
 """The model keeps the contracts of a model inside transformers, from a meta-device build to a merged LoRA."""
 
 import copy
+import inspect
 import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,13 +16,11 @@ import torch
 from conftest import IMAGE_ID, ROOT, VOCAB, tiny_config, tiny_inputs, tiny_model
 from microvlm.alignment_microvlm import contrastive_loss, masked_mean
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration, MicroVLMModel
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModel,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AttentionMaskInterface, AutoModel, Trainer, TrainingArguments, modeling_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from microvlm.train.losses import match_loss
 
@@ -557,6 +557,20 @@ class TestBadInput:
                 module(**inputs, use_memory=True, image_sizes=None)
             assert str(error.value) == "forward() got unexpected keyword arguments: image_sizes, use_memory"
 
+    def test_another_attention_takes_its_own_arguments(self):
+        """As vLLM's and SGLang's backends call the model."""
+        model, inputs, seen = tiny_model("llama"), tiny_inputs(), []
+        expected = model(**inputs).logits
+
+        def attention(module, *args, instances=None, **kwargs):
+            seen.append(instances)
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS.register("another", attention)
+        AttentionMaskInterface.register("another", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        model.config.text_config._attn_implementation = "another"
+        assert model(**inputs, instances=7).logits.equal(expected) and seen == [7, 7]
+
 
 class TestAlignment:
     def test_contrastive_loss_against_numpy(self):
@@ -725,12 +739,27 @@ class TestTraining:
         merged.save_pretrained(tmp_path / "merged")
         torch.testing.assert_close(type(model).from_pretrained(tmp_path / "merged")(**inputs).logits, after, **CLOSE)
 
+    def test_prefix_tuning_generates_as_it_trains(self, text_type):
+        inputs, sizes = tiny_inputs(), {"num_layers": 2, "token_dim": 16, "num_attention_heads": 2}
+        plain = tiny_model(text_type).generate(**inputs, max_new_tokens=4, do_sample=False)
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes)
+        peft = get_peft_model(tiny_model(text_type), config).eval()
+        torch.nn.init.normal_(peft.prompt_encoder.default.embedding.weight, std=20)
+        got, ids = peft.generate(**inputs, max_new_tokens=4, do_sample=False), inputs["input_ids"]
+        for _ in range(got.shape[1] - ids.shape[1]):
+            whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            logits = peft(**whole).logits[:, -1].index_fill(-1, torch.tensor([IMAGE_ID]), -torch.inf)
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        assert got.equal(ids) and not got.equal(plain)
+
     @pytest.mark.parametrize("steps", [1, 2])
     def test_plain_trainer(self, tmp_path, steps):
         """Gradient accumulation gives the update of the whole batch, also with labels of unequal length."""
         inputs = tiny_inputs(4)
         labels = inputs["input_ids"].clone()
         labels[:2, :14] = -100
+        if steps > 1:  # whole batches only: Trainer counts labelled placeholders over all of them
+            labels[inputs["input_ids"] == IMAGE_ID] = -100
         rows = [{**{k: v[i] for k, v in inputs.items()}, "labels": labels[i]} for i in range(4)]
         arguments = TrainingArguments(
             output_dir=tmp_path,
@@ -764,6 +793,63 @@ class TestTraining:
         trainer = Trainer(tiny_model(), arguments, eval_dataset=rows)
         predictions = trainer.predict(rows).predictions
         assert predictions.shape == (4, inputs["input_ids"].shape[1], VOCAB)  # the logits only
+
+    def test_plain_trainer_smooths_shifted_labels(self, tmp_path):
+        inputs = tiny_inputs(2)
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_ID, -100)
+        arguments = TrainingArguments(output_dir=tmp_path, report_to=[], use_cpu=True, label_smoothing_factor=1e-6)
+        model = tiny_model()
+        loss = Trainer(model, arguments).compute_loss(model, inputs | {"labels": labels})
+        assert loss.item() == pytest.approx(model(**inputs, labels=labels).loss.item(), rel=1e-3)
+
+    def test_placeholders_are_no_labels(self, text_type):
+        model, inputs = tiny_model(text_type), tiny_inputs()
+        ids = inputs["input_ids"]
+        labels = ids.masked_fill(ids == IMAGE_ID, -100)
+        expected = model(**inputs, labels=labels, return_alignment=True)
+        for number, scale in ((None, 1), (torch.tensor(2 * (ids.numel() - len(ids))), 2)):
+            got = model(**inputs, labels=ids, return_alignment=True, num_items_in_batch=number)
+            torch.testing.assert_close(got.loss * scale, expected.loss)
+            assert got.text_embeds.equal(expected.text_embeds)
+
+    def test_ddp_with_checkpointing_reaches_every_part(self, tmp_path):
+        """As `Trainer` sets it up: with checkpointing DDP does not look for parameters without a gradient."""
+        model, inputs = tiny_model(use_fusion=True, use_memory=True).train(), tiny_inputs()
+        expected = gradients(model, inputs)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            ddp = torch.nn.parallel.DistributedDataParallel(model)
+            for _ in range(2):
+                model.zero_grad()
+                ddp(**inputs, labels=inputs["input_ids"]).loss.backward()
+        finally:
+            torch.distributed.destroy_process_group()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected.get(name, torch.zeros_like(p)), rtol=1e-4, atol=1e-5)
+
+
+class TestOutputs:
+    def test_outputs_of_the_image_encoder(self, text_type):
+        model, inputs = tiny_model(text_type), tiny_inputs(pictures=2)
+        expected = model.get_image_features(inputs["pixel_values"], output_hidden_states=True, output_attentions=True)
+        for call in (model, model.model):
+            got = call(**inputs, output_hidden_states=True, output_attentions=True).image_outputs
+            assert got.last_hidden_state.equal(expected.last_hidden_state)
+            assert torch.stack(got.pooler_output).equal(torch.stack(expected.pooler_output))
+            assert [t.shape for t in got.hidden_states] == [t.shape for t in expected.hidden_states]
+            assert call(**inputs).image_outputs.hidden_states is None
+            assert call(input_ids=inputs["input_ids"][:, 7:]).image_outputs is None
+            assert call(**inputs, return_dict=False)[0].equal(call(**inputs)[0])
+
+    def test_attention_is_set_without_a_warning(self, monkeypatch):
+        model, said = tiny_model(), []
+        monkeypatch.setattr(type(modeling_utils.logger), "warning", lambda self, message, *args: said.append(message))
+        model.set_attn_implementation("eager")
+        assert {c._attn_implementation for c in (model.config, model.config.text_config)} == {"eager"} and not said
+        assert len(model(**tiny_inputs(), output_attentions=True).attentions) == 2
+        names = inspect.signature(model.forward).parameters["kwargs"].annotation
+        assert "output_attentions" in get_args(names)[0].__optional_keys__
 
 
 @pytest.mark.slow
