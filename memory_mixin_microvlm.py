@@ -306,12 +306,12 @@ class MemoryMixin:
             self._fingerprint = key, digest.hexdigest()[:32]
         return self._fingerprint[1]
 
+    @torch.no_grad()
     def new_memory(self, batch_size: int = 1) -> MemoryState:
         """Make empty memories, one per row; one row serves any number of queries."""
-        with present(memory := self.require_memory()):
-            device = memory.word_weight.device
+        fingerprint, device = self.memory_fingerprint(), self.model.memory.prepared().device
         device = "cpu" if device.type == "mps" else device  # which has no float64
-        return memory.new_state(batch_size, self.memory_fingerprint(), device=device)
+        return self.model.memory.new_state(batch_size, fingerprint, device=device)
 
     @torch.no_grad()
     def load_memory(self, path: str) -> MemoryState:
@@ -323,7 +323,7 @@ class MemoryMixin:
         ids, kept, refused = memory.token_ids[told], memory.contents[told], f"memory file {path} is refused"
         known = bool((ids < self.config.text_config.vocab_size).all())
         require(known, f"{refused}: it has token ids beyond the vocabulary.")
-        contents = self.encode_contents(ids.to(self.device)).to(kept) if len(ids) else kept
+        contents = self.encode_contents(ids.to(self.model.memory.prepared().device)).to(kept) if len(ids) else kept
         same = ((contents - kept).norm(dim=-1) <= 0.05 * kept.norm(dim=-1)).all()  # other weight formats: 0.002
         require(bool(same), f"{refused}: a sentence is not what its content says.")
         return memory
