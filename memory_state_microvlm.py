@@ -440,7 +440,17 @@ class MemoryState(MemoryRows):
             FileNotFoundError: no such file.
             ValueError: not a memory, of another version or model, or its receipts do not give its posterior.
         """
-        return read_file(path, expected).to(device)
+        refused = f"memory file {path} is refused"
+        require(os.path.isfile(path) or not os.path.exists(path), f"{refused}: it is not a file.")
+        try:
+            with safe_open(path, "pt") as file:
+                check_header(file, expected)  # first: no tensor is read of a file that does not fit
+                state = state_of(file, expected)
+            check_content(state, expected)
+        except (SafetensorError, ValueError) as error:
+            why = error if isinstance(error, ValueError) else f"it is not a whole safetensors file ({error})"
+            raise ValueError(f"{refused}: {why}.") from error
+        return replace(state, max_items=expected.max_items).to(device)
 
 
 def describe_item(state: MemoryState, row: int, place: int, processor=None) -> str:
@@ -491,21 +501,6 @@ def check_kin(state: MemoryState, other: MemoryState) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- file
-
-
-def read_file(path: str | os.PathLike, expected: MemoryState) -> MemoryState:
-    """Read and check a file; `expected` is an empty memory of the model."""
-    refused = f"memory file {path} is refused"
-    require(os.path.isfile(path) or not os.path.exists(path), f"{refused}: it is not a file.")
-    try:
-        with safe_open(path, "pt") as file:
-            check_header(file, expected)  # first: no tensor is read of a file that does not fit
-            state = state_of(file, expected)
-        check_content(state, expected)
-    except (SafetensorError, ValueError) as error:
-        why = error if isinstance(error, ValueError) else f"it is not a whole safetensors file ({error})"
-        raise ValueError(f"{refused}: {why}.") from error
-    return replace(state, max_items=expected.max_items)
 
 
 def check_header(file, expected: MemoryState) -> None:

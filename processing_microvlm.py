@@ -90,7 +90,7 @@ def fetch_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     unknown = ValueError(f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}.")
     try:
         if is_file:
-            with suppress(AttributeError, OSError):  # what cannot go back is read on
+            if source.seekable():
                 source.seek(0)
             data = read(source)
         elif source.startswith(("http://", "https://", "file://", "data:")):
@@ -99,9 +99,12 @@ def fetch_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
             with open(source, "rb") as file:
                 data = read(file)
         else:  # base64, or the path of a missing file, which may look like it
-            data, unknown = decode_base64(source), FileNotFoundError(f"{name} is not a file.")
+            data, unknown = b"", FileNotFoundError(f"{name} is not a file.")
+            with suppress(ValueError):
+                data = base64.b64decode("".join(source.split()), validate=True)
     except (OSError, HTTPException, ValueError) as error:
-        raise OSError(f"{name} cannot be opened: {error}") from error
+        why = str(error) or f"it took more than {DOWNLOAD_TIMEOUT} seconds."
+        raise OSError(f"{name} cannot be opened: {why}") from error
     # sizes in an icon
     for match in PNG_HEADER.finditer(data) if data.startswith((b"\0\0\1\0", b"icns")) else ():
         check_size(name, [struct.unpack(">I", side)[0] for side in match.groups()], max_pixels)
@@ -135,18 +138,7 @@ def download(url: str) -> bytes:
             result.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    try:
-        return result.result(DOWNLOAD_TIMEOUT)
-    except TimeoutError as error:
-        raise TimeoutError(f"it took more than {DOWNLOAD_TIMEOUT} seconds.") from error
-
-
-def decode_base64(text: str) -> bytes:
-    """Decode base64; any other text gives no bytes."""
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        return b""
+    return result.result(DOWNLOAD_TIMEOUT)
 
 
 def name_of(image: Image.Image) -> str:
@@ -248,15 +240,19 @@ def as_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------- processors
 
 
+class BothClasses:
+    def to_dict(self) -> dict:
+        # both live in this file, which every saved folder carries; save_pretrained would write one of them
+        return {**super().to_dict(), "auto_map": {**AUTO_MAP, **getattr(self, "auto_map", {})}}
+
+
 class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
-    """
-    max_pixels (`int`): images with more pixels by their header are refused.
-    """
+    """max_pixels (`int`): images with more pixels by their header are refused."""
 
     max_pixels: int
 
 
-class MicroVLMImageProcessor(TorchvisionBackend):
+class MicroVLMImageProcessor(BothClasses, TorchvisionBackend):
     """Resize to 224 x 224, scale to [0, 1] and normalise, to `pixel_values` (N, 3, 224, 224).
 
     Takes Pillow images, arrays and tensors (values 0 to 255, a uint16 array, or real numbers with white as `white_of`
@@ -270,13 +266,9 @@ class MicroVLMImageProcessor(TorchvisionBackend):
     model_input_names = ["pixel_values"]
 
     resample = PILImageResampling.BICUBIC
-    image_mean = [0.5, 0.5, 0.5]
-    image_std = [0.5, 0.5, 0.5]
+    image_mean = image_std = [0.5, 0.5, 0.5]
     size = {"height": 224, "width": 224}
-    do_resize = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
+    do_resize = do_rescale = do_normalize = do_convert_rgb = True
     max_pixels = DEFAULT_MAX_PIXELS
 
     def fetch_images(self, image_url_or_urls):
@@ -327,11 +319,8 @@ class MicroVLMImageProcessor(TorchvisionBackend):
         require(finite, "an array of pixels holds values that are not finite numbers, or out of all range.")
         return pixels
 
-    def to_dict(self) -> dict:
-        return with_auto_map(super().to_dict(), self)
 
-
-class MicroVLMProcessor(ProcessorMixin):
+class MicroVLMProcessor(BothClasses, ProcessorMixin):
     """Tokenizer and image processor in one; an `<image>` becomes `num_image_tokens` placeholders.
 
     The tokenizer has the `image_token`; `num_image_tokens` is the adapter's `num_prefix_tokens`.
@@ -393,14 +382,6 @@ class MicroVLMProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
-
-    def to_dict(self) -> dict:
-        return with_auto_map(super().to_dict(), self)
-
-
-def with_auto_map(dictionary: dict, processor: MicroVLMImageProcessor | MicroVLMProcessor) -> dict:
-    # both classes live in this file, which every saved folder carries; save_pretrained would write one of them
-    return {**dictionary, "auto_map": {**AUTO_MAP, **getattr(processor, "auto_map", {})}}
 
 
 MicroVLMImageProcessor.register_for_auto_class()

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,23 +146,18 @@ def ask(model, processor, what: str, memory: MemoryState | None = None) -> Answe
 
 
 def stream(model, processor, query: Query, readout=None) -> Iterator[tuple[str, list[int]]]:
-    """Yield an answer as it grows, and with the last piece its tokens; `readout` is what a memory adds to it.
-
-    It ends after a minute, or with the token in which nobody reads it any more.
-    """
+    """Yield an answer as it grows, and with the last piece its tokens; `readout` is what a memory adds to it."""
     closed = threading.Event()
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer, "max_time": MAX_SECONDS}
     options["stopping_criteria"] = [lambda *_: closed.is_set()]
     # generate in a thread, read its pieces here
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        stack.callback(closed.set)  # also when nobody reads on
         future = pool.submit(model.generate, **query.inputs(), memory_readout=readout, **options)
         future.add_done_callback(lambda _: streamer.end())  # after an error too
         text = ""
-        try:
-            for piece in streamer:
-                text += piece
-                yield text.strip(), []
-        finally:
-            closed.set()
+        for piece in streamer:
+            text += piece
+            yield text.strip(), []
         yield text.strip(), future.result()[0, query.input_ids.shape[1] :].tolist()

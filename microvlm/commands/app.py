@@ -37,25 +37,22 @@ def ask_for(condition, message: str) -> None:
 
 
 @contextmanager
-def error_on_page(**names: str) -> Iterator[None]:
-    """Show the visitor what bad input raises in here; each of `names` stands for a path in the message."""
+def error_on_page(folder: str = os.sep * 2) -> Iterator[None]:
+    """Show the visitor what bad input raises in here, without the folder of a file."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        message = str(error)
-        for name, path in names.items():
-            shortened = f"{path[:60]}... ({len(path)} characters)"  # by fetch_image
-            message = message.replace(path, name).replace(shortened, name)
-        raise gr.Error(html.escape(message, quote=False), duration=8) from error
+        raise gr.Error(html.escape(str(error).replace(folder, ""), quote=False), duration=8) from error
 
 
 @contextmanager
-def uploaded(path, missing: str) -> Iterator[str]:
-    """Give the path of an upload, and of no other file here; errors in here name it without its folder."""
+def uploaded(path, missing: str) -> Iterator[dict]:
+    """Open an upload, and no other file here, as an image is given; errors in here name it without its folder."""
     is_here = isinstance(path, str) and os.path.isfile(path) and is_in_or_equal(path, get_upload_folder())
     ask_for(is_here, missing)
-    with error_on_page(**{os.path.basename(path): path}):
-        yield path
+    folder, name = os.path.split(path)
+    with error_on_page(folder + os.sep), open(path, "rb") as file:
+        yield {"path": name, "bytes": file}
 
 
 def text_of(value, missing: str) -> str:
@@ -97,8 +94,8 @@ class Page:
             yield "", "", []
             return
         try:
-            with uploaded(image["path"], GONE) as path, torch.no_grad():
-                yield from self._look(open_image(path), memory)
+            with uploaded(image["path"], GONE) as file, torch.no_grad():
+                yield from self._look(open_image(file), memory)
         except gr.Error:
             yield "", "", []
             raise
@@ -137,9 +134,9 @@ class Page:
         """Store a sentence under the image; returns the memory and the emptied text box."""
         ask_for(image is not None, "Choose a picture first.")
         sentence = text_of(sentence, "Type a sentence first.")
-        with uploaded(image["path"], GONE) as path:
+        with uploaded(image["path"], GONE) as file:
             memory = self.model.new_memory() if memory is None else memory
-            return teach(self.model, self.processor, path, sentence, memory), ""
+            return teach(self.model, self.processor, file, sentence, memory), ""
 
     def forget(self, uid: str | None, memory):
         """Forget the item of this uid; returns the memory."""
@@ -176,15 +173,13 @@ class Page:
 
 def image_input() -> gr.Image:
     """Lay out the image to look at, with examples below it."""
-    image = gr.Image(
-        type="filepath",
-        image_mode=None,
-        label="Picture",
-        show_label=False,  # it would lie on the picture
-        height=260,
-        sources=["upload", "clipboard", "webcam"],
-        elem_id="picture",
-    )
+    quiet = {
+        "label": "Picture",
+        "show_label": False,
+        "height": 260,
+        "elem_id": "picture",
+    }  # it would lie on the picture
+    image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], **quiet)
     examples = [[str(ROOT / "examples" / f"{name}.png")] for name in EXAMPLES]
     examples = [example for example in examples if os.path.isfile(example[0])]
     gr.Examples(examples, image, label="Or one of these", cache_examples=False)
