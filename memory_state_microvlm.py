@@ -431,14 +431,10 @@ class MemoryState(MemoryRows):
     def load(
         cls, path: str | os.PathLike, expected: "MemoryState", device: torch.device | str = "cpu"
     ) -> "MemoryState":
-        """Read a file that may come from anywhere.
+        """Read a file that may come from anywhere; a ValueError says what does not fit.
 
         Args:
             expected: an empty memory of the model that will read it: its shapes, noise, `max_items` and fingerprint.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a memory, of another version or model, or its receipts do not give its posterior.
         """
         refused = f"memory file {path} is refused"
         require(os.path.isfile(path) or not os.path.exists(path), f"{refused}: it is not a file.")

@@ -70,8 +70,6 @@ def open_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
 def fetch_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Read the bytes and the header of an image; decode nothing, leave nothing open.
 
-    `load_image` of transformers decodes at once, so nothing could be checked before.
-
     Args:
         source: a path, a `file:`, `http:`, `https:` or `data:` URL, the bare base64 text of an image, its bytes, a
             binary file, or a dictionary with one of these as `bytes`, `path` or `url`, as in rows of `datasets`.
@@ -131,8 +129,8 @@ def download(url: str) -> bytes:
 
     def work() -> None:
         try:
-            request = Request(url, headers={"User-Agent": "MicroVLM"})  # some sites refuse Python's own
-            with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            # some sites refuse Python's own agent
+            with urlopen(Request(url, headers={"User-Agent": "MicroVLM"}), timeout=DOWNLOAD_TIMEOUT) as response:
                 result.set_result(read(response, deadline))
         except Exception as error:
             result.set_exception(error)

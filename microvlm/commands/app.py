@@ -173,15 +173,10 @@ class Page:
 
 def image_input() -> gr.Image:
     """Lay out the image to look at, with examples below it."""
-    quiet = {
-        "label": "Picture",
-        "show_label": False,
-        "height": 260,
-        "elem_id": "picture",
-    }  # it would lie on the picture
-    image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], **quiet)
-    examples = [[str(ROOT / "examples" / f"{name}.png")] for name in EXAMPLES]
-    examples = [example for example in examples if os.path.isfile(example[0])]
+    look = {"label": "Picture", "show_label": False, "height": 260, "elem_id": "picture"}  # it would lie on the picture
+    image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], **look)
+    examples = (ROOT / "examples" / f"{name}.png" for name in EXAMPLES)
+    examples = [[str(path)] for path in examples if path.is_file()]
     gr.Examples(examples, image, label="Or one of these", cache_examples=False)
     return image
 
