@@ -257,15 +257,6 @@ class PackedDecoder:
         """Check that the model still has the weights that this was made of, see `versions`."""
         return self.weights() == self.source
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Return what a token reads of the weights, as it lies in memory."""
-        parts = [self.norm, *(part for layer in self.layers for part in vars(layer).values())]
-        tensors = [part.weight for part in parts if isinstance(part, Norm)]
-        for part in parts:
-            if isinstance(part, Product):
-                tensors += [part.matrix.panels, part.matrix.scale, part.bias]
-        return [t for t in tensors if t is not None]
-
     def turns(self, positions: torch.Tensor) -> torch.Tensor:
         """Return cosines, then sines, of positions (M,): (M, d).
 

@@ -1,4 +1,4 @@
-"""Measure speed, memory and bytes at full size, next to llama.cpp, other captioners and the memory bus.
+"""Measure speed, memory and bytes at full size, next to llama.cpp and other captioners.
 
     python -m benchmarks.speed --write-v runs/v    # a checkpoint to pack; writes it and stops
     python -m benchmarks.speed --checkpoint "V packed=runs/v-packed" --checkpoint nano=. --rounds 9 --plot docs
@@ -15,23 +15,19 @@ no early stop. Notable:
 - llama.cpp's quantizer makes a tied head Q6_K, or Q8_0 where 256 does not divide the width, and TQ2_0 and TQ1_0 Q4_0
   where 256 does not divide a row. "+head" forces the type on the head too.
 - Peak memory is the resident size from loading to the last round less what it was before loading (Linux).
-- The limit: bytes of weights that a step reads over the read bandwidth, the highest of sum and maximum as int64 and a
-  float32 matrix-vector product over 512 MiB. Keys and values do not count.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 import transformers
 
-from benchmarks.machine import available_memory, describe_machine, seconds
+from benchmarks.machine import available_memory, describe_machine
 from benchmarks.models import SHAPES, v_config, write_random
 from benchmarks.subjects import (
     CAPTION,
@@ -47,7 +43,6 @@ from benchmarks.subjects import (
 )
 from microvlm.tables import markdown_table
 
-BUFFER, SMALL_BUFFER, READS = 2**29, 2**23, 3
 PROCESS_BYTES = 2**30  # of a worker without its weights, generously
 
 
@@ -66,20 +61,8 @@ class Result:
     def rates(self) -> list[float]:
         return [turn["rate"] for turn in self.turns]
 
-    @property
-    def read(self) -> int:
-        return sum(self.opened["read"].values())
-
 
 # --- measuring
-
-
-def read_bandwidth(buffer: torch.Tensor) -> float:
-    """Measure bytes per second of the fastest pass over a buffer of n x 4,096 float32."""
-    integers, matrix = buffer.view(torch.int64), buffer.view(-1, 4096)
-    vector = matrix[0].clone()
-    ways = (integers.sum, integers.max, lambda: matrix @ vector)
-    return buffer.nbytes / min(seconds(way)[0] for way in ways for _ in range(READS))
 
 
 def in_groups(needs: dict[str, int], available: int | None) -> list[list[str]]:
@@ -94,19 +77,14 @@ def in_groups(needs: dict[str, int], available: int | None) -> list[list[str]]:
     return groups
 
 
-def measure_group(subjects: list[Subject], rounds: int, new_tokens: int, read: Callable[[], float]) -> tuple:
-    """Open all subjects, then give each a turn in every round; returns results by name and bandwidths.
-
-    `read` measures the bandwidth, bytes per second, once a round.
-    """
-    workers, results, rates = [Worker(subject) for subject in subjects], {}, []
+def measure_group(subjects: list[Subject], rounds: int, new_tokens: int) -> dict[str, Result]:
+    """Open all subjects, then give each a turn in every round; returns results by name."""
+    workers, results = [Worker(subject) for subject in subjects], {}
     try:
         for worker in workers:
             results[worker.name] = Result(worker.ask("open", new_tokens))
             print(f"{worker.name}: open", file=sys.stderr, flush=True)
-        # in every round a reading of the bandwidth and a turn of each
         for i in range(rounds):
-            rates.append(read())
             for worker in workers:
                 turn = worker.ask("turn", new_tokens)
                 results[worker.name].turns.append(turn)
@@ -117,24 +95,20 @@ def measure_group(subjects: list[Subject], rounds: int, new_tokens: int, read: C
     finally:
         for worker in workers:
             worker.stop()
-    return results, rates
+    return results
 
 
-def measure(names: list[str], options: argparse.Namespace) -> tuple[dict[str, Result], list[float], list[list[str]]]:
-    """Measure subjects, in groups that fit into memory; returns results, read bandwidths and groups."""
-    buffer = torch.ones((SMALL_BUFFER if options.small else BUFFER) // 4)
-    results, rates = {}, []
+def measure(names: list[str], options: argparse.Namespace) -> tuple[dict[str, Result], list[list[str]]]:
+    """Measure subjects, in groups that fit into memory; returns results and groups."""
+    results = {}
     with tempfile.TemporaryDirectory(prefix="speed-") as folder:
         scratch, known = Scratch(Path(folder), options.small), options.checkpoint
         subjects = {n: MicroVLM(n, known[n]) if n in known else CATALOGUE[n](n, scratch) for n in names}
         needs = {name: 2 * subject.disk_bytes() + PROCESS_BYTES for name, subject in subjects.items()}
         groups = in_groups(needs, available_memory())
         for group in groups:
-            members = [subjects[name] for name in group]
-            values, read = measure_group(members, options.rounds, options.tokens, partial(read_bandwidth, buffer))
-            results |= values
-            rates += read
-    return results, rates, groups
+            results |= measure_group([subjects[name] for name in group], options.rounds, options.tokens)
+    return results, groups
 
 
 # --- tables and plots
@@ -157,45 +131,18 @@ def speed_table(results: dict[str, Result]) -> str:
     return markdown_table([*header, "on disk, MB", "peak, MB"], rows, left=2)
 
 
-def limit_table(results: dict[str, Result], bandwidth: float) -> str:
-    """Write the tokens per second of only reading the weights, and the share reached."""
-    rows = []
-    for name, r in results.items():
-        formats = sorted(r.opened["read"].items(), key=lambda item: -item[1])
-        text = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in formats if size / r.read > 1e-3)
-        limit = bandwidth / r.read
-        rows.append([name, text, megabytes(r.read), f"{limit:.1f}", f"{r.median('rate') / limit:.1%}"])
-    return markdown_table(["", "formats, MB", "read a token, MB", "limit, tokens/s", "reached"], rows, left=2)
-
-
 def pick_colour(name: str) -> str:
     return "tab:orange" if name in LLAMA_CPP else "tab:gray" if name.startswith(tuple(SHAPES)) else "tab:blue"
 
 
-def plot(results: dict[str, Result], bandwidth: float, folder: Path) -> None:
-    """Plot tokens per second with range and limit (`speed_tokens.png`), and over bytes on disk (`speed_disk.png`)."""
+def plot(results: dict[str, Result], folder: Path) -> None:
+    """Plot tokens per second over bytes on disk, `speed_disk.png`."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     names = list(results)
     colours = [pick_colour(name) for name in names]
     rates = [r.median("rate") for r in results.values()]
-    # bars with the range of the rounds, and a mark at the limit
-    lowest = [rate - min(r.rates) for r, rate in zip(results.values(), rates)]
-    highest = [max(r.rates) - rate for r, rate in zip(results.values(), rates)]
-    figure = Figure(figsize=(9, 1.2 + 0.34 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(names, rates, xerr=[lowest, highest], color=colours, error_kw={"elinewidth": 1})
-    limits = [bandwidth / r.read for r in results.values()]
-    axes.plot(limits, names, "k|", markersize=12, label="limit: bandwidth / bytes read a token")
-    axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="tokens per second, median and range")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(folder / "speed_tokens.png", dpi=120)
-
-    # a point per subject
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     sizes = [r.opened["disk"] / 1e6 for r in results.values()]
@@ -221,7 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", action="append", default=[], metavar="NAME=FOLDER", help="of MicroVLM; repeat")
     add("--only", nargs="+", metavar="NAME", help=f"of {', '.join(CATALOGUE)} and the checkpoints")
     add("--small", action="store_true", help="tiny shapes: shows that this runs, not how fast")
-    add("--plot", type=Path, help="folder for speed_tokens.png and speed_disk.png")
+    add("--plot", type=Path, help="folder for speed_disk.png")
     add("--write-v", type=Path, metavar="FOLDER", help="write V with random weights in bf16, and stop")
     options = parser.parse_args(argv)
     if options.rounds < 1 or not CAPTION <= options.tokens <= MOST_TOKENS:
@@ -265,16 +212,14 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         return
     # measure and print
-    results, rates, groups = measure(names, options)
+    results, groups = measure(names, options)
     shape = "tiny models" if options.small else "full size"
     print(f"## {shape}, {THREADS} threads, {options.rounds} rounds of {options.tokens} tokens, random weights\n")
-    print(f"{speed_table(results)}\n")
+    print(speed_table(results))
     if len(groups) > 1:
-        print(f"Memory did not suffice for all at once; interleaved inside: {'; '.join(map(', '.join, groups))}.\n")
-    text = f"Read bandwidth, {THREADS} threads: {max(rates) / 1e9:.1f} GB/s, the highest of {len(rates)} rounds"
-    print(f"{text} (median {median(rates) / 1e9:.1f}).\n\n{limit_table(results, max(rates))}")
+        print(f"\nMemory did not suffice for all at once; interleaved inside: {'; '.join(map(', '.join, groups))}.")
     if options.plot:
-        plot(results, max(rates), options.plot)
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

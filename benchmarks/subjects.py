@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from unittest import mock
 import torch
 import transformers
 from PIL import Image
-from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from benchmarks.machine import peak_memory, reset_peak, resident_memory, seconds
@@ -128,53 +126,6 @@ class Scratch:
         return source if kind == "BF16" else self.make(f"v-{kind}.gguf", partial(quantize_gguf, source, kind))
 
 
-# --- bytes that a step reads
-
-
-def own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """List the tensors a module itself holds: parameters, buffers, attributes, scales of bitsandbytes."""
-    values = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    while state is not None:
-        values.append(state.absmax)
-        state = getattr(state, "state2", None)
-    return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def read_modules(module: nn.Module, ran: set[nn.Module]) -> list[nn.Module]:
-    """List modules whose weights are read: those that ran, and all inside one that called no part of it."""
-    inside = [m for m in module.modules() if m is not module]
-    if module in ran and not any(m in ran for m in inside):
-        return [module, *inside]
-    own = [module] if module in ran else []
-    return own + [m for child in module.children() for m in read_modules(child, ran)]
-
-
-def step_bytes(model: nn.Module, generate: Callable[[int], object]) -> dict[str, int]:
-    """Count the bytes of the weights that one decoding step reads, by dtype; `generate` makes n tokens."""
-    # a step's modules run more often for three tokens than for two
-    counts = Counter()
-    hooks = [m.register_forward_pre_hook(lambda m, args: counts.update([m])) for m in model.modules()]
-    generate(2)
-    two = Counter(counts)
-    counts.clear()
-    generate(3)
-    for hook in hooks:
-        hook.remove()
-    ran = {m for m, n in counts.items() if n > two[m]}
-    # their tensors; of an embedding a step reads one row
-    tensors = [t for m in read_modules(model, ran) if "Embedding" not in type(m).__name__ for t in own_tensors(m)]
-    decoder = model.model.packed_decoder() if hasattr(getattr(model, "model", None), "packed_decoder") else None
-    if decoder is not None:  # its layers are no modules, and the head's matrix is the embedding's
-        head = [part.matrix() for part in model.get_input_embeddings().modules() if hasattr(part, "matrix")]
-        tensors = decoder.tensors() + [t for matrix in head for t in (matrix.panels, matrix.scale)]
-    # each once
-    result = Counter()
-    for tensor in {tensor.data_ptr(): tensor for tensor in reversed(tensors)}.values():
-        result[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    return dict(result)
-
-
 # --- subjects
 
 
@@ -194,10 +145,6 @@ class Subject(ABC):
     def emit(self, new_tokens: int) -> list[float]:
         """Generate; returns the seconds from the image to each new token."""
 
-    @abstractmethod
-    def read_bytes(self) -> dict[str, int]:
-        """Count the bytes of the weights that a decoding step reads, by format."""
-
     def disk_bytes(self) -> int:
         files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
         return sum(file.stat().st_size for file in files)
@@ -215,7 +162,7 @@ class Subject(ABC):
         self.before = resident_memory()
         load_seconds, _ = seconds(self.load)
         self.turn(new_tokens)
-        measured = {"load": load_seconds, "disk": self.disk_bytes(), "read": self.read_bytes()}
+        measured = {"load": load_seconds, "disk": self.disk_bytes()}
         return measured | {"positions": self.positions, "sees": self.sees}
 
     def close(self) -> int | None:
@@ -246,9 +193,6 @@ class TransformersSubject(Subject):
         length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
         self.model.generate(**self.inputs(image), streamer=clock, do_sample=False, num_beams=1, **length)
         return [t - start for t in clock.times[1:]]  # the first entry is the prompt
-
-    def read_bytes(self) -> dict[str, int]:
-        return step_bytes(self.model, self.emit)
 
 
 class MicroVLM(TransformersSubject):
@@ -330,14 +274,6 @@ class LlamaCpp(Subject):
             times.append(time.perf_counter() - start)
             tokens = (library.llama_token * 1)(token)
         return times
-
-    def read_bytes(self) -> dict[str, int]:
-        import gguf
-
-        result = Counter()
-        for tensor in gguf.GGUFReader(self.path).tensors:
-            result[tensor.tensor_type.name] += tensor.n_bytes
-        return dict(result)
 
 
 def make_llama_cpp(name: str, scratch: Scratch) -> LlamaCpp:

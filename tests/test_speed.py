@@ -3,17 +3,17 @@
 import math
 import sys
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, tiny_model
-from torch import nn
+from conftest import ROOT
 
 from benchmarks import speed
-from benchmarks.models import SHAPES, make_prompt, v_config
-from benchmarks.speed import Result, choose, in_groups, limit_table, main, measure_group, parse, speed_table
-from benchmarks.subjects import CATALOGUE, LLAMA_CPP, LlamaCpp, Scratch, has_llama_cpp, step_bytes
+from benchmarks.models import SHAPES, v_config
+from benchmarks.speed import Result, choose, in_groups, main, measure_group, parse, speed_table
+from benchmarks.subjects import CATALOGUE, LLAMA_CPP, LlamaCpp, Scratch, has_llama_cpp
 
 needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")
 
@@ -35,12 +35,6 @@ def by_hand(text) -> int:
     return L * layer + D + V * D
 
 
-def generate(model):
-    ids = make_prompt(model)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 32, 32)}
-    return lambda n: model.generate(**inputs, do_sample=False, min_new_tokens=n, max_new_tokens=n)
-
-
 def test_the_small_command_measures_each_in_its_own_process(tmp_path, capsys, monkeypatch):
     main(["--small", "--write-v", str(tmp_path / "packed")])
     assert "V with random weights" in capsys.readouterr().out
@@ -51,20 +45,18 @@ def test_the_small_command_measures_each_in_its_own_process(tmp_path, capsys, mo
     monkeypatch.setattr(speed, "measure", lambda *args: measured.append(measure(*args)) or measured[0])
     command = ["--small", "--rounds", "2", "--tokens", "32", "--only", *names, "--plot", str(plots)]
     main([*command, "--checkpoint", f"ours={tmp_path / 'packed'}"])
-    printed, (results, rates, _) = capsys.readouterr().out, measured[0]
-    assert list(results) == names and min(rates) > 0
-    assert f"{max(rates) / 1e9:.1f} GB/s, the highest of {len(rates)} rounds" in printed
+    printed, (results, _) = capsys.readouterr().out, measured[0]
+    assert list(results) == names
     for name, result in results.items():
-        assert printed.count(f"| {name} |") == 2
+        assert printed.count(f"| {name} |") == 1
         assert len(result.turns) == 2
         for turn in result.turns:
             assert 0 < turn["first"] < turn["caption"] and math.isfinite(turn["rate"]) and turn["rate"] > 0
-        assert result.opened["disk"] > 0 and result.opened["load"] > 0 and result.read > 0
+        assert result.opened["disk"] > 0 and result.opened["load"] > 0
         if sys.platform == "linux":
             assert result.peak > 0
-    assert results["V NF4"].opened["read"]["uint8"] > 0
     assert results["V NF4"].opened["disk"] < results["ours"].opened["disk"]
-    assert sorted(path.name for path in plots.iterdir()) == ["speed_disk.png", "speed_tokens.png"]
+    assert sorted(path.name for path in plots.iterdir()) == ["speed_disk.png"]
     assert not list((tmp_path / "runs").iterdir())  # scratch weights are gone
 
 
@@ -101,49 +93,6 @@ def test_peers_have_the_published_number_of_parameters(name, millions):
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=1)
 
 
-@pytest.mark.parametrize("dtype,name,size", [(torch.float32, "float32", 4), (torch.bfloat16, "bfloat16", 2)])
-def test_bytes_of_a_step_are_those_counted_by_hand(dtype, name, size):
-    model = tiny_model().to(dtype)
-    run = generate(model)
-    model.model.vision_tower.to(torch.float32).register_forward_pre_hook(
-        lambda m, args, kwargs: ((args[0].float(), *args[1:]), kwargs), with_kwargs=True
-    )
-    model.model.vision_tower.register_forward_hook(
-        lambda m, a, out: setattr(out, "last_hidden_state", out[0].to(dtype))
-    )
-    counts = step_bytes(model, run)
-    inv_freq = model.model.language_model.rotary_emb.inv_freq.numel()
-    rest = counts.pop("float32", 0) if name == "bfloat16" else 0
-    assert sum(counts.values()) + rest == pytest.approx(size * by_hand(model.config.text_config), abs=4 * inv_freq)
-    assert counts[name] >= size * by_hand(model.config.text_config)
-
-
-def test_a_layer_that_calls_none_of_its_parts_counts_whole():
-    class Fused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
-            self.packed = torch.zeros(10, dtype=torch.uint8)  # a plain attribute
-
-        def forward(self, x):
-            return x @ self.a.weight @ self.b.weight
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.once, self.layer, self.embedding = nn.Linear(4, 4), Fused(), nn.Embedding(4, 4)
-            self.head = nn.Linear(4, 4, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, tokens):
-            x = self.once(torch.zeros(1, 4))
-            for _ in range(tokens):
-                x = self.head(self.layer(x + self.embedding(torch.tensor([0]))))
-
-    model = Model()
-    assert step_bytes(model, model) == {"float32": 3 * 16 * 4, "uint8": 10}
-
-
 def count_types(kind: str) -> dict[str, int]:
     """By hand, bytes of the tiny V's language model: all matrices in BF16, or in blocks of 32."""
     text = v_config(True).text_config
@@ -158,10 +107,19 @@ def count_types(kind: str) -> dict[str, int]:
     return counts[kind] | {"F32": 4 * vectors}
 
 
+def type_bytes(path) -> dict[str, int]:
+    import gguf
+
+    result = Counter()
+    for tensor in gguf.GGUFReader(path).tensors:
+        result[tensor.tensor_type.name] += int(tensor.n_bytes)
+    return result
+
+
 def test_the_gguf_holds_the_language_model(tmp_path):
     pytest.importorskip("gguf")
     subject = LlamaCpp("", Scratch(tmp_path, True).gguf("BF16"), 21)
-    assert subject.read_bytes() == count_types("BF16")
+    assert type_bytes(subject.path) == count_types("BF16")
 
 
 @needs_llama_cpp
@@ -173,7 +131,7 @@ def test_llama_cpp_runs_and_stores_what_the_name_says(kind, tmp_path):
     assert opened["positions"] == 5 + 16 and not opened["sees"]
     assert len(subject.emit(4)) == 4
     subject.close()
-    assert opened["read"] == count_types(kind)
+    assert type_bytes(subject.path) == count_types(kind)
 
 
 def test_without_llama_cpp_its_rows_are_left_out_and_named(monkeypatch):
@@ -209,17 +167,17 @@ def fake(monkeypatch):
 
 
 def test_turns_are_interleaved_round_by_round(fake):
-    results, rates = measure_group(["a", "b"], 2, 40, lambda: fake.log.append(("bus", "read")) or 5.0)
-    turns = [("bus", "read"), ("a", "turn"), ("b", "turn")]
+    results = measure_group(["a", "b"], 2, 40)
+    turns = [("a", "turn"), ("b", "turn")]
     ends = [("a", "close"), ("b", "close"), ("a", "stop"), ("b", "stop")]
     assert fake.log == [("a", "open"), ("b", "open"), *turns, *turns, *ends]
-    assert rates == [5.0, 5.0] and [len(r.turns) for r in results.values()] == [2, 2] and results["b"].peak == 7
+    assert [len(r.turns) for r in results.values()] == [2, 2] and results["b"].peak == 7
 
 
 def test_every_worker_stops_when_one_fails(fake, monkeypatch):
     monkeypatch.setattr(fake, "broken", ("a", "turn"))
     with pytest.raises(RuntimeError, match="broken"):
-        measure_group(["a", "b"], 2, 40, lambda: 5.0)
+        measure_group(["a", "b"], 2, 40)
     assert fake.log[-2:] == [("a", "stop"), ("b", "stop")]
 
 
@@ -229,16 +187,14 @@ def test_groups_hold_what_memory_holds():
     assert in_groups(needs, 8) == [["a", "b"], ["c"], ["d"]]
 
 
-def test_medians_and_the_limit_by_hand():
-    opened = {"read": {"uint8": 30, "float32": 20}, "sees": True, "positions": 41, "load": 1.0, "disk": 2e6}
+def test_medians_by_hand():
+    opened = {"sees": True, "positions": 41, "load": 1.0, "disk": 2e6}
 
     def turn(rate, first):
         return {"rate": rate, "first": first, "caption": first + 1}
 
     fast = Result(opened, [turn(10.0, 1.0), turn(30.0, 1.0), turn(20.0, 4.0)], 3 * 10**6)
-    assert fast.read == 50 and fast.median("rate") == 20
-    table = limit_table({"fast": fast}, 2000.0)
-    assert table.endswith("| fast | uint8 0.0, float32 0.0 | 0.0 | 40.0 | 50.0% |")
+    assert fast.median("rate") == 20
     row = speed_table({"fast": fast}).splitlines()[-1]
     assert "20.0 (10.0 to 30.0)" in row and row.endswith("| 1.00 | 2.0 | 3.0 |")
 
