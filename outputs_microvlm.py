@@ -3,12 +3,18 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import modeling_outputs
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-# those of transformers 5.24 have the image encoder's outputs, too
-BaseOutput = getattr(modeling_outputs, "MultimodalBaseModelOutputWithPast", BaseModelOutputWithPast)
-CausalLMOutput = getattr(modeling_outputs, "MultimodalCausalLMOutputWithPast", CausalLMOutputWithPast)
+try:  # transformers 5.24: with the image encoder's outputs
+    from transformers.modeling_outputs import (
+        MultimodalBaseModelOutputWithPast as BaseOutput,
+        MultimodalCausalLMOutputWithPast as CausalLMOutput,
+    )
+except ImportError:
+    from transformers.modeling_outputs import (
+        BaseModelOutputWithPast as BaseOutput,
+        CausalLMOutputWithPast as CausalLMOutput,
+    )
 
 
 @dataclass
