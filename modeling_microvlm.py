@@ -126,8 +126,11 @@ class MicroVLMVisionTower(TimmWrapperModel):
         return getattr(self.timm_model, "num_prefix_tokens", 0)
 
     def forward(self, pixel_values: torch.FloatTensor, **kwargs):
-        with present(self):  # timm's own `forward`, which a hook waits for, is never called
-            out = super().forward(pixel_values, **kwargs)
+        try:
+            with present(self):  # timm's own `forward`, which a hook waits for, is never called
+                out = super().forward(pixel_values, **kwargs)
+        except AssertionError as error:
+            raise ValueError(f"the vision tower cannot take these images: {error} Resize them (do_resize).") from error
         # a map as tokens
         hidden = out[0]  # a tuple without return_dict
         if hidden.ndim == 4:  # (N, width, rows, columns), or (N, rows, columns, width)

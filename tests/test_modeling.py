@@ -373,6 +373,10 @@ class TestForward:
         inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
         torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
 
+    def test_images_of_a_size_that_patches_do_not_divide(self):
+        with pytest.raises(ValueError, match="^the vision tower cannot take these images: .*30.* Resize them"):
+            tiny_model().get_image_features(torch.zeros(1, 3, 30, 30))
+
     def test_features_equal_pixels(self):
         model, inputs = tiny_model(), tiny_inputs()
         expected = model(**inputs).logits
