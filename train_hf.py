@@ -12,17 +12,20 @@ output of this one in `model`.
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
-from microvlm.files import write_json
+from microvlm.cli import app
+from microvlm.files import locked, write_json
+from microvlm.model import require
 from microvlm.train import distill_vision, pretrain_text
 from microvlm.train.callbacks import EpochCallback
 from microvlm.train.checkpoints import card_values
 from microvlm.train.curves import plot_curves
 from microvlm.train.data import TrainingData
-from microvlm.train.recipe import check_recipe, read_recipe
+from microvlm.train.recipe import Recipe, check_recipe, read_recipe
 from microvlm.train.setup import (
     calibrate,
     check_output,
@@ -48,11 +51,17 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     # recipe
     values = read_recipe(options.recipe, options.set)
-    if values.get("kind") in KINDS:
-        return KINDS[values["kind"]](values)
+    if part := KINDS.get(str(values.get("kind"))):
+        return part(values)
     recipe = check_recipe(values, options.recipe)
     args = training_arguments(recipe)
     checkpoint = check_output(recipe, args, options.resume)
+    with locked(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        train(recipe, args, checkpoint, Path(options.recipe).stem)
+
+
+def train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, name: str) -> None:
+    """Train a recipe called `name`, from a checkpoint of its run if there is one."""
     set_seed(args.seed)
     # model
     processor, model = load_model(recipe)
@@ -61,8 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
     # data
     data = TrainingData(recipe, args, processor, model)
     calibrate(model, data, recipe.calibration_rows)
-    for name in recipe.compile:
-        model.get_submodule(name).compile()
+    for module in recipe.compile:
+        require(module in dict(model.named_modules()), f"compile: the model has no module {module!r}.")
+        model.get_submodule(module).compile()
     # trainer
     trainer = MicroVLMTrainer(
         model=model,
@@ -82,14 +92,14 @@ def main(arguments: list[str] | None = None) -> None:
             memory_batches=data.memory_batches,
             teacher=load_teacher(recipe, model),
             temperature=recipe.distillation.temperature if recipe.distillation else 1.0,
-            card=card_values(recipe, Path(options.recipe).stem),
+            card=card_values(recipe, name),
         ),
     )
-    if args.process_index == 0:
-        write_settings(recipe, args)
     # train
     if checkpoint is not None and trainer.position is not None:
         trainer.position.resume(checkpoint)
+    if args.process_index == 0:
+        write_settings(recipe, args)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # save
     finish(trainer)
@@ -122,4 +132,4 @@ def finish(trainer: MicroVLMTrainer) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app(["train", *sys.argv[1:]])  # one line and an exit code for what a recipe gets wrong

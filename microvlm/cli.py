@@ -38,14 +38,17 @@ for _name, _group in (("memory", memory), ("export", export), ("visualize", visu
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """List what bad input raises; its message is for the user."""
+    from re import error as PatternError
     from tarfile import TarError
 
     from datasets.exceptions import DatasetsError
     from httpx2 import HTTPError
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
+    from yaml import YAMLError
 
-    return OSError, ValueError, SafetensorError, StrictDataclassError, TarError, DatasetsError, HTTPError
+    libraries = SafetensorError, StrictDataclassError, TarError, DatasetsError, HTTPError
+    return OSError, ValueError, PatternError, YAMLError, *libraries
 
 
 @contextmanager

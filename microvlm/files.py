@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 ROOT = Path(__file__).resolve().parents[1]
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # ends of lines, escapes, turned directions
 
@@ -39,6 +41,17 @@ def _make_readable(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep it from other runs meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise OSError(f"{folder} is of a run that still goes on: wait for it, or choose another output_dir.") from error
 
 
 @contextmanager
@@ -114,12 +127,7 @@ def check_outputs(inputs: Iterable[str], **outputs: str | None) -> None:
 
 
 def check_out(out: Path, force: bool, sources: list[str], marker: str = "config.json") -> None:
-    """Refuse to overwrite a folder by accident.
-
-    Args:
-        out: folder to write; an empty one, or by `force` one of its kind, which all have the file `marker`.
-        sources: folders or files it is made of, which it may not contain; what does not exist is a Hub id.
-    """
+    """Refuse a folder that is not empty, but by `force` one with the file `marker`, or that holds a source."""
     parts = [Path(source).resolve() for source in sources if os.path.exists(source)] + [ROOT]
     inside = next((path for path in parts if path.is_relative_to(out.resolve())), None)
     is_full = out.is_dir() and any(out.iterdir())

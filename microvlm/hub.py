@@ -25,7 +25,7 @@ AUTO_MAPS = {"config.json": tuple(AUTO_MAP), "processor_config.json": ("AutoProc
 TAGS = ("vision-language", "image-captioning", "bitnet", "deit", "tiny")
 LIBRARIES = ("transformers", "torch", "datasets", "huggingface_hub")
 TRAINING_STATE = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json"]
-TRAINING_STATE += ["training_args.bin", "data_rank*.json", "checkpoint-*/**", "captions/**", "runs/**"]
+TRAINING_STATE += ["training_args.bin", "data_rank*.json", ".lock", "checkpoint-*/**", "captions/**", "runs/**"]
 TRAINING_STATE += ["*.tmp", "*__pycache__/*"]
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_*"]
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -36,16 +36,8 @@ SPEED = re.compile(r"(^|_)(epoch|runtime|.+_per_second|model_preparation_time)$"
 class TrainingStatus:
     """What a model card says about a training run.
 
-    Args:
-        base_model: start of the run, a Hub id or a local folder.
-        stage: in words, as "stage 1".
-        global_step, max_steps: optimizer steps done and planned.
-        data: training data, one or more Hub ids, `hf://datasets/...` paths or local paths.
-        date: ISO, UTC; default: today.
-        validation_data: data of `metrics`; default: the first of `data`.
-        metrics: as `Trainer.evaluate` names them; values that are not finite are left out.
-        repo_id: repo of the card; None: the card loads from its own folder.
-        effective_batch_size: rows per optimizer step, over all ranks and micro-batches.
+    The model it started from and the data are Hub ids or paths; `metrics` are of `validation_data`, as
+    `Trainer.evaluate` names them.
     """
 
     recipe: str
@@ -163,6 +155,16 @@ def write_card(folder: str | Path, status: TrainingStatus) -> Path:
     return path
 
 
+def write_plain_card(folder: Path, repo_id: str = ".", source: str = "") -> None:
+    """Write the card of a checkpoint without a run of its own, packed or merged, if it has none."""
+    if not (folder / "README.md").exists():
+        base = hub_id(source, "models")
+        metadata = ModelCardData(library_name="transformers", pipeline_tag=TASK, base_model=base, tags=list(TAGS[:2]))
+        values = {"repo": repo_id, "source": source and link(source, "models")}
+        card = ModelCard.from_template(metadata, template_path=TEMPLATES / "plain_card.md.jinja", **values)
+        write_text(folder / "README.md", str(card))
+
+
 def weight_files(name: str | Path, revision: str | None = None) -> list[Path]:
     """Find the safetensors files of a folder or of a checkpoint that was loaded."""
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
@@ -210,19 +212,15 @@ def push_folder(
     revision: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Push a complete folder to the Hub without its training state.
+    """Push a complete folder to the Hub without its training state; it gets a plain card if it has none.
 
     Weights on the Hub that the folder no longer has are deleted in the same commit, since `from_pretrained` would
     prefer them.
-
-    Args:
-        folder: complete by `check_repo`; nothing is sent otherwise.
-        repo_id: `owner/name`, created when missing.
-        private: the repo must be private; None: a new one follows its owner's settings on the Hub.
-        revision: branch, created when missing; default: main.
-        token: default: the one of `hf auth login` or HF_TOKEN.
+    Repo and branch are created when missing. `private`: the repo must be; None: its owner's settings on the Hub decide.
     """
     # the repo, never a private folder into a public one
+    if Path(folder).is_dir():
+        write_plain_card(Path(folder), repo_id)
     check_repo(folder)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)

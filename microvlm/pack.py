@@ -14,6 +14,7 @@ from .evaluate.captions import caption_rows
 from .evaluate.language import language_scores, teacher_forced
 from .evaluate.memory import share_recalled
 from .files import atomic_file, atomic_folder
+from .hub import write_plain_card
 from .metrics import score
 from .model import (
     PackedConfig,
@@ -26,6 +27,7 @@ from .model import (
 )
 from .tables import text_table
 
+DTYPES = ("float32", "bfloat16", "float16")
 PACK_KEYS = {"modules", "dtype", "counts"}
 PARTS = (
     ("vision", r"model\.vision_tower\."),
@@ -39,6 +41,7 @@ PARTS = (
 def load_pack_recipe(path: str, overrides: list[str] = ()) -> dict:
     """Read a recipe and apply `key=value` overrides."""
     recipe = yaml.safe_load(Path(path).read_text())
+    require(isinstance(recipe, dict), f"{path} is no recipe: expected keys with values, got {recipe!r}.")
     for override in overrides:
         name, equals, value = override.partition("=")
         require(equals, f"--set takes key=value, got {override!r}.")
@@ -46,6 +49,8 @@ def load_pack_recipe(path: str, overrides: list[str] = ()) -> dict:
     unknown = ", ".join(sorted(set(recipe) - PACK_KEYS))
     require(not unknown, f"unknown key in {path}: {unknown}. Known: {', '.join(sorted(PACK_KEYS))}.")
     require(recipe.get("modules"), f"{path} has no modules: what to pack.")
+    dtype = recipe.setdefault("dtype", "bfloat16")
+    require(dtype in DTYPES, f"{path}: dtype is one of {', '.join(DTYPES)}, got {dtype!r}.")
     return recipe
 
 
@@ -133,12 +138,13 @@ def open_plain(checkpoint: str, revision: str, needs_processor: bool) -> tuple[P
     return model, processor
 
 
-def save_packed(model, processor, out: Path) -> PreTrainedModel:
-    """Write a packed model and its processor as a new folder; returns it as opened again."""
+def save_packed(model, processor, out: Path, source: str) -> PreTrainedModel:
+    """Write a packed model, its processor and a card as a new folder; returns it as opened again."""
     with atomic_folder(out) as folder:
         for part in (model, processor):
             if part is not None:
                 part.save_pretrained(folder)
+        write_plain_card(folder, source=source)
         opened = AutoModelForImageTextToText.from_pretrained(folder).eval()
         # what was written is what is in memory
         stored = model.state_dict()
@@ -169,10 +175,10 @@ def main(checkpoint: str, out: Path, recipe: Path, assignments: list[str], revis
     if counts:
         counts = token_counts(processor, counts, model.config.text_config.vocab_size)
     pack(model, PackedConfig(settings["modules"]), counts)
-    model.to(getattr(torch, settings.get("dtype", "bfloat16")))
+    model.to(getattr(torch, settings["dtype"]))
     print(size_table(model), flush=True)
     # write, open again, measure again
-    opened = save_packed(model, processor, out)
+    opened = save_packed(model, processor, out, checkpoint)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     print(f"\n{out}: {size:,} bytes of weights", flush=True)
     scores = compare(data, len(rows), before, quality(opened, processor, rows, facts)) if data else {}

@@ -31,6 +31,7 @@ from microvlm.data.augment import change_style, image_augmentation
 from microvlm.data.collators import MIN_ROWS_BEFORE_STOP, CaptionCollator, FeatureCollator
 from microvlm.data.feature_cache import cache_vision_features, write_vision_features
 from microvlm.data.rows import UnreadableRowError, decode_row, is_copyleft, load_rows, row_name
+from microvlm.data.stream import load_stream
 
 FORMATS = ("parquet", "imagefolder", "webdataset", "files")
 COPYLEFT = [
@@ -217,11 +218,47 @@ def test_missing_file(tmp_path):
         load_rows([str(there), str(tmp_path / "second.parquet")])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.csv", "a.csv holds a table: write metadata.jsonl beside the pictures, .*, or metadata.csv.$"),
+        ("a.jsonl", "a.jsonl holds JSON lines: write metadata.jsonl beside the pictures"),
+        ("captions_train2017.json", "json holds JSON, as COCO and LLaVA have it: write metadata.jsonl"),
+        ("coco/annotations/captions.json", "coco holds JSON, as COCO and LLaVA have it"),
+        ("flickr/captions.txt", "flickr holds captions in one text file: write metadata.jsonl"),
+        (
+            "hub/data/train-00000-of-00001.parquet",
+            r"hub holds parquet files: name them, as FOLDER/\*\*/train-\*.parquet",
+        ),
+        ("disk/data-00000-of-00001.arrow", "disk holds what `save_to_disk` wrote: write it with `to_parquet`"),
+    ],
+)
+def test_what_people_have_instead_is_named_in_one_sentence(name, message, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x")
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load_rows(str(tmp_path / name.partition("/")[0]))
+    assert str(error.value).count(". ") == 0
+
+
+def test_an_empty_list_of_paths(tmp_path):
+    for load in (load_rows, load_stream):
+        with pytest.raises(ValueError, match="^the data is an empty list of paths.$"):
+            load([])
+
+
+def test_endings_in_capitals(tmp_path, processor):
+    for picture in write_files(tmp_path / "files", pairs()).rglob("*.png"):
+        picture.rename(picture.with_suffix(".PNG"))
+    assert list(contents(load_rows(str(tmp_path / "files")), processor)) == CAPTIONS
+
+
 def test_unknown_format(tmp_path):
-    (tmp_path / "a.csv").write_text("image,caption\n")
-    message = "a.csv: expected a .parquet file, a .tar of webdataset or a folder of pictures with metadata.jsonl."
+    (tmp_path / "a.npz").write_text("image,caption\n")
+    message = "a.npz: expected a .parquet file, a .tar of webdataset or a folder of pictures with metadata.jsonl."
     with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
-        load_rows(str(tmp_path / "a.csv"))
+        load_rows(str(tmp_path / "a.npz"))
 
 
 def test_no_caption_or_picture_column_lists_what_there_is(tmp_path):

@@ -716,5 +716,11 @@ def test_recipes_of_packing_are_checked(tmp_path):
     path.write_text("dtype: float32\n")
     with pytest.raises(ValueError, match="has no modules: what to pack.$"):
         load_pack_recipe(str(path))
+    path.write_text("- modules\n")
+    with pytest.raises(ValueError, match="is no recipe: expected keys with values, got .'modules'.*$"):
+        load_pack_recipe(str(path))
+    path.write_text("modules: {x: {}}\n")
+    with pytest.raises(ValueError, match="dtype is one of float32, bfloat16, float16, got 'bf16'.$"):
+        load_pack_recipe(str(path), ["dtype=bf16"])
     with pytest.raises(ValueError, match="^--set takes key=value, got 'dtype'.$"):
         load_pack_recipe(str(path), ["dtype"])

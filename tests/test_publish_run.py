@@ -7,16 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, microvlm
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_train import run, write_recipe  # noqa: F401
-from toy_data import pairs, same_state, write_tar
+from toy_data import pairs, png, same_state, toy_checkpoint, toy_processor, write_tar
 
 from microvlm.hub import check_repo
+from microvlm.model import load_plain
 from train_hf import main
 
 pytest_plugins = ["hub_server"]
+MEMORY = {"num_slots": 16, "code_size": 32, "key_hidden_size": 16, "max_content_tokens": 8, "scope_hidden_size": 16}
 CODE = ("modeling", "configuration", "processing", "memory", "cache", "quantization")
 
 
@@ -61,6 +64,55 @@ def test_pushes_as_it_goes(run, hub, tmp_path):  # noqa: F811
         f for f in files if f.startswith(("checkpoint-", "optimizer", "rng_state", "training_args", "captions"))
     ]
     assert hub.read("someone/toy-run", "model.safetensors") == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+PUBLISH = """
+import json, sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from microvlm import hub
+
+picture, folders = sys.argv[1], sys.argv[2:]
+for name, folder in zip(("someone/packed", "someone/merged"), folders):
+    hub.main(folder, name, True, None, "a message")
+    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    fact = processor(images=picture, text="<image>a blue circle", return_tensors="pt")
+    memory = model.write_memory(**fact)
+    answer = model.generate(pixel_values=fact["pixel_values"], memory=memory, max_new_tokens=4)
+    print(json.dumps([int(memory.active.sum()), answer.shape[0]]))
+"""
+
+
+def test_fine_tuned_packed_published_opened_and_taught(run, hub, tmp_path):  # noqa: F811
+    """From a recipe to a memory; a merged LoRA as well, which no run has written a card for."""
+    run["model"] = str(toy_checkpoint(tmp_path / "memory", use_memory=True, memory_config=MEMORY))
+    run["training"] |= {"max_steps": 1, "save_strategy": "no"}
+    main([write_recipe(tmp_path, **run | {"calibration_rows": 0})])
+    tuned, packed, merged = (tmp_path / name for name in ("out", "packed", "merged"))
+    # pack
+    (tmp_path / "pack.yaml").write_text(json.dumps({"modules": {r"model\.language_model\.layers\..*_proj": {}}}))
+    assert microvlm("pack", tuned, packed, "--recipe", tmp_path / "pack.yaml") == 0
+    check_repo(packed)
+    # a LoRA
+    model = get_peft_model(load_plain(tuned), LoraConfig(r=2, target_modules=r".*layers\..*\.q_proj"))
+    model.merge_and_unload().save_pretrained(merged)
+    toy_processor().save_pretrained(merged)
+    # publish, open, teach
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(png(1))
+    done = subprocess.run(
+        [sys.executable, "-c", PUBLISH, picture, packed, merged],
+        env=hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines() if line[0] == "["] == [[1, 1], [1, 1]]
+    for name in ("packed", "merged"):
+        card = ModelCard(hub.read(f"someone/{name}", "README.md").decode())
+        assert card.data.library_name == "transformers" and str(tmp_path) not in card.content
+    assert not [file for repo in hub.repos.values() for file in repo.files() if file.endswith(".lock")]
 
 
 def test_a_token_is_not_published(run, tmp_path):  # noqa: F811

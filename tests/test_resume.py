@@ -168,16 +168,14 @@ def test_other_readers_are_refused(stream_run, tmp_path):
 
 def test_another_order_of_rows_is_refused(stream_run, tmp_path):
     stream_run["training"] |= {"max_steps": 4, "dataloader_num_workers": 0, "seed": 1}
-    recipe, shards = write_recipe(tmp_path, **stream_run), stream_run["data"]["train"]
+    recipe = write_recipe(tmp_path, **stream_run)
     main([recipe])
     changes = [
         ("data.stream.shuffle_buffer=4", "shuffle_buffer 3", "4"),
-        ("training.seed=2", "seed 1", "2"),
-        ("data.limit=5", "limit None", "5"),
         ("training.train_sampling_strategy=group_by_length", "group_size 1", "4"),
-        (f"data.train={tmp_path}/shards/[01].tar", "num_shards 3", "2"),
-        (f"data.train={tmp_path}/shards/?.tar", f"sources {[shards]!r}", repr([f"{tmp_path}/shards/?.tar"])),
     ]
+    (tmp_path / "shards" / "3.tar").write_bytes((tmp_path / "shards" / "2.tar").read_bytes())
+    changes.append(("data.stream.shuffle_buffer=3", "num_shards 3", "4"))
     for change, written, now in changes:
         with pytest.raises(ValueError) as error:
             main([recipe, "--resume", "--set", change])

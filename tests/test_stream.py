@@ -158,7 +158,9 @@ def test_take_rows(tars):
     assert rows[0]["image"]["bytes"] == png(0) and rows[0]["caption"] == "row 0-0"
 
 
-def test_bad_sources_are_named(tmp_path, tars):
+def test_bad_sources_are_named(tmp_path, tars, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").touch()
     with pytest.raises(FileNotFoundError, match=f"^data {tmp_path}/no-.*tar does not exist.$"):
         load_stream(str(tmp_path / "no-*.tar"))
     with pytest.raises(

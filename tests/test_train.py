@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 import timm.optim
 import torch
 import yaml
-from conftest import ROOT, MicroVLMForConditionalGeneration
+from conftest import ROOT, MicroVLMForConditionalGeneration, microvlm
 from microvlm.configuration_microvlm import MicroVLMConfig
 from safetensors.torch import load_file
 from toy_data import (
@@ -38,6 +40,7 @@ from transformers import (
 from microvlm.data.collators import CaptionCollator, FeatureCollator
 from microvlm.data.feature_cache import cache_vision_features
 from microvlm.data.rows import load_rows
+from microvlm.files import locked
 from microvlm.train.gradcache import embedded_pairs
 from microvlm.train.losses import Alignment, labelled_logits
 from microvlm.train.recipe import DataConfig, Recipe, load_recipe, to_dict
@@ -354,6 +357,64 @@ def test_what_is_no_recipe_is_named(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"training": {"max_steps": "many"}}, "Field 'training.max_steps' expected int, got str (value: 'many')"),
+        (
+            {"training": {"learning_rate": "fast"}},
+            "Field 'training.learning_rate' with value 'fast' doesn't match any",
+        ),
+        ({"training": {"seed": "x"}}, "Field 'training.seed' expected int, got str (value: 'x')"),
+        ({"training": {"bf16": "yes"}}, "Field 'training.bf16' expected bool, got str (value: 'yes')"),
+        ({"training": {"output_dir": 5}}, "Field 'training.output_dir' with value 5 doesn't match any type"),
+        (
+            {"training": {"gradient_accumulation_steps": 0}},
+            "gradient_accumulation_steps is not positive.",
+        ),
+        ({"training": {1: 2}}, "{path}: Invalid key or value in dict 'training'."),
+        ({"training": [1]}, "{path}: Field 'training' expected a dict, got list."),
+        ({"loss_weights": {"lm": 0}}, "loss_weights has no weight above zero: nothing would train."),
+        ({"quantization": {"load_in_4bit": "x"}}, "load_in_4bit must be a boolean"),
+        ({1: 2}, "unknown key in {path}: 1. Known: "),
+        ({"kind": ["distill"]}, "unknown key in {path}: kind. Known: "),
+    ],
+)
+def test_values_of_another_type_are_named(changes, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | changes))
+    with pytest.raises(ValueError) as caught:
+        main([str(path)])
+    assert str(caught.value).startswith(message.format(path=path))
+
+
+def test_a_key_without_a_value_is_one_left_out(tmp_path):
+    path = write_recipe(tmp_path, training={"output_dir": "o", "seed": None, "save_strategy": False, "max_steps": 1})
+    assert load_recipe(path).training == {"output_dir": "o", "save_strategy": "no", "max_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("model: a\nmodel: b\n", "is not YAML: the key 'model' stands twice"),
+        ("model: a\n", "has no 'trainable'"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_the_script_ends_in_one_line_as_the_command_does(text, message, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    said = []
+    assert microvlm("train", path) == 1
+    said.append(capsys.readouterr().err)
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "train_hf.py"), run_name="__main__")
+    said.append(capsys.readouterr().err)
+    assert stopped.value.code == 1 and said[0] == said[1]
+    assert re.fullmatch(f"microvlm: {re.escape(str(path))} {message}.*\n", said[0])
 
 
 def test_recipes_of_other_kinds_go_to_their_own_training(tmp_path, monkeypatch):
@@ -1018,6 +1079,90 @@ def test_resume_continues_bit_for_bit(accumulation, run, tmp_path, capsys):
     message = f"^{out} has checkpoints of a run: --resume goes on with it, or choose another output_dir.$"
     with pytest.raises(FileExistsError, match=message):
         main([recipe])
+
+
+def test_what_a_resumed_run_cannot_change_is_refused(run, tmp_path):
+    run["training"] |= {"max_steps": 2, "save_steps": 2, "seed": 1}
+    run["calibration_rows"] = 0
+    recipe, out = write_recipe(tmp_path, **run), tmp_path / "out"
+    main([recipe])
+    written = {name: (out / name).read_bytes() for name in ("recipe.yaml", "training_arguments.json", "log.json")}
+    train, other = run["data"]["train"], str(write_parquet(tmp_path / "other.parquet", pairs(4)))
+    changes = {
+        f"data.train={other}": f"train {train!r}",
+        "data.limit=5": "limit None",
+        "training.seed=2": "seed 1",
+        "training.learning_rate=0.5": "learning_rate 0.001",
+        "learning_rates={adapter: 0.5}": "learning_rates {'adapter': 0.002}",
+        "trainable=[adapter]": "trainable ['adapter', 'language_model']",
+    }
+    for change, before in changes.items():
+        with pytest.raises(ValueError) as error:
+            main([recipe, "--resume", "--set", change, "--set", "training.max_steps=3"])
+        assert str(error.value).startswith(
+            f"{out}/checkpoint-2 was written with {before}; a run goes on exactly with the"
+        )
+    assert {name: (out / name).read_bytes() for name in written} == written
+    main([recipe, "--resume", "--set", "training.max_steps=3"])
+    assert load_recipe(out / "recipe.yaml").training["max_steps"] == 3
+
+
+def test_two_runs_do_not_share_a_folder(run, tmp_path):
+    recipe, out = write_recipe(tmp_path, **run), tmp_path / "out"
+    with locked(out), pytest.raises(OSError) as error:
+        main([recipe])
+    advice = "wait for it, or choose another output_dir."
+    assert str(error.value) == f"{out} is of a run that still goes on: {advice}"
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    with locked(out):  # free again
+        pass
+
+
+@pytest.mark.parametrize("missing", [100, 3000, 20000])  # torch sees no error in what it flushes at the end
+def test_a_full_disk_is_named(missing, run, tmp_path, monkeypatch):
+    """A limit on the sizes of files, as a disk that is full after so many bytes."""
+    save, out = torch.save, tmp_path / "out"
+
+    def full(values, path, *args, **kwargs):
+        save(values, path, *args, **kwargs)
+        if str(path).endswith("optimizer.pt"):
+            limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), os.path.getsize(path)
+            os.remove(path)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - missing, limits[1]))
+            try:
+                save(values, path, *args, **kwargs)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises((OSError, ValueError), match=f"{out}/checkpoint-3.*: the disk is full, or gone.$"):
+        main([write_recipe(tmp_path, **run | {"calibration_rows": 0})])
+    assert not (out / "checkpoint-3" / "complete.json").exists()
+
+
+def test_what_no_loss_reaches_is_named(run, tmp_path, caplog):
+    run |= {"loss_weights": {"lm": 1}, "trainable": ["adapter", "alignment"], "calibration_rows": 0}
+    run["training"] |= {"max_steps": 2, "save_strategy": "no"}
+    main([write_recipe(tmp_path, **run)])
+    said = [r.getMessage() for r in caplog.records if "get no gradient" in r.getMessage()]
+    assert said == [
+        "8 trainable tensors get no gradient, such as model.alignment.image_norm.weight: leave them out of `trainable`, "
+        "or give the loss that trains them a weight in `loss_weights`"
+    ]
+
+
+@pytest.mark.parametrize(
+    "expression,message",
+    [
+        ("trainable=[adapter(]", "missing ), unterminated subpattern at position 7"),
+        ("learning_rates={'adapter(': 1.0}", "missing ), unterminated subpattern at position 7"),
+        ("compile=[model.nothing]", "compile: the model has no module 'model.nothing'."),
+    ],
+)
+def test_what_is_no_regular_expression_or_module_is_one_line(expression, message, run, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, **run | {"calibration_rows": 0})
+    assert microvlm("train", recipe, "--set", expression) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"microvlm: {message}"
 
 
 @pytest.mark.parametrize("key", ["model", "distillation.teacher"])

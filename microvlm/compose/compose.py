@@ -80,12 +80,7 @@ def table(folder: Path) -> str:
 
 
 def join(vision: VisionPart, text: TextPart, variant: str | None, seed: int):
-    """Join both parts in one model with new adapter and alignment, drawn by `seed`.
-
-    Returns:
-        Model and processor; what the checkpoint has to reproduce: the weights of the sources, by the names of the
-        composed model, and the logits of `text_logits` on the text model alone.
-    """
+    """Join both parts; returns model, processor, and the sources' weights and text logits."""
     # a row of the embedding for the image token
     source_rows = text.vocab_size
     image_token_id = add_image_token(text)

@@ -27,21 +27,14 @@ LAYER_TOLERANCE = 0.01  # of a BitNet layer's norm: what the rounding of a produ
 
 @dataclass
 class TextPart:
-    """A causal language model of transformers.
+    """A causal language model of transformers."""
 
-    Args:
-        model: computes the logits that the composed model has to match.
-        weights: of the composed model, under the names of the text model; without `lm_head.weight` when tied.
-        qat: the entries of `qat_config` with which `weights` compute what `model` does.
-        layout: of the source, for people.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # computes the logits that the composed model has to match
     tokenizer: PreTrainedTokenizerBase
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]  # of the composed model, by the text model's names; no `lm_head.weight` when tied
     dtype: torch.dtype
-    qat: dict
-    layout: str
+    qat: dict  # entries of `qat_config` with which `weights` compute what `model` does
+    layout: str  # of the source, for people
 
     @property
     def vocab_size(self) -> int:
@@ -152,10 +145,7 @@ def check_names(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> Non
 
 
 def add_image_token(text: TextPart) -> int:
-    """Add `<image>` to tokenizer and, without a spare row, to the embedding; return its id.
-
-    New rows are the mean of the old ones. Without a pad token the end-of-text token pads.
-    """
+    """Add `<image>` to the tokenizer and, as the mean of all rows, to an embedding that is full; return its id."""
     tokenizer, weights = text.tokenizer, text.weights
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -24,12 +24,7 @@ def text_logits(model: PreTrainedModel, vocab_size: int) -> torch.Tensor:
 
 
 def verify(folder: Path, weights: dict[str, torch.Tensor], logits: torch.Tensor, exact: bool) -> list[str]:
-    """Open the written folder and compare it with its sources; returns what was checked, one line each.
-
-    Args:
-        weights: that it must hold next to new modules, by full name, in its dtype.
-        logits: of `text_logits` on the plain text model (2, T, V); `exact`: they must be equal bit by bit.
-    """
+    """Compare the written folder with weights and `text_logits` of its sources; returns what was checked."""
     problems, missing = [], dict.fromkeys(weights)
     # the tensors in the files
     for path in sorted(folder.glob("*.safetensors")):

@@ -74,11 +74,7 @@ def patch_grid(model: nn.Module, input_size: list[int]) -> tuple[tuple[int, int]
 
 
 def load_vision(source: str, revision: str | None = None) -> VisionPart:
-    """Read a vision transformer or a convnet in timm's Hub layout.
-
-    The source is a folder or Hub repo with `config.json` ({"architecture", "num_classes", "pretrained_cfg"}) and
-    `model.safetensors` or `pytorch_model.bin`; or a bare weight file, without a `config.json` next to it `OWN_TOWER`.
-    """
+    """Read a vision transformer or a convnet in timm's Hub layout, or `OWN_TOWER` from a bare weight file."""
     try:
         config, weight_file = read_source(source, revision)
         architecture = config.get("architecture") or ""

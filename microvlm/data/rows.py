@@ -14,6 +14,15 @@ from ..model import DEFAULT_MAX_PIXELS, open_image, require
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "text", "txt")
 FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
+WANTED = "write metadata.jsonl beside the pictures, a line of file_name and caption each"
+HINTS = {  # what people have instead, by the ending of a file
+    ".parquet": "parquet files: name them, as FOLDER/**/train-*.parquet",
+    ".arrow": "what `save_to_disk` wrote: write it with `to_parquet`",
+    ".csv": f"a table: {WANTED}, or metadata.csv",
+    ".json": f"JSON, as COCO and LLaVA have it: {WANTED}",
+    ".jsonl": f"JSON lines: {WANTED}",
+    ".txt": f"captions in one text file: {WANTED}",
+}
 COPYLEFT = r"GPL|GFDL|General Public Licen|Free Documentation Licen|((CC|BY)[-_ ]?|NC[-_ ])SA(?![a-z])|share[-_ ]?alike"
 
 
@@ -37,7 +46,8 @@ def is_remote(path: str | list[str]) -> bool:
 
 
 def check_sources(paths: list[str]) -> None:
-    """Raise FileNotFoundError for a local path or glob without a file."""
+    """Raise FileNotFoundError for a local path or glob without a file, ValueError without any path."""
+    require(bool(paths), "the data is an empty list of paths.")
     for path in paths:
         if not is_remote(path) and not Path(path).exists() and not glob(path, recursive=True):
             raise FileNotFoundError(f"data {path} does not exist.")
@@ -46,15 +56,12 @@ def check_sources(paths: list[str]) -> None:
 def load_rows(path: str | list[str], exclude_copyleft: bool = False, limit: int | None = None) -> Dataset:
     """Load rows with the columns `image` (undecoded: {"bytes", "path"}) and `caption`.
 
-    Args:
-        path: .parquet or .tar of webdataset, a glob or a list of them; or a folder of tars, of images with
-            `metadata.jsonl`, or of images with text files.
-        exclude_copyleft: drop rows whose `licence` column states none or a copyleft one.
-        limit: keep only the first rows.
+    A path is a .parquet or .tar of webdataset, a glob or a list of them; or a folder of tars, of images with
+    `metadata.jsonl`, or of images with text files.
     """
     paths = list_paths(path)
-    first = Path(paths[0])
     check_sources(paths)
+    first = Path(paths[0])
     # read
     if first.is_dir() and not any(first.glob("*.tar")):
         require(len(paths) == 1, f"an image folder is one path, got {len(paths)}: {', '.join(paths)}.")
@@ -63,7 +70,7 @@ def load_rows(path: str | list[str], exclude_copyleft: bool = False, limit: int 
     else:
         format = FORMATS.get(".tar" if first.is_dir() else first.suffix)
         expected = "expected a .parquet file, a .tar of webdataset or a folder of pictures with metadata.jsonl."
-        require(format is not None, f"{first}: {expected}")
+        require(format is not None, held(first, [first], f"{first}: {expected}"))
         files = [str(Path(p) / "*.tar") if Path(p).is_dir() else p for p in paths]
         rows = load_dataset(format, data_files=files, split="train")
     rows = named_columns(rows, paths[0])
@@ -73,6 +80,12 @@ def load_rows(path: str | list[str], exclude_copyleft: bool = False, limit: int 
         require("licence" in rows.column_names, f"exclude_copyleft needs a licence column; {first} has only {columns}.")
         rows = rows.select([i for i, licence in enumerate(rows["licence"]) if licence and not is_copyleft(licence)])
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def held(path: Path, files: list[Path], otherwise: str) -> str:
+    """Say what a source that is not read holds instead, and what to do."""
+    hints = (HINTS[file.suffix] for file in files if file.suffix in HINTS)
+    return f"{path} holds {hint}." if (hint := next(hints, None)) else otherwise
 
 
 def named_columns(rows, source: str):
@@ -91,10 +104,11 @@ def named_columns(rows, source: str):
 
 def load_files(folder: Path) -> Dataset:
     """Load images with captions in text files of the same name, as img2dataset writes them."""
-    images = sorted(p for suffix in IMAGE_COLUMNS[1:] for p in folder.rglob(f"*.{suffix}"))
-    images = [image for image in images if image.with_suffix(".txt").exists()]
+    files = sorted(folder.rglob("*"))
+    images = [p for p in files if p.suffix.lower()[1:] in IMAGE_COLUMNS[1:] and p.with_suffix(".txt").exists()]
     if not images:
-        raise FileNotFoundError(f"{folder} has no picture with a caption in a .txt file of the same name.")
+        problem = f"{folder} has no picture with a caption in a .txt file of the same name."
+        raise FileNotFoundError(held(folder, files, problem))
     captions = [image.with_suffix(".txt").read_text() for image in images]
     rows = Dataset.from_dict({"image": list(map(str, images)), "caption": captions})
     # into the fingerprint: caches of other images under these names are not taken (_fingerprint: datasets 5.2)

@@ -29,10 +29,10 @@ def load_stream(path: str | list[str], revision: str | None = None) -> IterableD
     if len(paths) == 1 and is_hub_dataset(paths[0]):
         rows = load_dataset(paths[0], split="train", streaming=True, revision=revision)
         return named_columns(rows, paths[0])
+    check_sources(paths)
     suffixes = {Path(p).suffix for p in paths}
     known = len(suffixes) == 1 and suffixes <= FORMATS.keys()
     require(known, f"{paths[0]}: a stream is of .tar or .parquet files, or of a data set on the Hub.")
-    check_sources(paths)
     rows = load_dataset(FORMATS[suffixes.pop()], data_files=paths, split="train", streaming=True)
     return named_columns(rows, paths[0])
 

@@ -55,11 +55,7 @@ def calibrate_temperature(model, processor, rows: Dataset) -> None:
 
 
 def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Collect scope probabilities of what memories of `size` facts hold and do not hold.
-
-    Returns:
-        `images`: of written, of unrelated and of look-alike ones; `words`: of questions about the first two.
-    """
+    """Collect scope probabilities of images, written, unrelated and look-alike, and of words about the first two."""
     parts = {"images": ([], [], []), "words": ([], [])}
     for _ in range(memories):
         written = bench.choose(size)

@@ -40,6 +40,10 @@ class StepGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         accelerator, deepspeed = self.trainer.accelerator, self.trainer.is_deepspeed_enabled
+        parameters = [] if deepspeed or state.global_step else self.trainer.model.named_parameters()
+        if idle := [name for name, p in parameters if p.requires_grad and p.grad is None]:
+            advice = "leave them out of `trainable`, or give the loss that trains them a weight in `loss_weights`"
+            logger.warning("%d trainable tensors get no gradient, such as %s: %s", len(idle), idle[0], advice)
         # with a scaler or DeepSpeed the gradient may overflow: they skip that step by themselves
         overflow = accelerator.scaler is None and not deepspeed and not math.isfinite(self.grad_norm)
         flags = torch.tensor([len(self.rows), int(overflow), int(self.stop_requested)], device=args.device)

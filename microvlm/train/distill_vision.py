@@ -23,7 +23,7 @@ from torch import nn
 
 from ..data.augment import change_colors, change_style, random_affine, warp
 from ..data.rows import load_rows
-from ..files import atomic_path, write_json
+from ..files import atomic_path, locked, write_json
 from ..teacher import nearest_neighbours, teacher_maps
 
 SMALL = 144  # side of the copies that crops of at most 128 x 128 are taken from
@@ -291,7 +291,7 @@ class Distillation:
 def main(recipe: dict[str, Any]) -> None:
     """Train the vision tower of a recipe."""
     folder = Path(recipe["output_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Distillation(recipe, folder)
-    run.resume()
-    run.train()
+    with locked(folder):
+        run = Distillation(recipe, folder)
+        run.resume()
+        run.train()

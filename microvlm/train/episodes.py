@@ -49,11 +49,7 @@ def split_inputs(model, batch: dict[str, Any]) -> tuple[dict[str, Any], Episodes
 
 
 def encode_images(model, queries: torch.Tensor, supports: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Encode the images (B, 3, H, W) of queries and facts in one pass.
-
-    Returns:
-        Features of the queries (B, tokens, width), key features of the facts, and pairs of them, as in `Episodes`.
-    """
+    """Encode images (B, 3, H, W) in one pass: the queries' features, and keys and pairs of keys as in `Episodes`."""
     images = [queries, supports]
     if model.config.memory_config.gray_weight:
         images.append(gray_copy(supports))

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, type_validator
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 
@@ -148,12 +148,19 @@ class Recipe:
 
     def validate_keys(self):
         check_keys("loss_weights", self.loss_weights, LOSSES)
-        check_keys("training", self.training, [option.name for option in fields(TrainingArguments)])
+        kinds = get_type_hints(TrainingArguments)
+        check_keys("training", self.training, kinds)
+        for name, value in self.training.items():  # a TypeError names it; where a float can be, an int can
+            kind = kinds[name] | int if float in (kinds[name], *get_args(kinds[name])) else kinds[name]
+            type_validator(f"training.{name}", value, kind)
+        require(self.training.get("gradient_accumulation_steps", 1) > 0, "gradient_accumulation_steps is not positive.")
         check_keys("quantization", self.quantization or {}, signature(BitsAndBytesConfig).parameters)
+        BitsAndBytesConfig(**self.quantization or {})  # a TypeError names it
 
     def validate_sections(self):
         distills, taught = bool(self.loss_weights.get("distill")), self.distillation is not None
         require(distills == taught, "loss_weights.distill and distillation.teacher go together.")
+        require(any(self.loss_weights.values()), "loss_weights has no weight above zero: nothing would train.")
         names = [] if self.data.episodes else [name for name in EPISODE_LOSSES if self.loss_weights.get(name)]
         require(not names, f"loss_weights: {', '.join(names)} need data.episodes, which teach the memory.")
         for name, count in to_dict(self.evaluation).items():
@@ -186,9 +193,9 @@ def check_recipe(values: dict[str, Any], path: str | Path) -> Recipe:
         if isinstance(values.get(key), str):
             values[key] = [values[key]]
     if isinstance(values.get("training"), dict):
-        for key, value in values["training"].items():
-            if key.endswith("_strategy") and value is False:  # YAML reads `no` as false
-                values["training"][key] = "no"
+        training = {key: value for key, value in values["training"].items() if value is not None}
+        no = [key for key, value in training.items() if str(key).endswith("_strategy") and value is False]
+        values["training"] = training | dict.fromkeys(no, "no")  # YAML reads `no` as false
     return build(Recipe, values, str(path))
 
 
@@ -237,11 +244,11 @@ def build(kind: type, values: Any, name: str, prefix: str = "") -> Any:
     except StrictDataclassFieldValidationError as error:
         raise ValueError(f"{name}: {error.__cause__}.") from error
     except StrictDataclassClassValidationError as error:
-        raise error.__cause__ from error
+        raise ValueError(str(error.__cause__)) from error
 
 
 def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    unknown = ", ".join(sorted(set(keys) - set(known)))
+    unknown = ", ".join(sorted(map(str, set(keys) - set(known))))
     require(not unknown, f"unknown key in {section}: {unknown}. Known: {', '.join(sorted(known))}.")
 
 

@@ -28,7 +28,10 @@ from ..model import QUANT_METHOD, require
 from ..tables import text_table
 from .checkpoints import checkpoints, is_complete, newest_complete
 from .data import TrainingData
-from .recipe import Recipe, to_dict
+from .recipe import Recipe, load_recipe, to_dict
+
+# what the order of the rows, the parameters and the optimizer's state in a checkpoint depend on
+FIXED = "train revision limit exclude_copyleft seed data_seed learning_rate learning_rates trainable config optimizer"
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -50,18 +53,24 @@ def check_output(recipe: Recipe, args: TrainingArguments, resume: bool) -> Path 
     for key, source in sources.items():
         same = source and Path(source).is_dir() and os.path.realpath(source) == os.path.realpath(output)
         require(not same, f"training.output_dir {output} is the folder of {key}, which the run would overwrite.")
-    if resume:
-        return newest_complete(output)
-    if any(map(is_complete, checkpoints(output))):
+    if not resume and any(map(is_complete, checkpoints(output))):
         advice = "--resume goes on with it, or choose another output_dir."
         raise FileExistsError(f"{output} has checkpoints of a run: {advice}")
-    return None
+    if not resume:
+        return None
+    checkpoint, recipe_file = newest_complete(output), output / "recipe.yaml"
+    runs = load_recipe(recipe_file) if recipe_file.exists() else recipe, recipe
+    values = [vars(TrainingArguments) | vars(run) | vars(run.data) | run.training for run in runs]
+    for name in FIXED.split():
+        was, now = (run.get(name) for run in values)
+        problem = f"{checkpoint} was written with {name} {was!r}; a run goes on exactly with the same only, not with"
+        require(was == now, f"{problem} {now!r}: start a new run from it as `model`.")
+    return checkpoint
 
 
 def write_settings(recipe: Recipe, args: TrainingArguments) -> None:
     """Write recipe and training arguments next to the run, without tokens: they are pushed."""
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     training = {key: value for key, value in recipe.training.items() if not key.endswith("_token")}
     write_text(output / "recipe.yaml", yaml.safe_dump(to_dict(recipe) | {"training": training}, sort_keys=False))
     write_text(output / "training_arguments.json", args.to_json_string())

@@ -62,7 +62,7 @@ class MicroVLMTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         # the place in a stream
         self.position = None
         if isinstance(self.train_dataset, CaptionStream):
-            self.position = StreamPosition(self.train_dataset, self.args, (options.card or {}).get("data"))
+            self.position = StreamPosition(self.train_dataset, self.args)
             self.add_callback(StreamEpoch())
         # stop signals, bad steps
         self.guard = StepGuard(self, options.max_nonfinite_steps)
