@@ -290,6 +290,11 @@ class MicroVLMConfig(PreTrainedConfig):
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
 
     @property
+    def prompt_has_words(self) -> bool:
+        """Whether the default prompt is more than the image between two marks of turns."""
+        return len(self.default_prompt_ids or ()) > 3
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Image placeholders per image."""
         return self.adapter_config.num_prefix_tokens

@@ -63,11 +63,12 @@ class MicroVLMGenerationMixin(GenerationMixin):
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        # a prompt for images without any
+        # a prompt for images without any: its words are no part of the answer
         pixel_values = kwargs.pop("pixel_values", None)
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        input_ids, hidden = inputs if inputs is not None else kwargs.get("input_ids"), 0
         if input_ids is None and pixel_values is not None and kwargs.get("inputs_embeds") is None:
             kwargs["input_ids"] = input_ids = self.default_prompt(len(pixel_values), pixel_values.device)
+            hidden = input_ids.shape[1] if self.config.prompt_has_words else 0
         # read the memory
         if memory is not None:
             # encode the images once, for the memory and for the prompt
@@ -79,7 +80,12 @@ class MicroVLMGenerationMixin(GenerationMixin):
         elif pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
         with kernel_threads() if self.model.packed_decoder() is not None else nullcontext():
-            return super().generate(inputs, *args, **kwargs)
+            output = super().generate(inputs, *args, **kwargs)
+        if hidden:
+            padding = self.generation_config.pad_token_id
+            ids = output if isinstance(output, torch.Tensor) else output.sequences
+            ids[:, :hidden] = self.config.image_token_id if padding is None else padding
+        return output
 
     def generate_batch(self, *args, memory: MemoryState | None = None, **kwargs):
         """Generate by continuous batching like `super()`, from texts alone; it has no memory."""

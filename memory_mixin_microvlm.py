@@ -86,6 +86,9 @@ def without_placeholders(labels: torch.LongTensor, placeholders: torch.BoolTenso
     if number is not None:
         left, counted = ((t[:, 1:] != -100).sum() for t in (kept, labels))
         kwargs["num_items_in_batch"] = (number * (left / counted.clamp(min=1))).clamp(min=1)
+    if (shifted := kwargs.get("shift_labels")) is not None:
+        after = F.pad(placeholders[:, 1:], (0, 1))[:, -shifted.shape[1] :]  # with `logits_to_keep` the last ones
+        kwargs["shift_labels"] = shifted.masked_fill(after, -100)
     return kept
 
 
@@ -117,14 +120,16 @@ def fingerprint_bytes(name: str, value: torch.Tensor) -> bytes:
 class MemoryReader:
     """Ask a memory and attach what it says to the text's cache: the part of `MicroVLMModel`."""
 
-    def get_text_mask(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
+    def get_text_mask(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, is_fact: bool = False
+    ) -> torch.BoolTensor:
         """Mask (B, T) of words: no padding, placeholders or control tokens of the prompt.
 
-        The attention mask is (B, T), or (B, past + T) with what a cache holds.
+        The attention mask is (B, T), or (B, past + T) with what a cache holds. A fact has no prompt: all words count.
         """
         # control tokens
-        text = self.config.text_config
-        control = {self.config.image_token_id, *(self.config.default_prompt_ids or [])}
+        text, prompt = self.config.text_config, self.config.default_prompt_ids or []
+        control = {self.config.image_token_id, *([] if is_fact and self.config.prompt_has_words else prompt)}
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(text, name, None)
             control.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
@@ -418,7 +423,8 @@ class MemoryMixin:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Contents (B, S x C) of the rows' words and an end token; and these tokens (B, L), then -1."""
         # room for words and an end token
-        words, L = self.model.get_text_mask(input_ids, attention_mask), self.config.memory_config.max_content_tokens
+        words = self.model.get_text_mask(input_ids, attention_mask, is_fact=True)
+        L = self.config.memory_config.max_content_tokens
         eos = self.config.text_config.eos_token_id
         eos = eos[0] if isinstance(eos, (list, tuple)) else eos
         room, lengths = L - (eos is not None), words.sum(1)
@@ -426,6 +432,11 @@ class MemoryMixin:
         for row, length in enumerate(lengths.tolist()):
             require(length > 0, f"row {row} has no words: a fact to write is one image and its words.")
             require(length <= room, f"row {row} has {length} tokens of words, at most {room} can be stored.")
+        # what was typed as a control token would be left out
+        within = (words.cumsum(1) > 0) & (words.flip(1).cumsum(1).flip(1) > 0)
+        typed = (within & ~words & (input_ids != self.config.image_token_id)).any(1)
+        advice = "write it as text, by tokenizer(..., split_special_tokens=True)."
+        require(not typed.any(), f"a sentence has a control token between its words: {advice}")
         # words to the front in their order, then the end token, then -1
         order = (~words).long().argsort(dim=1, stable=True)
         packed = F.pad(input_ids.gather(1, order), (0, L))[:, :L]

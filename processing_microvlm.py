@@ -371,6 +371,27 @@ class MicroVLMProcessor(BothClasses, ProcessorMixin):
                 f"{counts} images: give one row of images per text and one placeholder per image.",
             )
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what the model takes, text first: `Trainer` groups rows by the length of the first."""
+        return sorted(super().model_input_names, key="pixel_values".__eq__)
+
+    def control_tokens(self, written) -> list[str]:
+        """List the control tokens that people have written into a text, a message or a conversation."""
+        if isinstance(written, str):
+            return [token for token in (*self.tokenizer.all_special_tokens, self.image_token) if token in written]
+        parts = [written.get(name) for name in ("content", "text")] if isinstance(written, dict) else written
+        return [token for part in parts or () for token in self.control_tokens(part)]
+
+    def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
+        """Apply it like `super()`; control tokens in a message become text, and are refused in a mere string."""
+        if tokens := self.control_tokens(conversation):
+            safe = tokenize and not kwargs.get("return_assistant_tokens_mask")
+            wrong = f"a message holds {tokens[0]}, which a string cannot tell from the template's own"
+            require(safe, f"{wrong}: leave it out, or take token ids with tokenize=True and without a mask.")
+            kwargs.setdefault("sanitize_control_tokens", True)
+        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
 

@@ -517,6 +517,10 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_qat_trainable(self) -> bool:  # `Trainer` asks
+        raise ValueError("packed weights do not train: call model.dequantize(torch.float32) first.")
+
 
 def register_quantizer() -> None:
     """Give transformers the classes of this file for packed checkpoints.

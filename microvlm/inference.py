@@ -48,10 +48,19 @@ class Query:
         return {"input_ids": self.input_ids} | encoded
 
 
-def chat_prompt(processor, text: str, image: bool = False) -> str:
-    """Put a user's text into the chat template, after an image if there is one."""
-    content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+def chat_inputs(processor, text: str, images: Iterable[Image.Image | None] = (None,), chat_template=None):
+    """Tokenize a user's text in the chat template once for each image, which stands before it."""
+    pictures = ([] if image is None else [{"type": "image", "image": image}] for image in images)
+    contents = ([*picture, {"type": "text", "text": text}] for picture in pictures)
+    return processor.apply_chat_template(
+        [[{"role": "user", "content": content}] for content in contents],
+        chat_template=chat_template,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
 
 
 @torch.no_grad()
@@ -64,8 +73,7 @@ def image_query(model, processor, image: Image.Image) -> Query:
 
 def question_query(model, processor, question: str) -> Query:
     """Encode a question in words."""
-    inputs = processor(text=[chat_prompt(processor, question)], return_tensors="pt")
-    return Query(inputs["input_ids"].to(model.device))
+    return Query(chat_inputs(processor, question)["input_ids"].to(model.device))
 
 
 def caption(
@@ -84,8 +92,9 @@ def caption(
     """
     kind, has_prompt = type(model).__name__, prompt is not None or hasattr(model, "default_prompt")
     require(has_prompt, f"{kind} has no default prompt: give one (--prompt 'Describe the picture.').")
-    text = None if prompt is None else chat_prompt(processor, prompt, image=True)
-    return _caption(model, processor, paths, text, batch_size, generate_kwargs)  # a generator would check too late
+    if prompt is not None:
+        chat_inputs(processor, prompt)  # what the template refuses: a generator would check too late
+    return _caption(model, processor, paths, prompt, batch_size, generate_kwargs)
 
 
 def _caption(model, processor, paths, text, batch_size, generate_kwargs) -> Iterator[Caption]:
@@ -113,8 +122,7 @@ def _caption_batch(model, processor, batch: list[Caption], text, generate_kwargs
         inputs = processor.image_processor([result.image for result in readable], return_tensors="pt")
         start = model.default_prompt(1).shape[1]
     else:
-        images, texts = [[result.image] for result in readable], [text] * len(readable)
-        inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+        inputs = chat_inputs(processor, text, [result.image for result in readable])
         start = inputs["input_ids"].shape[1]
     # the new tokens as text
     output = model.generate(**inputs.to(model.device, model.dtype), **generate_kwargs)
@@ -125,7 +133,8 @@ def _caption_batch(model, processor, batch: list[Caption], text, generate_kwargs
 
 def teach(model, processor, image: str, sentence: str, memory: MemoryState | None = None) -> MemoryState:
     """Store a sentence under an image (a path or URL); returns the new memory."""
-    inputs = processor(images=[open_image(image)], text=[processor.image_token + sentence], return_tensors="pt")
+    plain = processor.image_token + "{{ messages[0].content[1].text }}"  # a template without turns
+    inputs = chat_inputs(processor, sentence, [open_image(image)], chat_template=plain)
     return model.write_memory(memory, **inputs.to(model.device, model.dtype), labels=[sentence])
 
 

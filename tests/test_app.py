@@ -32,6 +32,7 @@ import httpx
 from gradio_client.utils import apply_diff
 
 from microvlm.commands.app import EXAMPLES, GONE, LONGEST, NO_MEMORY, Page, build, recall_table
+from microvlm.inference import question_query
 from microvlm.model import load
 from microvlm.visualize.attention import Recall
 
@@ -245,6 +246,22 @@ def test_a_taken_port_and_another_model_are_a_line(page, monkeypatch, capsys):
     )
     assert microvlm("app") == 1
     assert "is a model of type llava, not a MicroVLM." in capsys.readouterr().err
+
+
+def test_what_people_write_is_text(page):
+    """No word is a control token or a placeholder, in sentences and in questions."""
+    model, processor = page.model, page.processor
+    for token in ("<|endoftext|>", "<image>", "<|assistant|>", "<|pad|>"):
+        for sentence in (f"The {token} tag is a robot.", f"{token} is it", f"It is {token}"):
+            memory = page.teach(SWAN, sentence, None)[0]
+            assert page.items(memory)[0].choices[0][0] == f"0. {sentence}"
+            assert f"0. {sentence!r} (" in memory.describe(processor) and model.forget(memory, sentence)
+        ids = question_query(model, processor, f"Who is {token}?").input_ids[0].tolist()
+        special = processor.tokenizer.all_special_ids
+        assert [i for i in ids if i in special] == [2, 3] and processor.decode(ids[1:-1]) == f"Who is {token}?"
+    assert question_query(model, processor, "Who?").input_ids.tolist() == [
+        processor.tokenizer("<|user|>Who?<|assistant|>").input_ids
+    ]
 
 
 def test_wrong_use_is_told(page, taught):

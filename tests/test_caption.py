@@ -273,6 +273,7 @@ def test_captions_are_what_the_model_says(loaded, pictures):
     output = model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=6, do_sample=False)
     said = output[0, model.default_prompt(1).shape[1] :]
     assert said.numel() == 6 and captions(loaded, [path]) == [processor.decode(said).strip()]
+    assert captions(loaded, [path], prompt="<image> or <|pad|>?") != captions(loaded, [path], prompt="what is it?")
 
 
 def test_only_one_batch_is_opened_at_a_time(loaded, pictures, monkeypatch):

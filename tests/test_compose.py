@@ -295,13 +295,14 @@ for folder in sys.argv[1:]:
     )
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     asked = model.generate(**inputs, **settings)
-    alone = model.generate(pixel_values=inputs["pixel_values"], **settings)
+    alone, start = model.generate(pixel_values=inputs["pixel_values"], **settings), inputs["input_ids"].shape[1]
     results.append(
         {
             "info": [len(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")],
             "classes": [type(model).__name__, type(processor).__name__, config.model_type],
-            "new": asked.shape[1] - inputs["input_ids"].shape[1],
-            "same": asked.tolist() == alone.tolist(),
+            "new": asked.shape[1] - start,
+            "same": asked[:, start:].tolist() == alone[:, start:].tolist(),
+            "prompt": "Describe" in processor.decode(alone[0], skip_special_tokens=True),
             "text": isinstance(processor.batch_decode(asked)[0], str),
         }
     )
@@ -321,7 +322,7 @@ def test_opens_and_captions_in_a_fresh_offline_process(composed, tmp_path):
     for layout, result in zip(("qwen2", "llama", "bitnet-packed"), json.loads(run.stdout)):
         assert result["info"] == [0, 0, 0]
         assert result["classes"] == ["MicroVLMForConditionalGeneration", "MicroVLMProcessor", "microvlm"]
-        assert result["new"] == 4 and result["text"]
+        assert result["new"] == 4 and result["text"] and not result["prompt"]
         assert result["same"] == (layout != "llama")  # a base model has no request in its default prompt
 
 
@@ -474,6 +475,10 @@ def test_plain_chat_template_for_a_base_model(composed):
         [{"role": "user", "content": parts}, TALK[1], TALK[2]], add_generation_prompt=True
     )
     assert text == "User: <image>What is it?\nAssistant: Paris.</s>\nUser: And of Spain?\nAssistant:"
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    out = processor.apply_chat_template([{"role": "system", "content": "Be brief."}, *TALK], **options)
+    (ids,), (mask,) = out["input_ids"], out["assistant_masks"]
+    assert processor.decode([i for i, on in zip(ids, mask) if on]) == "Paris.</s>"
 
 
 def test_default_prompt(composed):
@@ -507,8 +512,9 @@ def test_repository_template_is_nanos():
     assert render([picture], add_generation_prompt=True) == "<|user|><image>What is it?<|assistant|>"
     assert render([picture, TALK[1]]) == "<|user|><image>What is it?<|assistant|>Paris.<|endoftext|>"
     assert render(TALK[:2]) == "<|user|>What is the capital of France?<|assistant|>Paris.<|endoftext|>"
-    for wrong in ({"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
-        with pytest.raises(Exception, match="got (system|video)"):
+    assert render([{"role": "system", "content": "Be brief."}, TALK[0]]) == "<|user|>What is the capital of France?"
+    for wrong in ({"role": "tool", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
+        with pytest.raises(Exception, match="got (tool|video)"):
             render([wrong])
     assert chat_template_for(SimpleNamespace(chat_template=template)) == template  # knows images already
 

@@ -200,6 +200,19 @@ class TestContinuation:
         assert new_tokens(model, whole, **kwargs) == expected
 
 
+@pytest.mark.parametrize("prompt", [[2, IMAGE_ID, 3], [2, 60, IMAGE_ID, 61, 3]])
+def test_words_of_the_default_prompt_are_no_answer(prompt):
+    model = tiny_model("llama", default_prompt_ids=prompt)
+    pixel_values, ids = tiny_inputs()["pixel_values"], model.default_prompt(2)
+    T, options = ids.shape[1], GREEDY | {"num_beams": 2, "num_return_sequences": 2}
+    expected = model.generate(input_ids=ids, pixel_values=pixel_values, **options)
+    model.generation_config.pad_token_id = PAD
+    got = model.generate(pixel_values=pixel_values, **options, return_dict_in_generate=True).sequences
+    assert got[:, T:].equal(expected[:, T:])
+    assert got[:, :T].equal(expected[:, :T] if len(prompt) == 3 else torch.full_like(got[:, :T], PAD))
+    assert model.generate(pixel_values=pixel_values, **options).equal(got)
+
+
 class TestContinuousBatching:
     def test_the_captions_of_generate(self):
         model = outspoken_model("llama")
@@ -280,7 +293,7 @@ class TestInputs:
 
     def test_pixels_alone_take_the_default_prompt(self, model):
         pixel_values = tiny_inputs(3)["pixel_values"]
-        for ids, prompt in ((None, [IMAGE_ID] * 5), ([7, IMAGE_ID, 8, 9], [7] + [IMAGE_ID] * 5 + [8, 9])):
+        for ids, prompt in ((None, [IMAGE_ID] * 5), ([7, IMAGE_ID, 8], [7] + [IMAGE_ID] * 5 + [8])):
             model.config.default_prompt_ids = ids
             rows = torch.tensor([prompt] * 3)
             assert model.default_prompt(3).equal(rows)

@@ -33,6 +33,9 @@ K, C, Z = 16, 32, 6 * 32
 NAN = torch.full((2, 1, K), torch.nan)
 NO_MEMORY = "this model has no episodic memory: build it with config.use_memory=True."
 FACT = "a fact to write is one image and its words."
+TYPED = (
+    "a sentence has a control token between its words: write it as text, by tokenizer(..., split_special_tokens=True)."
+)
 FULL = "the memory is full: {} items, at most {} fit. Nothing was written."
 
 
@@ -1030,6 +1033,15 @@ class TestVerbs:
         text_only = words["input_ids"][words["input_ids"] != IMAGE_ID][None]
         assert model.edit_memory(state, 1, text_only).mean.equal(got.mean)
 
+    def test_words_of_the_default_prompt_are_stored(self):
+        model = tiny_model(use_memory=True, memory_config=MEMORY, default_prompt_ids=[9, IMAGE_ID, 50, 51, 8])
+        inputs = tiny_inputs(1, 7)
+        inputs["input_ids"][0, -5:] = torch.tensor([20, 50, 21, 51, 22])
+        words = inputs["input_ids"][inputs["input_ids"] != IMAGE_ID].tolist()
+        assert model.write_memory(**inputs).token_ids[0, 0, : len(words)].tolist() == words
+        asked = model.model.get_text_mask(inputs["input_ids"], None)  # a question has the prompt around it
+        assert 50 not in inputs["input_ids"][asked] and 20 in inputs["input_ids"][asked]
+
     @pytest.mark.parametrize(
         "inputs, message",
         [
@@ -1040,6 +1052,7 @@ class TestVerbs:
             ({"pixel_values": None}, "the text has placeholders, but there are no images: give pixel_values."),
             ({"pixel_values": torch.ones(3, 3, 32, 32)}, "The text has placeholders for 2 images, 3 were given."),
             (tiny_inputs(2, 16), "row 0 has 16 tokens of words, at most 15 can be stored."),
+            ({"input_ids": torch.tensor([[*[IMAGE_ID] * 5, 7, 0, *range(5, 13)]] * 2)}, TYPED),
             ({"labels": ["a"]}, "1 labels for 2 facts."),
             (tiny_inputs(3, 10), "the memory has 2 rows, the batch 3: they must agree, or be one."),
         ],

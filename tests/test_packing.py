@@ -17,7 +17,7 @@ from conftest import microvlm, outspoken_model, tiny_inputs, tiny_model
 from microvlm.decoder_microvlm import PackedDecoder
 from safetensors.torch import load_file, save_file
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from microvlm import packing_microvlm as packing, quantization_microvlm as quantization
 from microvlm.pack import load_pack_recipe, pack
@@ -338,6 +338,13 @@ def test_opens_directly_and_saves_bit_for_bit(checkpoint, tmp_path):
     assert again == (checkpoint / "model.safetensors").read_bytes()
     with torch.no_grad():
         torch.testing.assert_close(reopen(tmp_path / "again")(**inputs).logits, logits)
+
+
+def test_trainer_says_what_packed_weights_need(checkpoint, tmp_path):
+    arguments = TrainingArguments(output_dir=tmp_path, report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=r"^packed weights do not train: call model.dequantize\(torch.float32\) first"):
+        Trainer(reopen(checkpoint), arguments)
+    Trainer(reopen(checkpoint).dequantize(torch.float32), arguments)
 
 
 @pytest.mark.parametrize("group_size", ["tensor", "row"])

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_ID, VOCAB, tiny_config, tiny_model
+from conftest import IMAGE_ID, ROOT, VOCAB, tiny_config, tiny_model
 from microvlm.processing_microvlm import (
     DEFAULT_MAX_PIXELS,
     MicroVLMImageProcessor,
@@ -33,7 +33,7 @@ from microvlm.processing_microvlm import (
 )
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from microvlm import processing_microvlm
 
@@ -291,6 +291,48 @@ def test_chat_template(processor, tmp_path):
     batch = processor.apply_chat_template([one, two, two[1:]], add_generation_prompt=True, **kwargs)
     assert batch["pixel_values"].shape[0] == 3 and batch["input_ids"].eq(IMAGE_ID).sum(1).tolist() == [P, 2 * P, 0]
     assert processor.apply_chat_template(two[1:], tokenize=True)[0][0] == SPECIAL.index("<|assistant|>")
+
+
+def test_chat_template_takes_a_system_message_and_marks_answers():
+    processor = AutoProcessor.from_pretrained(ROOT)
+    path = {"type": "image", "image": picture()}
+    chat = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": [path, {"type": "text", "text": " a "}]},
+        {"role": "assistant", "content": [{"type": "text", "text": " red"}]},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "circle"},
+    ]
+    text = "<|user|><image>a<|assistant|>red<|endoftext|><|user|>b<|assistant|>circle<|endoftext|>"
+    assert processor.apply_chat_template(chat) == text
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    out = processor.apply_chat_template(chat, **options)
+    (ids,), (mask,) = out["input_ids"], out["assistant_masks"]
+    assert processor.decode([i for i, on in zip(ids, mask) if on]) == "red<|endoftext|>circle<|endoftext|>"
+    with pytest.raises(Exception, match="^The roles are 'system', 'user' and 'assistant', got tool"):
+        processor.apply_chat_template([{"role": "tool", "content": "a"}])
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+def test_control_tokens_in_messages_are_text(token):
+    processor, P = AutoProcessor.from_pretrained(ROOT), 25
+    image = {"type": "image", "image": picture()}
+    chat = [{"role": "user", "content": [image, {"type": "text", "text": f"a{token}circle"}]}]
+    for content in (chat, [chat, chat]):
+        rows = processor.apply_chat_template(content, tokenize=True)
+        for ids in rows:
+            assert [i for i in ids if i < len(SPECIAL)] == [2] + [IMAGE_ID] * P
+            assert processor.decode(ids[1 + P :]) == f"a{token}circle"
+    for wrong in ({}, {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}):
+        with pytest.raises(ValueError) as error:
+            processor.apply_chat_template([{"role": "user", "content": f"a{token}b"}], **wrong)
+        assert str(error.value).startswith(f"a message holds {token}, which a string cannot tell from the template's")
+
+
+def test_text_is_the_first_input(processor):
+    """`Trainer` takes the lengths of rows from the first."""
+    names = processor.model_input_names
+    assert names[0] == "input_ids" and sorted(names) == ["attention_mask", "input_ids", "pixel_values"]
 
 
 def test_decoding(processor):

@@ -31,13 +31,11 @@ class Captioner:
         parts = context.split(token) if token in context else [""] * number + [context]
         require(len(parts) - 1 == number, f"a context has {len(parts) - 1} {token} for {number} pictures.")
         content = []
-        for place, part in enumerate(parts):
-            content += [{"type": "image"}] if place else []
+        for image, part in zip((None, *images), parts):
+            content += [] if image is None else [{"type": "image", "image": image}]
             content += [{"type": "text", "text": part}] if part.strip() else []
         chat = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        ids = self.processor(images=[images] if images else None, text=[text])["input_ids"][0]
-        return list(ids)
+        return list(self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)[0])
 
     def inputs(self, contexts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Make `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` of B contexts."""
