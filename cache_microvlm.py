@@ -173,6 +173,8 @@ class MemoryCache(Cache):
             return keys, values
         parts = [part.to(keys.device, keys.dtype) for part in self.memory[layer_idx]]
         check_rows(len(parts[0]), len(keys))
+        heads = "the memory has {} heads, the text {}: a text model that is split over devices has no memory."
+        require(parts[0].shape[1] == keys.shape[1], heads, parts[0].shape[1], keys.shape[1])
         return torch.cat([keys, parts[0]], dim=-2), torch.cat([values, parts[1]], dim=-2)
 
     def extend_mask(self, mask: torch.Tensor) -> torch.Tensor:

@@ -482,6 +482,8 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
         self.model = MicroVLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        if not config.text_config.base_model_tp_plan:  # not the head alone: it shares the embedding's weights
+            self._tp_plan = {}
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -654,6 +654,9 @@ class TestMemoryCache:
             "the memory was read for 3 rows, the text has 2: "
             "batch_repeat_interleave or batch_select_indices the cache along with the text."
         )
+        half = torch.zeros(3, 1, 1, 8)  # of a text model that is split over two devices
+        with pytest.raises(ValueError, match="^the memory has 2 heads, the text 1"):
+            MemoryCache(DynamicCache(config=model.config.text_config), readout).update(half, half, 0)
 
 
 class TestOutside:

@@ -833,6 +833,12 @@ class TestTraining:
             torch.testing.assert_close(p.grad, expected.get(name, torch.zeros_like(p)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_text_model_without_a_plan_for_tensor_parallelism_has_none(text_type):
+    """The head alone would be split, and the embedding that it is tied to would not: transformers refuses no plan."""
+    plan = tiny_model(text_type)._tp_plan
+    assert not plan if text_type == "bitnet" else {"lm_head", "model.language_model.embed_tokens"} <= plan.keys()
+
+
 class TestOutputs:
     def test_outputs_of_the_image_encoder(self, text_type):
         model, inputs = tiny_model(text_type), tiny_inputs(pictures=2)
