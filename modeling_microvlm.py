@@ -447,8 +447,11 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         decoder = getattr(self, "_decoder", missing)
         if decoder is missing or (checked and decoder is not None and not decoder.is_current()):
             with BUILDING:
-                supported = PackedDecoder.supports(self.language_model)
-                self._decoder = decoder = PackedDecoder(self.language_model) if supported else None
+                newest = getattr(self, "_decoder", missing)
+                if newest is missing or newest is decoder:  # no other thread was first
+                    supported = PackedDecoder.supports(self.language_model)
+                    self._decoder = newest = PackedDecoder(self.language_model) if supported else None
+            decoder = newest
         return decoder
 
     def _apply(self, fn, recurse=True):
