@@ -32,6 +32,7 @@ import httpx
 from gradio_client.utils import apply_diff
 
 from microvlm.commands.app import EXAMPLES, GONE, LONGEST, NO_MEMORY, Page, build, recall_table
+from microvlm.files import one_line
 from microvlm.inference import question_query
 from microvlm.model import load
 from microvlm.visualize.attention import Recall
@@ -97,6 +98,12 @@ def test_what_was_taught_is_recalled_listed_and_forgotten(page, taught):
     assert last(page.look(SWAN, empty))[0][1] == NO_MEMORY
     assert page.items(empty)[0].choices == [] == page.items(None)[0].choices
     assert taught.counts.tolist() == [1]  # another visitor's would be untouched
+
+
+def test_a_second_click_teaches_nothing(page, taught):
+    assert page.teach(SWAN, FACT, taught)[0] is taught
+    for picture, fact in ((SWAN, OTHER), (DRUM, FACT)):
+        assert page.teach(picture, fact, taught)[0].counts.tolist() == [2]
 
 
 def test_a_stale_choice_forgets_nothing_else(page, taught):
@@ -300,6 +307,12 @@ def test_sentences_are_shown_as_text(page):
 # --- server
 
 
+class Address(str):
+    """Where the page is served, and the `log` of its server."""
+
+    log: Path
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     with socket.socket() as free:
@@ -318,7 +331,9 @@ def address(tmp_path_factory):
             time.sleep(1)
         else:
             pytest.fail(f"the page did not come up: {log.read_text()}")
-        yield f"http://127.0.0.1:{port}"
+        address = Address(f"http://127.0.0.1:{port}")
+        address.log = log
+        yield address
     finally:
         server.terminate()
         server.wait(30)
@@ -419,6 +434,62 @@ def test_nothing_else_of_the_server_is_read(address, meta, url):
         assert visitor.client.get(f"{visitor.address}/file={path}").status_code in (403, 404)
 
 
+def test_no_address_is_fetched(address, taught):
+    """gradio by itself downloads a `path` that is an address, into any component, and streams `/file=http...`."""
+    visitor = Visitor(address, "fetch")
+    for url in ("http://a.example/b.png", "https://huggingface.co/b.png", "http://127.0.0.1:1/"):
+        file = {"path": url, "meta": {"_type": "gradio.FileData"}}
+        events = ("look", file, None), ("teach", file, FACT, None), ("teach", None, file, None), ("load", file)
+        for event in (*events, ("ask", file, None), ("ask", [{"a": file}], None), ("forget", file, None)):
+            assert visitor(*event)["error"] == GONE, event
+        for path in (url, url.replace(":", "%3A").replace("/", "%2F")):
+            response = visitor.client.get(f"{visitor.address}/file={path}")
+            assert response.status_code == 403 and response.json()["detail"] == "This page does not do that."
+
+
+def test_gradios_extras_are_off(address):
+    visitor = Visitor(address, "extras")
+    video = {"video": ("a.mp4", b"#EXTM3U", "video/mp4")}
+    assert visitor.client.post(f"{visitor.address}/process_recording", files=video).status_code == 403
+    for path in ("gradio_api/run-history/buckets", "gradio_api/runs", "monitoring", "monitoring/summary"):
+        assert visitor.client.get(f"{address}/{path}").status_code in (403, 404), path
+
+
+def test_a_huge_file_is_not_taken(address):
+    """What the browser refuses by itself."""
+    visitor = Visitor(address, "huge")
+    kept = lambda: {path for path in (address.log.parent / "cache").rglob("*") if path.is_file()}  # noqa: E731
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    before, parts = kept(), (head, *[bytes(2**24)] * 13, b"\r\n--x--\r\n")
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert visitor.client.post(f"{visitor.address}/upload", content=iter(parts), headers=form).status_code == 413
+    assert kept() == before
+
+
+CONTROLS = "\x1b[31m\u202e\x07"
+
+
+def test_the_log_of_the_server_is_plain(address, taught, tmp_path):
+    """What visitors send cannot command the terminal, nor fill the log with traces."""
+    visitor, before = Visitor(address, "log"), address.log.stat().st_size
+    taught.save(good := tmp_path / "good.safetensors")
+    with safe_open(good, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(good), bad := tmp_path / "bad.safetensors", {**metadata, "version": CONTROLS})
+    (named := tmp_path / f"{CONTROLS}.png").write_bytes(b"no picture")
+    there = {"path": f"/etc/{CONTROLS}", "meta": {"_type": "gradio.FileData"}}
+    picture = visitor.upload(named)
+    for event in (("load", visitor.upload(bad)), ("look", picture, None), ("look", there, None), ("load", there)):
+        error = visitor(*event)["error"]
+        assert error and not re.search(r"[\x00-\x1f\u202e]", error), error
+    assert address.log.read_text()[before:] == ""
+
+
+def test_a_button_and_the_enter_key_are_one_event(page):
+    names = [event["api_name"] for event in build(page.model, page.processor).config["dependencies"]]
+    assert [name for name in names if name.startswith(("teach", "ask"))] == ["teach", "ask"]
+
+
 def test_what_a_browser_would_not_send_is_told(address):
     visitor, start = Visitor(address, "odd"), time.monotonic()
     picture = visitor.upload(Path(SWAN["path"]))
@@ -503,6 +574,92 @@ def browser():
         browser = playwright.chromium.launch(executable_path=program, args=flags, timeout=1000 * SECONDS)
         yield browser
         browser.close()
+
+
+MARKUP = (
+    '<img src=x onerror="hit()">',
+    "<script>hit()</script> &lt;b&gt;",
+    "[a](javascript:hit())",
+    "![b](http://a.example/b.png)",
+    '<img src="//a.example/c.png">',
+    "<svg onload=hit()>{{7*7}} **c**",
+    "d\0e \u202efg\u202c \u200fh",
+)
+
+
+def test_markup_is_shown_as_it_was_typed(address, browser, tmp_path):
+    """In sentences, questions, names and memory files: nothing runs, nothing leaves for another host."""
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=1000 * SECONDS)
+    context = browser.new_context(viewport={"width": 1000, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(1000 * SECONDS)
+    hosts, hits = set(), []
+    context.on("request", lambda request: hosts.add(urlparse(request.url).netloc))
+    context.expose_function("hit", lambda: hits.append("hit"))
+
+    def open_tab():
+        tab = context.new_page()
+        tab.goto(address)
+        tab.locator("#picture input[type=file]").first.set_input_files(SWAN["path"])
+        expect(tab.locator("#caption textarea")).to_have_value(re.compile(r"\w+"))
+        return tab
+
+    tab = open_tab()
+    box = lambda name: tab.locator(f"#{name} textarea, #{name} input").first  # noqa: E731
+    shown = lambda text: text.replace("\0", "\ufffd")  # noqa: E731
+    # sentences: in the table, in the list
+    for count, text in enumerate(MARKUP, 1):
+        box("sentence").fill(text)
+        tab.locator("button#teach").click(click_count=1 if count < len(MARKUP) else 2)
+        expect(tab.locator("#stored")).to_contain_text(f"({count})")
+        expect(box("sentence")).to_have_value("")
+    expect(tab.locator("#said tr")).to_have_count(len(MARKUP) + 1)
+    cells = [cell.text_content() for cell in tab.locator("#said td:first-child").all()][:-1]
+    assert len(cells) == 6 and set(cells) < {shown(text) for text in MARKUP}
+    box("stored").click()
+    assert [option.text_content().strip().removeprefix("✓").strip() for option in tab.get_by_role("option").all()] == [
+        f"{number}. {text}" for number, text in enumerate(MARKUP)
+    ]
+    tab.keyboard.press("Escape")
+    # a question that is too long, and one
+    box("question").evaluate("box => box.removeAttribute('maxlength')")
+    for text in ("word " * 20_000, MARKUP[0]):
+        box("question").fill(text)
+        tab.locator("button#ask").click()
+        expect(tab.locator(".toast-body", has_text="This text has 99999 characters")).to_be_visible()
+    expect(tab.locator("#answer_said")).to_contain_text(MARKUP[0])
+    # another tab has a memory of its own; who leaves in the middle disturbs nobody
+    other = open_tab()
+    expect(other.locator("#said")).to_contain_text("The memory is empty.")
+    other.locator("#question textarea, #question input").first.fill("Who is the swan?")
+    other.locator("button#ask").click()
+    other.close()
+    # memory files, and what is none
+    button = lambda name: tab.locator(f"button#{name}, #{name} button").first  # noqa: E731
+    button("save").click()
+    expect(tab.locator("#download")).to_be_visible()
+    with tab.expect_download() as saved:
+        tab.locator("#download").click()
+    saved.value.save_as(good := tmp_path / "good.safetensors")
+    with safe_open(good, "pt") as file:
+        metadata = file.metadata()
+    upload = tab.locator("input[data-testid$=upload-button]").or_(tab.locator("#load input[type=file]")).first
+    for key in ("fingerprint", "version", "noise"):
+        path, text = tmp_path / f"{key}.safetensors", " ".join(MARKUP[:5])
+        save_file(load_file(good), path, {**metadata, key: text})
+        upload.set_input_files(path)
+        expect(tab.locator(".toast-body", has_text=path.name).first).to_contain_text(text)
+    # names of files
+    text = "<img src=x onerror=hit()> [a](javascript:hit()) &lt;b&gt; \u202ea\u202c"
+    for chooser, suffix in ((upload, "safetensors"), (tab.locator("#picture input[type=file]").first, "png")):
+        (path := tmp_path / f"{text}.{suffix}").write_bytes(b"neither")
+        chooser.set_input_files(path)
+        name = one_line(re.sub(r"[<>:]", "", path.name))  # as gradio keeps it
+        expect(tab.locator(".toast-body", has_text=name).first).to_be_visible()
+    assert not hits and not tab.locator("img[src=x], svg[onload], [href^=javascript]").count()
+    context.close()
+    assert hosts - {""} == {urlparse(address).netloc}
 
 
 def screenshot(tab, name):

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from microvlm.model import load
 from microvlm.visualize.attention import (
     WordAttention,
-    eager_attention,
+    eager_copy,
     pooling_attention,
     recall,
     split_words,
@@ -161,12 +161,21 @@ def test_words_sum_to_one_alone_as_in_a_batch(model, processor, pictures):
         torch.testing.assert_close(alone.maps, found[row].maps, atol=1e-5, rtol=1e-4)
 
 
-def test_attention_is_as_before_after_an_error(model):
-    before = model.model.language_model.config._attn_implementation
-    with pytest.raises(KeyError), eager_attention(model):
-        assert model.model.language_model.config._attn_implementation == "eager"
-        raise KeyError
-    assert model.model.language_model.config._attn_implementation == before
+def test_the_model_stays_as_it_is_meanwhile(model, processor, pictures):
+    """Another thread may caption with it: only a copy of the language model returns its attention."""
+    text, seen = model.model.language_model, []
+    state = lambda: (text.config._attn_implementation, model.config.text_config._attn_implementation)  # noqa: E731
+    before = state()
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: seen.append(state()))
+    try:
+        word_attention(model, processor, pictures, CAPTIONS)
+    finally:
+        hook.remove()
+    assert seen == [before] and "eager" not in before
+    twin = eager_copy(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert twin.model.vision_tower is model.model.vision_tower and twin.model.language_model is not text
+    assert twin.config.text_config is twin.model.language_model.config and state() == before
 
 
 def test_a_caption_without_words(model, processor, pictures):

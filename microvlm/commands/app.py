@@ -1,6 +1,5 @@
 """Serve a page to try a model on."""
 
-import copy
 import html
 import os
 import tempfile
@@ -10,10 +9,12 @@ from types import SimpleNamespace
 
 import gradio as gr
 import torch
+from fastapi import Depends, HTTPException, Request
 from gradio.utils import get_upload_folder, is_in_or_equal
+from gradio_client.utils import is_file_obj_with_meta, traverse
 from safetensors import SafetensorError
 
-from ..files import ROOT
+from ..files import ROOT, one_line
 from ..images import thumbnail
 from ..inference import Query, image_query, question_query, stream, teach
 from ..model import load, open_image, require
@@ -25,15 +26,15 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 EXAMPLES = ("swan", "robot", "drum", "grapes", "chipmunk", "saxophone")
 TABLE_ROWS, MAP_SIZE = 6, 224
 LONGEST, VISITORS = 200, 2  # characters of a sentence or question; visitors who are served at once
-GONE = "The picture is no longer here: show it again."
+GONE = "The file is no longer here: choose it again."
 NO_MEMORY = "<p class='quiet'>The memory is empty.</p>"
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
 def ask_for(condition, message: str) -> None:
-    """Show the visitor a message where something is missing."""
+    """Show the visitor a message, as text and without a trace in the log, where something is missing."""
     if not condition:
-        raise gr.Error(message)
+        raise gr.Error(html.escape(one_line(message), quote=False), duration=8, print_exception=False)
 
 
 @contextmanager
@@ -42,14 +43,17 @@ def error_on_page(folder: str = os.sep * 2) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        raise gr.Error(html.escape(str(error).replace(folder, ""), quote=False), duration=8) from error
+        ask_for(False, str(error).replace(folder, ""))
+
+
+def is_upload(path) -> bool:
+    return isinstance(path, str) and os.path.isfile(path) and is_in_or_equal(path, get_upload_folder())
 
 
 @contextmanager
 def uploaded(path, missing: str) -> Iterator[dict]:
     """Open an upload, and no other file here, as an image is given; errors in here name it without its folder."""
-    is_here = isinstance(path, str) and os.path.isfile(path) and is_in_or_equal(path, get_upload_folder())
-    ask_for(is_here, missing)
+    ask_for(is_upload(path), missing)
     folder, name = os.path.split(path)
     with error_on_page(folder + os.sep), open(path, "rb") as file:
         yield {"path": name, "bytes": file}
@@ -84,9 +88,6 @@ class Page:
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
-        # of the same weights, for the maps: another visitor's caption must not come from a model set to eager
-        self.eager = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-        self.eager.model.language_model.set_attn_implementation("eager")
 
     def look(self, image: dict | None, memory) -> Iterator[tuple[str, str, list]]:
         """Yield caption, recall table and a heat map per word as they come; after an error all are empty."""
@@ -109,7 +110,7 @@ class Page:
         for text, ids in stream(self.model, self.processor, query, result and result.readout):  # noqa: B007
             yield text, recall_table(result), []
         # then where each of its words looked
-        words = word_attention(self.eager, self.processor, query.pixel_values, [ids], memory)[0]
+        words = word_attention(self.model, self.processor, query.pixel_values, [ids], memory)[0]
         small, maps = thumbnail(image, MAP_SIZE), []
         for word, heat, share in zip(words.words, words.maps, words.memory):
             label = f"{word} {share:.0%}" if result and result.speaks else word
@@ -136,7 +137,11 @@ class Page:
         sentence = text_of(sentence, "Type a sentence first.")
         with uploaded(image["path"], GONE) as file:
             memory = self.model.new_memory() if memory is None else memory
-            return teach(self.model, self.processor, file, sentence, memory), ""
+            taught = teach(self.model, self.processor, file, sentence, memory)
+        # a second click, before the text box is empty, stores nothing
+        alike = taught.similarity(taught.addresses[:, -1:])[0, 0, :-1] > 0.9999
+        again = any(label == sentence and same for label, same in zip(taught.labels[0], alike))
+        return (memory if again else taught), ""
 
     def forget(self, uid: str | None, memory):
         """Forget the item of this uid; returns the memory."""
@@ -228,23 +233,36 @@ def connect(handlers: Page, page: SimpleNamespace) -> None:
     items["outputs"] = [page.items, page.download, page.answer, page.answer_recall]
     page.image.change(**look)
     # after a change of the memory: a new list, and the image again
-    for event in (page.teach.click, page.sentence.submit):
-        change = event(handlers.teach, [page.image, page.sentence, page.memory], [page.memory, page.sentence], **raw)
-        change.success(**items).then(**look)
+    teach, taught = [page.teach.click, page.sentence.submit], [page.image, page.sentence, page.memory]
+    gr.on(teach, handlers.teach, taught, [page.memory, page.sentence], **raw).success(**items).then(**look)
     change = page.forget.click(handlers.forget, [page.items, page.memory], page.memory, **raw)
     change.success(**items).then(**look)
     page.load.upload(handlers.load, page.load, page.memory, **shared).success(**items).then(**look)
     # what leaves the memory as it is
     question, answer = [page.question, page.memory], [page.answer, page.answer_recall]
-    for event in (page.ask.click, page.question.submit):
-        event(handlers.ask, question, answer, show_progress="minimal", **shared)
+    gr.on([page.ask.click, page.question.submit], handlers.ask, question, answer, show_progress="minimal", **shared)
     page.save.click(handlers.save, page.memory, page.download, **shared)
+
+
+class Blocks(gr.Blocks):
+    """A page on which gradio, too, opens uploads alone: by itself it downloads what a visitor names by address."""
+
+    async def preprocess_data(self, block_fn, inputs, *arguments, **options):
+        traverse(inputs, lambda file: ask_for(is_upload(file["path"]), GONE), is_file_obj_with_meta)
+        return await super().preprocess_data(block_fn, inputs, *arguments, **options)
+
+
+def refuse_extras(request: Request) -> None:
+    """Refuse what gradio would do besides this page: fetch an address for a visitor, run ffmpeg on a file."""
+    path = request.scope["path"]
+    if "/file=http" in path or "/process_recording" in path:
+        raise HTTPException(403, "This page does not do that.")
 
 
 def build(model, processor) -> gr.Blocks:
     """Build the page of a model; its `launch` serves it."""
     # every hour, files older than a day go: an image that still lies on the page can be taught
-    with gr.Blocks(title="MicroVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+    with Blocks(title="MicroVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         connect(Page(model, processor), lay_out(model.config.use_memory))
     return blocks.queue(max_size=100)
 
@@ -255,4 +273,6 @@ def main(model: str, revision: str, port: int, share: bool) -> None:
     require(kind == "microvlm", f"{model} is a model of type {kind}, not a MicroVLM.")
     blocks = build(opened, processor)
     look = {"theme": THEME, "css_paths": TEMPLATES / "app.css", "footer_links": [], "ssr_mode": False}
+    # a run history would act with this machine's own token for the Hub
+    look |= {"run_history": False, "enable_monitoring": False, "app_kwargs": {"dependencies": [Depends(refuse_extras)]}}
     blocks.launch(server_port=port, share=share, show_error=True, max_file_size="200mb", **look)

@@ -1,8 +1,7 @@
 """Read where a model looks: pooling attention, words, memory."""
 
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,16 +80,16 @@ def pooling_attention(model, pixel_values: torch.Tensor) -> torch.Tensor:
     return encode(model, check_pixels(model, pixel_values))[1]
 
 
-@contextmanager
-def eager_attention(model) -> Iterator[None]:
-    """Let the language model return its attention inside the block."""
-    text = model.model.language_model
-    before = text.config._attn_implementation
-    text.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        text.set_attn_implementation(before)
+def eager_copy(model):
+    """Copy a model so that its language model returns its attention; the weights and all else are the same objects.
+
+    The model itself stays as it is: another thread may use it meanwhile.
+    """
+    text, part = model.model.language_model, model.model
+    same = [*text.parameters(), *text.buffers(), *model.children(), *part.children()]
+    twin = copy.deepcopy(model, {id(x): x for x in same if x is not text and x is not part})
+    twin.model.language_model.set_attn_implementation("eager")
+    return twin
 
 
 @torch.no_grad()
@@ -119,8 +118,8 @@ def word_attention(
     for row, caption in zip(padded, captions):
         row[: len(caption)] = torch.tensor(caption, dtype=row.dtype)
     input_ids = torch.cat([prompt, padded[:, :-1]], 1)
-    with eager_attention(model):
-        outputs = model(input_ids=input_ids, **inputs, use_cache=False, output_attentions=True, logits_to_keep=1)
+    model = eager_copy(model)
+    outputs = model(input_ids=input_ids, **inputs, use_cache=False, output_attentions=True, logits_to_keep=1)
     attention = sum(layer.float().mean(1) for layer in outputs.attentions) / len(outputs.attentions)  # (B, T, T + S)
     # from the positions that predict the caption, to the memory (B, L) and to the prefix tokens (B, L, P)
     attention = attention[:, prompt.shape[1] - 1 :]
