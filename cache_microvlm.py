@@ -2,13 +2,14 @@
 
 The layers hold text only, so every length, position, crop and mask size is that of the text. `update()` returns
 `[text, memory]`, memory last and without rotary position; `memory_mask` appends the memory's gate to the text's mask.
-With no row on, nothing is attached, and the cache is the plain one.
+That is in layers of full attention; windows and recurrent states stay the text's. With no row on, nothing is attached,
+and the cache is the plain one.
 """
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_microvlm import require
@@ -110,14 +111,19 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class ReadOnlyLayer(DynamicLayer):
-    """A layer that returns what it gets and keeps nothing.
+class ReadOnlyLayer(LinearAttentionAndFullAttentionLayer):
+    """A layer of any kind that returns what it gets and keeps nothing.
 
     Checkpointed training replays a forward pass, which must not append its text twice.
     """
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         return key_states, value_states
+
+    def update_conv_state(self, conv_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return conv_states
+
+    update_recurrent_state = update_conv_state
 
 
 class MemoryCache(Cache):
@@ -126,8 +132,8 @@ class MemoryCache(Cache):
     def __init__(self, text: Cache, readout: MemoryReadout | None = None):
         self.__dict__.update(text.__dict__)  # layers, offloading and what a subclass of Cache may have
         self.text = text
-        # keys and values (B, heads, S, head_dim) per layer, empty when nothing is attached
-        self.memory: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # keys and values (B, heads, S, head_dim) by layer, empty when nothing is attached
+        self.memory: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.log_gate: torch.Tensor | None = None  # added to the scores of the memory tokens, (B,): 0 is on, -inf off
         self.hard = True  # no row is between on and off
         if readout is not None:
@@ -150,11 +156,11 @@ class MemoryCache(Cache):
         self.hard = not log_gate.requires_grad and bool((~on | (log_gate == 0)).all())
         # an off row may hold anything, NaN included: zero times NaN would leak through the mask
         key_values = torch.where(on.view(-1, 1, 1, 1, 1, 1), readout.key_values, 0)
-        self.memory = [(layer[:, 0], layer[:, 1]) for layer in key_values.unbind(1)]
+        self.memory = {i: (layer[:, 0], layer[:, 1]) for i, layer in zip(readout.layers, key_values.unbind(1))}
 
     def detach(self) -> None:
         """Take the memory off; the text stays."""
-        self.memory, self.log_gate, self.hard = [], None, True
+        self.memory, self.log_gate, self.hard = {}, None, True
 
     @property
     def is_read_only(self) -> bool:
@@ -164,12 +170,12 @@ class MemoryCache(Cache):
     @property
     def num_memory_tokens(self) -> int:
         """S, or 0 when nothing is attached."""
-        return self.memory[0][0].shape[-2] if self.memory else 0
+        return next(iter(self.memory.values()))[0].shape[-2] if self.memory else 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store the text's; return keys and values (B, heads, text + S, head_dim) for the attention of a layer."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if not self.memory:
+        if layer_idx not in self.memory:
             return keys, values
         parts = [part.to(keys.device, keys.dtype) for part in self.memory[layer_idx]]
         check_rows(len(parts[0]), len(keys))
@@ -190,7 +196,7 @@ class MemoryCache(Cache):
         return torch.cat([mask, log_gate.to(mask.dtype).clamp(min=floor)], dim=-1)
 
     def _map(self, function) -> None:
-        self.memory = [(function(k), function(v)) for k, v in self.memory]
+        self.memory = {i: (function(k), function(v)) for i, (k, v) in self.memory.items()}
         if self.log_gate is not None:
             self.log_gate = function(self.log_gate)
 
@@ -213,7 +219,7 @@ class MemoryCache(Cache):
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         super().offload(layer_idx, only_non_sliding)
-        if self.memory:
+        if layer_idx in self.memory:
             self.memory[layer_idx] = tuple(t.to("cpu", non_blocking=True) for t in self.memory[layer_idx])
 
 
@@ -223,15 +229,22 @@ def memory_mask(
     attention_mask: torch.Tensor | None,
     cache: MemoryCache,
     position_ids: torch.LongTensor | None = None,
-) -> torch.Tensor:
-    """Make the mask (B, 1, T, text + S) of inputs (B, T, D): the text's, and the columns of the memory."""
+) -> torch.Tensor | dict[str, torch.Tensor | None]:
+    """Make the mask (B, 1, T, text + S) of inputs (B, T, D): the text's, and the columns of the memory.
+
+    With layers of several kinds, one mask for each kind; that of full attention has these columns.
+    """
     mask = create_causal_mask(
         config, inputs_embeds, attention_mask, cache, position_ids=position_ids, allow_is_causal_skip=False
     )
     if mask.dtype == torch.bool and not cache.hard:
         floor = torch.finfo(inputs_embeds.dtype).min
         mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, floor)
-    return cache.extend_mask(mask)
+    mask = cache.extend_mask(mask)
+    if not {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+        return mask
+    others = create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids=position_ids)
+    return others | {"full_attention": mask}
 
 
 def positions_without_padding(

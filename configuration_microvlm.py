@@ -18,6 +18,7 @@ TRANSFORMERS = "5.23", "6"  # the lowest supported version, and the first that i
 
 try:
     from transformers import AutoConfig, PreTrainedConfig
+    from transformers.cache_utils import get_layer_types_and_kwargs
     from transformers.configuration_utils import SubConfigSpec
     from transformers.utils.type_validators import activation_fn_key, interval
 finally:  # also when another version lacks one of the names: its number says more than the name
@@ -272,9 +273,9 @@ class MicroVLMConfig(PreTrainedConfig):
             divides = shared > 0 and heads % shared == 0
             multiple = f"a multiple of num_key_value_heads ({shared})"
             require(divides, f"text_config.num_attention_heads ({heads}) must be {multiple}.")
-        others = ", ".join(sorted({*(getattr(text, "layer_types", None) or [])} - {"full_attention"}))
-        needs = f"use_memory needs a text model with full attention in every layer, {text.model_type!r} has {others}."
-        require(not others or not self.use_memory, needs)
+        kinds = get_layer_types_and_kwargs(text)[0] if self.use_memory else ["full_attention"]
+        has = f"{text.model_type!r} has {', '.join(sorted({*kinds}))}"
+        require("full_attention" in kinds, f"use_memory needs a text model with full attention in a layer, {has}.")
 
     def validate_tokens(self):
         size, image, prompt = self.text_config.vocab_size, self.image_token_id, self.default_prompt_ids
@@ -288,6 +289,12 @@ class MicroVLMConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         # every saved folder carries the code: the map points at its own files, wherever this config came from
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+    @property
+    def full_attention_layers(self) -> list[int]:
+        """Number the decoder's layers that keep keys and values of the whole text: they carry the memory."""
+        kinds = get_layer_types_and_kwargs(self.text_config)[0]
+        return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
 
     @property
     def prompt_has_words(self) -> bool:

@@ -194,7 +194,7 @@ class CacheView:
         if any(type(layer) is not GrowingLayer or layer.length != cache.layers[0].length for layer in cache.layers):
             return False
         text = [layer.kept_keys for layer in cache.layers if layer.capacity]
-        memory = [keys for keys, _ in getattr(cache, "memory", ())[:1]]
+        memory = [keys for keys, _ in list(getattr(cache, "memory", {}).values())[:1]]
         stored = text + memory
         return all(len(t) == 1 for t in stored) and all(t.dtype == dtype for t in stored[: len(layers)])
 
@@ -202,7 +202,7 @@ class CacheView:
         self.cache, self.dtype, self.length = cache, dtype, cache.layers[0].length
         self.memory, self.gate = [None] * len(cache.layers), 0.0
         if source := getattr(cache, "memory", None):
-            self.memory = [tuple(t.to("cpu", dtype).contiguous() for t in pair) for pair in source]
+            self.memory = [tuple(t.to("cpu", dtype).contiguous() for t in pair) for pair in source.values()]
             self.gate = float(cache.log_gate)
 
     def layer(self, i: int, count: int, shape: tuple[int, int] = (0, 0)):

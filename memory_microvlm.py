@@ -412,6 +412,7 @@ class MemoryReadout:
     """What a memory adds to a forward pass of B rows."""
 
     key_values: torch.Tensor  # (B, layers, 2, heads, S, head_dim)
+    layers: list[int]  # of the decoder, to which they belong
     log_gate: torch.Tensor  # added to the attention scores of the memory tokens, (B,): 0 is on, -inf off
     scope_logits: torch.Tensor  # of ScopeNet, (B,)
     content: torch.Tensor  # (B, S, C)

@@ -189,6 +189,7 @@ class MemoryReader:
         with present(self.memory):
             return MemoryReadout(
                 key_values=self.memory_projection(content.to(self.memory_projection.token_bias.dtype)),
+                layers=self.config.full_attention_layers,
                 log_gate=log_gate,
                 scope_logits=scope,
                 content=content.view(len(scope), self.config.memory_config.num_content_slots, -1),

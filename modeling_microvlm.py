@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, TimmWrapperModel, initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -198,12 +199,31 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.in_proj_bias)
 
 
-def check_head(text: PreTrainedConfig) -> None:
-    """Refuse a text model whose head is more than one linear map: it would give wrong logits here."""
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
-        value = getattr(text, name, None)
-        head = f"text model {text.model_type!r} has {name}={value}: its head is more than one linear map"
-        require(value in (None, 1), f"{head}, which MicroVLM does not support.")
+class DecodedText:
+    """Stand for a text model of transformers that has run its decoder: its `forward` then makes logits.
+
+    What it reads besides `model` and `lm_head`, such as a scale or a cap, is in its config.
+    """
+
+    def __init__(self, config: PreTrainedConfig, hidden_states: torch.FloatTensor, lm_head: nn.Module):
+        self.config, self.hidden_states, self.lm_head, self.model = config, hidden_states, lm_head, self
+
+    def __getattr__(self, name: str):
+        return getattr(self.config, name)
+
+    def __call__(self, **kwargs) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
+
+    def logits(self) -> torch.FloatTensor:
+        text = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+        return text.forward(self, return_dict=True, output_router_logits=False).logits
+
+    @classmethod
+    def changes(cls, config: PreTrainedConfig) -> bool:
+        """Whether logits are more than what the head gives, seen on a head that changes nothing."""
+        probe, head = torch.tensor([[[-50.0, 1.0, 50.0]]], dtype=torch.float32, device="cpu"), nn.Identity()
+        head.weight = probe  # whose dtype some ask for
+        return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not cls(config, probe, head).logits().equal(probe)
 
 
 def check_parts(model: "MicroVLMModel") -> None:
@@ -211,8 +231,7 @@ def check_parts(model: "MicroVLMModel") -> None:
     expected, width = model.config.adapter_config.vision_hidden_size, model.vision_tower.timm_model.num_features
     features = f"{model.config.vision_config.architecture} has features of width {width}"
     require(expected == width, f"adapter_config.vision_hidden_size is {expected}, but {features}.")
-    norm = "embedding_norm" if hasattr(model.language_model, "embedding_norm") else "norm"  # LFM2's name
-    for name in ("embed_tokens", "layers", norm):
+    for name in ("embed_tokens", "layers"):
         lacks = f"text model {model.config.text_config.model_type!r} has no {name}"
         require(hasattr(model.language_model, name), f"{lacks}: MicroVLM takes decoders that are built like Llama.")
 
@@ -223,7 +242,6 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
     def __init__(self, config: MicroVLMConfig):
         super().__init__(config)
         text, alignment, hidden_size = config.text_config, config.alignment_config, config.text_config.hidden_size
-        check_head(text)
         # images and text
         with naming_section("vision_config"):
             self.vision_tower = MicroVLMVisionTower._from_config(config.vision_config)
@@ -243,7 +261,8 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
             vision_width = config.adapter_config.vision_hidden_size
             self.memory = EpisodicMemory(config.memory_config, vision_width, hidden_size, text.vocab_size)
-            self.memory_projection = MemoryProjection(config.memory_config, text.num_hidden_layers, kv_heads, head_dim)
+            layers = len(config.full_attention_layers)
+            self.memory_projection = MemoryProjection(config.memory_config, layers, kv_heads, head_dim)
             self.scope = ScopeNet(config.memory_config)
         # layers that train for packing
         if config.qat_config.ternary_modules:
@@ -446,11 +465,13 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         missing = object()
         decoder = getattr(self, "_decoder", missing)
         if decoder is missing or (checked and decoder is not None and not decoder.is_current()):
+            if not PackedDecoder.supports(self.language_model):
+                self._decoder = None  # without the lock, which torch.compile does not know
+                return None
             with BUILDING:
                 newest = getattr(self, "_decoder", missing)
                 if newest is missing or newest is decoder:  # no other thread was first
-                    supported = PackedDecoder.supports(self.language_model)
-                    self._decoder = newest = PackedDecoder(self.language_model) if supported else None
+                    self._decoder = newest = PackedDecoder(self.language_model)
             decoder = newest
         return decoder
 
@@ -484,6 +505,7 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
         super().__init__(config)
         self.model = MicroVLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.scales_logits = DecodedText.changes(config.text_config)
         self.post_init()
         if not config.text_config.base_model_tp_plan:  # not the head alone: it shares the embedding's weights
             self._tp_plan = {}
@@ -554,7 +576,7 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             **kwargs,
         )
         # logits, loss and the shared space
-        logits, loss, alignment = self._logits(outputs.last_hidden_state, logits_to_keep), None, {}
+        logits, loss, alignment = self.logits(outputs.last_hidden_state, logits_to_keep), None, {}
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
             loss = self.model.reaching_all(loss)
@@ -566,12 +588,14 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             loss=loss, logits=logits, **rest, **alignment, **memory_outputs(memory_readout)
         )
 
-    def _logits(self, hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
-        """Logits (B, T or logits_to_keep, V) of hidden states (B, T, D)."""
+    def logits(self, hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor = 0) -> torch.FloatTensor:
+        """Compute logits (B, T or logits_to_keep, V) of hidden states (B, T, D) of the language model."""
         # contiguous: a slice goes through a batched product, five times slower into a large vocabulary on a CPU
         hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep).contiguous()
         if isinstance(self.lm_head, nn.Linear):
             hidden_states = hidden_states.to(self.lm_head.weight.dtype)  # a packed decoder gives float32
+        if self.scales_logits:
+            return DecodedText(self.config.text_config, hidden_states, self.lm_head).logits()
         return self.lm_head(hidden_states)
 
     def _align_only(self, input_ids, pixel_values, mm_encoder_outputs, labels, attention_mask, use_fusion):

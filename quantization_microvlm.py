@@ -409,6 +409,9 @@ class PackedConfig(QuantizationConfigMixin):
 def packed_module(name: str, module: nn.Linear | nn.Embedding, scheme: Scheme, dtype: torch.dtype | None) -> nn.Module:
     """Make the packed module of the same shape."""
     kwargs = {"device": module.weight.device, "dtype": dtype or module.weight.dtype}
+    known = type(module).forward in (nn.Linear.forward, nn.Embedding.forward, TernaryLinear.forward)
+    more = f"{name} is a {type(module).__name__}, which does more than look up or multiply its weight"
+    require(known, f"{more}: it cannot be packed, leave it out of the modules.")
     if isinstance(module, nn.Embedding):
         return PackedEmbedding(*module.weight.shape, scheme, **kwargs)
     require(not scheme.frequent_rows, f"{name} is a linear layer: frequent_rows is for embeddings.")

@@ -25,6 +25,20 @@ TEXT = {
     "bitnet": {"model_type": "bitnet"},
     "llama": {"model_type": "llama"},
 }
+# a layer of another kind, then one of full attention
+WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "head_dim": 8}
+RECURRENT = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+HEADS = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+HEADS |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 4}
+TEXT |= {
+    "gemma3_text": {"model_type": "gemma3_text", **WINDOW},
+    "olmo3": {"model_type": "olmo3", **WINDOW},
+    "lfm2": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": {"model_type": "qwen3_5_text", **RECURRENT, **HEADS},
+    "granitemoehybrid": {"model_type": "granitemoehybrid", **RECURRENT, **MAMBA}
+    | {"num_local_experts": 0, "shared_intermediate_size": 64, "logits_scaling": 4.0},
+}
 
 
 def microvlm(*arguments) -> int:
@@ -99,9 +113,12 @@ def outspoken_model(text: str, **kwargs) -> MicroVLMForConditionalGeneration:
         if model.model.memory is not None:
             key_encoder = model.model.memory.key_encoder
             key_encoder.calibrate(key_encoder.pool(features, 1))
-        for layer in model.model.language_model.layers:
-            layer.self_attn.q_proj.weight.mul_(6)
-            layer.self_attn.o_proj.weight.mul_(3)
+        for layer in (model.model.language_model.layers[i] for i in model.config.full_attention_layers):
+            attention = layer.self_attn
+            attention.q_proj.weight.mul_(6)
+            if hasattr(attention, "q_norm"):  # which undoes that
+                attention.q_norm.weight.add_(6)
+            (attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj).weight.mul_(3)
     return model
 
 

@@ -592,7 +592,7 @@ class TestMemoryCache:
         assert cache.get_seq_length() == cache.get_query_offset() == T and cache.num_memory_tokens == S
         assert cache.get_mask_sizes(4, 0) == (T + 4, 0) and cache.get_max_length() == -1
         assert not cache.hard and torch.allclose(cache.log_gate, self.GATE.log())
-        assert all(part[2].eq(0).all() and part[:2].ne(0).any() for layer in cache.memory for part in layer)
+        assert all(part[2].eq(0).all() and part[:2].ne(0).any() for layer in cache.memory.values() for part in layer)
         new = torch.randn(3, 2, 1, 8)
         keys, values = cache.update(new, 2 * new, 0)
         assert keys.shape == values.shape == (3, 2, T + 1 + S, 8)
@@ -630,14 +630,14 @@ class TestMemoryCache:
         cache = new_cache()
         cache.reset()
         assert cache.get_seq_length() == cache.num_memory_tokens == 0
-        assert cache.memory == [] and cache.log_gate is None and cache.hard
+        assert cache.memory == {} and cache.log_gate is None and cache.hard
         assert model(**inputs, past_key_values=cache).logits.equal(model(**inputs).logits)
 
     def test_offload(self, model, new_cache):
         cache, before, word = new_cache(), new_cache(), torch.full((3, 1), 7)
         for layer in range(2):
             cache.offload(layer)
-        assert {part.device.type for layer in cache.memory for part in layer} == {"cpu"}
+        assert {part.device.type for layer in cache.memory.values() for part in layer} == {"cpu"}
         expected = model(input_ids=word, past_key_values=before).logits
         assert model(input_ids=word, past_key_values=cache).logits.equal(expected)
         cache.detach()

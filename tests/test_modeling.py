@@ -164,16 +164,6 @@ class TestBuilding:
                 "adapter_config.vision_hidden_size is 192, but deit_tiny_patch16_224 has features of width 24.",
             ),
             (
-                {"text_config": {"model_type": "gemma2", "hidden_size": 32, "num_hidden_layers": 1}},
-                "text model 'gemma2' has final_logit_softcapping=30.0: "
-                "its head is more than one linear map, which MicroVLM does not support.",
-            ),
-            (
-                {"text_config": {"model_type": "cohere", "hidden_size": 32, "num_hidden_layers": 1}},
-                "text model 'cohere' has logit_scale=0.0625: "
-                "its head is more than one linear map, which MicroVLM does not support.",
-            ),
-            (
                 {"text_config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4}},
                 "text model 'gpt2' has no embed_tokens: MicroVLM takes decoders that are built like Llama.",
             ),

@@ -103,7 +103,7 @@ def check_architecture(model, text) -> None:
     act, rope = text.hidden_act, text.rope_parameters["rope_type"]
     acts = ("silu", "relu2") if kind == "bitnet" else ("silu",)
     ropes = ("default", "linear", "llama3") if kind == "llama" else ("default",)
-    sliding = any(layer != "full_attention" for layer in getattr(text, "layer_types", None) or [])
+    sliding = len(model.config.full_attention_layers) < text.num_hidden_layers
     layers = model.model.language_model.layers
     narrow = layers[0].self_attn.q_proj.out_features != text.hidden_size
     # biases that llama.cpp does not add

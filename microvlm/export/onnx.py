@@ -43,6 +43,7 @@ class Decoder(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
+        self.logits = model.logits  # of this head
 
     def forward(
         self,
@@ -69,7 +70,7 @@ class Decoder(nn.Module):
             **{CACHE_NAME: DynamicCache(past_key_values)},
         )
         present = [(layer.keys, layer.values) for layer in getattr(outputs, CACHE_NAME).layers]
-        return self.lm_head(outputs.last_hidden_state), present
+        return self.logits(outputs.last_hidden_state), present
 
 
 @torch.no_grad()
@@ -97,6 +98,8 @@ def cached(prefix: str, layers: int) -> list[str]:
 def save_graphs(model, image_size: tuple[int, ...], folder: Path) -> None:
     """Write the three graphs; `image_size` is (3, height, width)."""
     text = model.config.text_config
+    full = len(model.config.full_attention_layers) == text.num_hidden_layers
+    require(full, "the graphs have layers of full attention only, the text model has others.")
     B, T, past = 2, 3, 4  # example sizes, all different
     batch, new = torch.export.Dim("batch", min=1), torch.export.Dim("sequence_length", min=1)
     ids, pixels = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, *image_size)
