@@ -37,7 +37,6 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test  ## the measurements that need no more than this folder; benchmarks/ has more, each with its command in the docs
 	$(PY) -m benchmarks.parameters
-	$(PY) -m benchmarks.train_memory
 	$(PY) -m benchmarks.train_throughput
 	$(PY) -m benchmarks.memory_recall
 
