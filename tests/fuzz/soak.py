@@ -19,7 +19,12 @@ from .material import PROMPT, ROOT, packed_nano
 
 
 def memory_now(field: str = "VmRSS") -> float:
-    """Read the resident memory of this process in MB; `VmHWM` for its peak since `reset_peak`."""
+    """Read the resident memory of this process in MB.
+
+    Args:
+        field: `VmHWM` for its peak since `reset_peak`; `RssAnon` without the pages of files, which the kernel drops and
+            reads again as it likes.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
@@ -110,7 +115,7 @@ def soak(captions: int, seed: int = 0, checkpoint: Path | None = None, every: in
     while (done := run.counts["captions"]) < captions:
         run.step(min(run.rng.randint(1, 4), captions - done))
         if run.counts["captions"] // every > done // every or run.counts["captions"] == captions:
-            samples.append((run.counts["captions"], memory_now()))
+            samples.append((run.counts["captions"], memory_now("RssAnon")))
     seconds = time.perf_counter() - start
     # one fact left, the last: as if the others had never been; then none
     fresh = run.model.new_memory()
