@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow compat release lint bench clean
+.PHONY: demo test test-slow contract compat release lint bench clean
 
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
@@ -24,6 +24,15 @@ test: $(VENV)/.test lint  ## everything but the slow checks
 
 test-slow: $(VENV)/.test  ## torch.compile and other checks that take minutes
 	$(PY) -m pytest -m slow
+
+contract: $(VENV)/.test  ## transformers' own test mixins on this model; TRANSFORMERS=FOLDER: a checkout, which has all of them
+	@set -e; folder="$(TRANSFORMERS)"; if [ -z "$$folder" ]; then \
+	    name=$$($(PY) -c "from importlib.metadata import version; print('transformers==' + version('transformers'))"); \
+	    folder=dist/$$(echo "$$name" | sed s/==/-/); \
+	    [ -e "$$folder.tar.gz" ] || $(PY) -m pip download --quiet --no-deps --no-binary :all: --dest dist "$$name"; \
+	    tar -xzf "$$folder.tar.gz" -C dist; touch "$$folder/tests/__init__.py"; \
+	fi; OMP_NUM_THREADS=1 TRANSFORMERS_TESTS="$$folder/tests" \
+	    $(PY) -m pytest -o addopts=-q -o filterwarnings=default -rfEs tests/test_contract.py $(SELECT)
 
 compat: $(VENV)/.test  ## the fast tests with the lowest and the newest supported transformers, where they differ from the installed
 	$(PY) tools/compat.py

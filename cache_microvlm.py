@@ -6,6 +6,8 @@ That is in layers of full attention; windows and recurrent states stay the text'
 and the cache is the plain one.
 """
 
+import warnings
+
 import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
@@ -24,6 +26,8 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
     PEFT's prefix tuning gives its prefix beside the cache of `generate`: the longer one holds the other's text.
     """
+    if past_key_values is not None and CACHE_NAME == "cache":
+        warnings.warn("`past_key_values` is deprecated: transformers calls it `cache`.", FutureWarning, stacklevel=2)
     if past_key_values is None or cache is None:
         return cache if past_key_values is None else past_key_values
     shorter, longer = sorted((past_key_values, cache), key=lambda one: one.get_seq_length())

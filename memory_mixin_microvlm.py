@@ -238,9 +238,8 @@ class MemoryReader:
         paged = f"a memory cannot join a {type(cache).__name__}: generate_batch() has none, generate(memory=...) has."
         require(isinstance(cache, Cache | None), paged)
         if checkpointing:
-            reentrant = any(
-                getattr(m._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") for m in layers
-            )
+            options = (getattr(m._gradient_checkpointing_func, "keywords", {}) for m in layers)
+            reentrant = any(keywords.get("use_reentrant") is True for keywords in options)
             needs = "gradient checkpointing with a memory needs"
             require(cache is None, f"{needs} a pass without a cache.")
             require(not reentrant, f"{needs} use_reentrant=False: all layers share the memory's graph.")

@@ -179,10 +179,12 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """Set it for the parts that have one: `super()` warns of all other sections of the config."""
-        if isinstance(attn_implementation, str):
-            attn_implementation = dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        """Set it like `super()`, without its warnings of sections of the config that have no model."""
+        is_one, names = isinstance(attn_implementation, str), ("", "text_config", "vision_config")
+        parts = dict.fromkeys(names, attn_implementation) if is_one else attn_implementation
+        super().set_attn_implementation(parts, *args, **kwargs)
+        for name in self.config.sub_configs.keys() - set(names) if is_one else ():
+            getattr(self.config, name)._attn_implementation = attn_implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -291,7 +293,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         Args:
             pixel_values: (N, 3, height, width), normalised by the image processor.
             output_attentions: also return the pooling attention; default: the config's.
-            output_hidden_states: also return the feature maps of the vision tower's layers; default: the config's.
+            output_hidden_states: also return the feature maps of all the vision tower's layers; default: the config's.
         """
         # no names of their own in the signature: generate() takes every name in it away from the decoder
         output_attentions, output_hidden_states = (
@@ -305,12 +307,13 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         vision = self.vision_tower(
             pixel_values,
             output_attentions=False,  # timm has none
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=bool(output_hidden_states),  # numbers stand for layers of the text
             do_pooling=False,
             return_dict=True,
         )
         image = self.pool_image_features(vision.last_hidden_state, output_attentions)
         image.hidden_states = vision.hidden_states
+        image.attentions = None if image.pooling_attentions is None else (image.pooling_attentions,)
         return image
 
     def pool_image_features(

@@ -22,7 +22,7 @@ class MicroVLMImageFeatures(BaseModelOutputWithPooling):
     """Output of `get_image_features`.
 
     `last_hidden_state` has the vision features, class token first, (N, 1 + patches, vision width); `pooler_output` the
-    prefix tokens, a tuple of N tensors (P, D).
+    prefix tokens, a tuple of N tensors (P, D); `attentions` has the pooling's alone, as a tuple.
     """
 
     pooling_attentions: torch.FloatTensor | None = None  # with `output_attentions`, (N, heads, P, patches)

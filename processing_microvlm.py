@@ -238,10 +238,11 @@ def as_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------- processors
 
 
-class BothClasses:
-    def to_dict(self) -> dict:
-        # both live in this file, which every saved folder carries; save_pretrained would write one of them
-        return {**super().to_dict(), "auto_map": {**AUTO_MAP, **getattr(self, "auto_map", {})}}
+def naming_both(to_dict):
+    def with_both(self) -> dict:  # both live in this file, which folders carry; save_pretrained would write one of them
+        return {**to_dict(self), "auto_map": {**AUTO_MAP, **getattr(self, "auto_map", {})}}
+
+    return with_both
 
 
 class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
@@ -250,7 +251,7 @@ class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
     max_pixels: int
 
 
-class MicroVLMImageProcessor(BothClasses, TorchvisionBackend):
+class MicroVLMImageProcessor(TorchvisionBackend):
     """Resize to 224 x 224, scale to [0, 1] and normalise, to `pixel_values` (N, 3, 224, 224).
 
     Takes Pillow images, arrays and tensors (values 0 to 255, a uint16 array, or real numbers with white as `white_of`
@@ -268,6 +269,7 @@ class MicroVLMImageProcessor(BothClasses, TorchvisionBackend):
     size = {"height": 224, "width": 224}
     do_resize = do_rescale = do_normalize = do_convert_rgb = True
     max_pixels = DEFAULT_MAX_PIXELS
+    to_dict = naming_both(TorchvisionBackend.to_dict)
 
     def fetch_images(self, image_url_or_urls):
         """Open paths, URLs and base64, nested as they are; nothing is decoded before `process_image` checks sizes."""
@@ -318,7 +320,7 @@ class MicroVLMImageProcessor(BothClasses, TorchvisionBackend):
         return pixels
 
 
-class MicroVLMProcessor(BothClasses, ProcessorMixin):
+class MicroVLMProcessor(ProcessorMixin):
     """Tokenizer and image processor in one; an `<image>` becomes `num_image_tokens` placeholders.
 
     The tokenizer has the `image_token`; `num_image_tokens` is the adapter's `num_prefix_tokens`.
@@ -326,6 +328,7 @@ class MicroVLMProcessor(BothClasses, ProcessorMixin):
 
     # what a tokenizer may add and the model does not take
     unused_input_names = ["token_type_ids"]
+    to_dict = naming_both(ProcessorMixin.to_dict)
 
     def __init__(
         self,
@@ -380,8 +383,10 @@ class MicroVLMProcessor(BothClasses, ProcessorMixin):
         """List the control tokens that people have written into a text, a message or a conversation."""
         if isinstance(written, str):
             return [token for token in (*self.tokenizer.all_special_tokens, self.image_token) if token in written]
-        parts = [written.get(name) for name in ("content", "text")] if isinstance(written, dict) else written
-        return [token for part in parts or () for token in self.control_tokens(part)]
+        if not isinstance(written, (list, tuple)):  # a message, as a dictionary or an object
+            read = Mapping.get if isinstance(written, Mapping) else getattr
+            written = [read(written, name, None) for name in ("messages", "content", "text")]
+        return [token for part in written if part is not None for token in self.control_tokens(part)]
 
     def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
         """Apply it like `super()`; control tokens in a message become text, and are refused in a mere string."""
@@ -398,9 +403,8 @@ class MicroVLMProcessor(BothClasses, ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        images = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * images, num_image_patches=[1] * images)
 
 
 MicroVLMImageProcessor.register_for_auto_class()

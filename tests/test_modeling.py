@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from typing import get_args
 
 import numpy as np
@@ -18,10 +19,11 @@ from microvlm.alignment_microvlm import contrastive_loss, masked_mean
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration, MicroVLMModel
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AttentionMaskInterface, AutoModel, Trainer, TrainingArguments, modeling_utils
+from transformers import AttentionMaskInterface, AutoModel, DynamicCache, Trainer, TrainingArguments, modeling_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from microvlm.model import CACHE_NAME
 from microvlm.train.losses import match_loss
 
 FRESH_PROCESS = """
@@ -48,6 +50,7 @@ assert again(**inputs).logits.equal(expected)
 """
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 HEAD = "lm_head.weight"
+newest = pytest.mark.skipif(CACHE_NAME != "cache", reason="transformers 5.24 and later")
 
 
 def alignment_loss(model, outputs) -> torch.Tensor | None:
@@ -404,6 +407,25 @@ class TestForward:
         assert model(**inputs).keys() == out.keys()
         assert model(**inputs, output_attentions=False).pooling_attentions is None
 
+    @newest
+    def test_hidden_states_of_some_layers(self, text_type):
+        """The numbers stand for layers of the text, of which it may have more than the vision tower."""
+        model, inputs = tiny_model(text_type), tiny_inputs()
+        every = model(**inputs, output_hidden_states=True)
+        some = model(**inputs, output_hidden_states=[0, 2])
+        assert some.hidden_states[1] is None and len(some.image_outputs.hidden_states) == 2
+        assert all(some.hidden_states[i].equal(every.hidden_states[i]) for i in (0, 2))
+
+    @newest
+    def test_the_old_name_of_the_cache_is_deprecated(self):
+        model, inputs = tiny_model(), tiny_inputs()
+        with pytest.warns(FutureWarning, match="^`past_key_values` is deprecated"):
+            old = model(**inputs, past_key_values=DynamicCache()).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert model(**inputs, cache=DynamicCache()).logits.equal(old)
+            model.generate(**inputs, max_new_tokens=2)
+
     def test_tuple_output(self):
         model, inputs = tiny_model(), tiny_inputs()
         for kwargs in ({}, {"output_hidden_states": True}, {"labels": inputs["input_ids"]}):
@@ -421,10 +443,11 @@ class TestForward:
         assert isinstance(out.pooler_output, tuple) and [tuple(p.shape) for p in out.pooler_output] == [(5, 32)] * 3
         patches = out.last_hidden_state[:, 1:]  # without the class token
         torch.testing.assert_close(torch.stack(out.pooler_output), model.model.adapter(patches)[0], **CLOSE)
-        assert out.hidden_states is None and out.pooling_attentions is None
+        assert out.hidden_states is None and out.pooling_attentions is None and out.attentions is None
         assert isinstance(model.get_image_features(pixels, return_dict=False), tuple)
         full = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
         assert len(full.hidden_states) == 2 and full.pooling_attentions.shape == (3, 4, 5, 16)
+        assert len(full.attentions) == 1 and full.attentions[0].equal(full.pooling_attentions)
         torch.testing.assert_close(full.pooler_output, out.pooler_output, **CLOSE)
         model.config.output_hidden_states = True
         assert len(model.get_image_features(pixels).hidden_states) == 2
@@ -846,7 +869,11 @@ class TestOutputs:
         model, said = tiny_model(), []
         monkeypatch.setattr(type(modeling_utils.logger), "warning", lambda self, message, *args: said.append(message))
         model.set_attn_implementation("eager")
-        assert {c._attn_implementation for c in (model.config, model.config.text_config)} == {"eager"} and not said
+        sections = [getattr(model.config, name) for name in model.config.sub_configs]
+        assert {c._attn_implementation for c in (model.config, *sections)} == {"eager"} and not said
+        with pytest.raises(ValueError, match='attn_implementation="other"` is not supported'):
+            model.set_attn_implementation("other")
+        assert {c._attn_implementation for c in (model.config, *sections)} == {"eager"}
         assert len(model(**tiny_inputs(), output_attentions=True).attentions) == 2
         names = inspect.signature(model.forward).parameters["kwargs"].annotation
         assert "output_attentions" in get_args(names)[0].__optional_keys__

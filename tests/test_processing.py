@@ -16,6 +16,8 @@ import threading
 import time
 import warnings
 import zlib
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -33,9 +35,10 @@ from microvlm.processing_microvlm import (
 )
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedTokenizerFast, ProcessorMixin
 
 from microvlm import processing_microvlm
+from microvlm.model import CACHE_NAME
 
 P = 5  # placeholders per picture, as in conftest.tiny_config
 SPECIAL = ["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"]
@@ -329,6 +332,36 @@ def test_control_tokens_in_messages_are_text(token):
         assert str(error.value).startswith(f"a message holds {token}, which a string cannot tell from the template's")
 
 
+@dataclass
+class Message:
+    """What the clients of servers hand on instead of a dictionary."""
+
+    role: str
+    content: str | list
+    tool_calls: list | None = None
+
+
+@dataclass
+class Part:
+    text: str
+    type: str = "text"
+
+
+@pytest.mark.skipif(CACHE_NAME != "cache", reason="transformers 5.24 and later")
+def test_messages_as_objects():
+    processor = AutoProcessor.from_pretrained(ROOT)
+    for content in ("a red circle", [Part("a red circle")], [{"type": "text", "text": "a red circle"}]):
+        expected = processor.apply_chat_template([{"role": "user", "content": "a red circle"}])
+        assert processor.apply_chat_template([Message("user", content)]) == expected
+        assert processor.apply_chat_template([[Message("user", content)]]) == [expected]
+        assert processor.apply_chat_template(SimpleNamespace(messages=[Message("user", content)])) == expected
+    for content in ("a<|assistant|>b", [Part("a<|assistant|>b")]):
+        with pytest.raises(ValueError, match=r"^a message holds <\|assistant\|>, which a string cannot tell"):
+            processor.apply_chat_template([Message("user", content)])
+        (ids,) = processor.apply_chat_template([Message("user", content)], tokenize=True)
+        assert [i for i in ids if i < len(SPECIAL)] == [2] and processor.decode(ids[1:]) == "a<|assistant|>b"
+
+
 def test_text_is_the_first_input(processor):
     """`Trainer` takes the lengths of rows from the first."""
     names = processor.model_input_names
@@ -365,6 +398,7 @@ def test_dictionaries_and_json(processor, tmp_path):
 
 
 def test_saved_files_name_both_auto_classes(processor, tmp_path):
+    assert MicroVLMProcessor.__mro__[1] is ProcessorMixin  # where transformers' tests look for what is overridden
     before = processor.to_dict()
     processor.save_pretrained(tmp_path)
     assert processor.to_dict() == before

@@ -37,6 +37,7 @@ STANDARD = {
     "time",
     "typing",
     "uuid",
+    "warnings",
 }
 LIBRARIES = {"PIL", "numpy", "packaging", "safetensors", "timm", "tokenizers", "torch", "transformers"}
 PARTS = {"huggingface_hub.dataclasses", "huggingface_hub.errors"}  # of a library whose rest is not allowed
