@@ -1,12 +1,14 @@
 """Write files and folders whole or not at all, and check outputs before the work."""
 
+import glob
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,11 +38,23 @@ def _temporary(path: str | os.PathLike) -> Path:
     return Path(temporary)
 
 
-def _make_readable(path: Path) -> None:
-    """Give a private temporary file or folder the mode of a new one."""
+def _settle(path: Path) -> None:
+    """Give a private temporary file or folder the mode of a new one; a file is on the disk before it has its name."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sweep(path: str | os.PathLike) -> None:
+    """Delete what killed processes have left next to `path`: temporary files and folders older than a day."""
+    folder, name = os.path.split(os.path.abspath(path))
+    for left in Path(folder).glob(f".{glob.escape(name)}.*.tmp"):
+        with suppress(OSError):  # another process was first
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager
@@ -60,8 +74,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        _make_readable(temporary)
+        _settle(temporary)
         os.replace(temporary, path)
+        _sweep(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -78,10 +93,11 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 def atomic_folder(out: Path) -> Iterator[Path]:
     """Make a folder that takes the place of `out` when all went well, and disappears when not."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         yield temporary
         put_folder(temporary, out)
+        _sweep(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -89,12 +105,12 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 def put_folder(temporary: Path, out: Path) -> None:
     """Rename a finished folder to `out`, replacing what is there; readable again (safetensors writes private files)."""
     for path in (temporary, *temporary.rglob("*")):
-        _make_readable(path)
+        _settle(path)
     if not out.exists():
         temporary.rename(out)
         return
     # the old folder goes aside first and is deleted last: nothing is lost in between
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     out.rename(old)  # a rename replaces an empty folder
     temporary.rename(out)
     shutil.rmtree(old)
