@@ -20,12 +20,13 @@ from transformers import TrainingArguments, set_seed
 from microvlm.cli import app
 from microvlm.files import locked, write_json
 from microvlm.model import require
+from microvlm.recipes import check_types, read_recipe
 from microvlm.train import distill_vision, pretrain_text
 from microvlm.train.callbacks import EpochCallback
 from microvlm.train.checkpoints import card_values
 from microvlm.train.curves import plot_curves
 from microvlm.train.data import TrainingData
-from microvlm.train.recipe import Recipe, check_recipe, read_recipe
+from microvlm.train.recipe import Recipe, check_recipe
 from microvlm.train.setup import (
     calibrate,
     check_output,
@@ -38,7 +39,7 @@ from microvlm.train.setup import (
 from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
 
 STOPPED = 143  # exit code after SIGTERM, as a shell gives it
-KINDS = {"distill": distill_vision.main, "text": pretrain_text.main}  # recipes of the parts, by `kind`
+KINDS = {"distill": distill_vision, "text": pretrain_text}  # recipes of the parts, by `kind`
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     # recipe
     values = read_recipe(options.recipe, options.set)
     if part := KINDS.get(str(values.get("kind"))):
-        return part(values)
+        values = check_types(options.recipe, values, part.KEYS)
+        with locked(Path(part.check(values))):
+            return part.main(values)
     recipe = check_recipe(values, options.recipe)
     args = training_arguments(recipe)
     checkpoint = check_output(recipe, args, options.resume)

@@ -4,9 +4,9 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from .data.rows import load_rows, text_ids
@@ -25,10 +25,11 @@ from .model import (
     replace_with_packed,
     require,
 )
+from .recipes import check_types, read_recipe
 from .tables import text_table
 
-DTYPES = ("float32", "bfloat16", "float16")
-PACK_KEYS = {"modules", "dtype", "counts"}
+DTYPES = Literal["float32", "bfloat16", "float16"]
+PACK_KEYS = {"modules": dict[str, dict], "dtype": DTYPES | None, "counts": str | list[str] | None}
 PARTS = (
     ("vision", r"model\.vision_tower\."),
     ("adapter", r"model\.adapter\."),
@@ -38,20 +39,11 @@ PARTS = (
 )
 
 
-def load_pack_recipe(path: str, overrides: list[str] = ()) -> dict:
+def load_pack_recipe(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     """Read a recipe and apply `key=value` overrides."""
-    recipe = yaml.safe_load(Path(path).read_text())
-    require(isinstance(recipe, dict), f"{path} is no recipe: expected keys with values, got {recipe!r}.")
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        require(equals, f"--set takes key=value, got {override!r}.")
-        recipe[name] = yaml.safe_load(value)
-    unknown = ", ".join(sorted(set(recipe) - PACK_KEYS))
-    require(not unknown, f"unknown key in {path}: {unknown}. Known: {', '.join(sorted(PACK_KEYS))}.")
-    require(recipe.get("modules"), f"{path} has no modules: what to pack.")
-    dtype = recipe.setdefault("dtype", "bfloat16")
-    require(dtype in DTYPES, f"{path}: dtype is one of {', '.join(DTYPES)}, got {dtype!r}.")
-    return recipe
+    recipe = check_types(path, read_recipe(path, overrides), PACK_KEYS)
+    require(recipe["modules"], f"{path} has no modules: what to pack.")
+    return {"dtype": "bfloat16"} | recipe
 
 
 def token_counts(processor, source: str, size: int) -> torch.Tensor:
@@ -165,7 +157,7 @@ def compare(data: str, count: int, before: tuple, after: tuple) -> dict:
 
 def main(checkpoint: str, out: Path, recipe: Path, assignments: list[str], revision: str, **measure) -> None:
     """Pack a checkpoint as a recipe says, and measure it before and after."""
-    settings = load_pack_recipe(str(recipe), assignments)
+    settings = load_pack_recipe(recipe, assignments)
     require(not out.exists(), f"{out} exists: choose another folder.")
     counts, data, facts = settings.get("counts"), measure["data"], measure["facts"]
     model, processor = open_plain(checkpoint, revision, bool(data or counts))

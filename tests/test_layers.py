@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = {
-    1: ("model", "files", "images", "tables"),
+    1: ("model", "files", "images", "tables", "recipes"),
     2: ("data", "inference", "teacher", "metrics"),
     3: ("evaluate", "visualize", "hub"),
     4: ("commands", "train", "compose", "pack", "export", "lmms_eval"),

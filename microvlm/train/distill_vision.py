@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import timm
@@ -23,12 +23,31 @@ from torch import nn
 
 from ..data.augment import change_colors, change_style, random_affine, warp
 from ..data.rows import load_rows
-from ..files import atomic_path, locked, write_json
+from ..files import atomic_path, write_json
+from ..model import require
 from ..teacher import nearest_neighbours, teacher_maps
 
 SMALL = 144  # side of the copies that crops of at most 128 x 128 are taken from
 LOG_STEPS = 100
 STOP_WORDS = {"a", "an", "the", "of", "with", "and", "in", "on", "for", "to"}
+LOSSES = {"dense", "pooled", "concept", "words"}
+COUNTS = ("image_size", "teacher_size", "batch_size", "warmup_steps", "save_steps")
+KEYS = {"kind": str, "output_dir": str} | dict.fromkeys(("train_file", "validation_file"), str | list[str])
+KEYS |= dict.fromkeys((*COUNTS, "seed"), int)
+KEYS |= dict.fromkeys(("learning_rate", "weight_decay", "drop_path", "style"), float | int)
+KEYS |= {"weights": dict[str, float | int], "phases": list[dict[str, int]], "compile": bool | None}
+KEYS |= {"unlabelled_file": str | list[str] | None, "unlabelled_rows": int | None, "optimizer": Literal["muon"] | None}
+
+
+def check(recipe: dict[str, Any]) -> str:
+    """Refuse values that cannot work; returns the folder of the run."""
+    for key in COUNTS:
+        require(recipe[key] > 0, f"{key} is {recipe[key]}: it has to be positive.")
+    require(set(recipe["weights"]) == LOSSES, f"weights are those of {', '.join(sorted(LOSSES))}.")
+    sizes = [phase.get("size", 0) for phase in recipe["phases"] if set(phase) == {"size", "steps"}]
+    fits = len(sizes) == len(recipe["phases"]) and all(size > 0 and size % 16 == 0 for size in sizes)
+    require(fits, "a phase is {size: side of the crops, a multiple of 16, steps: their number}.")
+    return recipe["output_dir"]
 
 
 def read_images(path: str | list[str], size: int, exclude_copyleft: bool = True, sample: int | None = None, seed=0):
@@ -192,6 +211,7 @@ class Distillation:
         recipe, side = self.recipe, self.recipe["image_size"]
         self.images, self.rows = read_images(recipe["train_file"], side)
         self.labelled = len(self.rows)
+        require({"id", "concept"} <= set(self.rows[0]), "the rows of train_file need an id and a concept.")
         if recipe.get("unlabelled_file"):
             sample, seed = recipe["unlabelled_rows"], recipe["seed"]
             images, rows = read_images(recipe["unlabelled_file"], side, sample=sample, seed=seed)
@@ -290,8 +310,6 @@ class Distillation:
 
 def main(recipe: dict[str, Any]) -> None:
     """Train the vision tower of a recipe."""
-    folder = Path(recipe["output_dir"])
-    with locked(folder):
-        run = Distillation(recipe, folder)
-        run.resume()
-        run.train()
+    run = Distillation(recipe, Path(recipe["output_dir"]))
+    run.resume()
+    run.train()

@@ -5,6 +5,7 @@ The text is WordNet's glosses and image captions. A recipe of `kind: text` has t
 
 import random
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,23 @@ from transformers import AutoModelForCausalLM, BitNetConfig, PreTrainedTokenizer
 
 from ..data.rows import load_rows
 from ..files import ROOT
-from ..model import replace_with_ternary
+from ..model import replace_with_ternary, require
+from ..recipes import check_keys
+from .recipe import check_training
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"]
 HELD_OUT = 1000  # glosses to evaluate on
+KEYS = dict.fromkeys(("caption_repeats", "vocab_size", "block_size"), int) | dict.fromkeys(("model", "training"), dict)
+KEYS |= {"kind": str, "wordnet_dir": str, "captions_file": str | list[str]}
+
+
+def check(recipe: dict[str, Any]) -> str:
+    """Refuse values that cannot work; returns the folder of the run."""
+    check_keys("model", recipe["model"], signature(BitNetConfig).parameters)
+    check_training(recipe["training"])
+    require({"output_dir", "seed"} <= set(recipe["training"]), "training needs an output_dir and a seed.")
+    require(min(recipe["vocab_size"], recipe["block_size"]) > 0, "vocab_size and block_size have to be positive.")
+    return recipe["training"]["output_dir"]
 
 
 def wordnet_documents(folder: str) -> list[str]:

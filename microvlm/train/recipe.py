@@ -4,25 +4,22 @@ The sections are the dataclasses below. `--set section.key=value` changes a valu
 value (`null`) is a key left out. An unknown key is refused by its name.
 """
 
-import re
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import yaml
-from huggingface_hub.dataclasses import strict, type_validator
+from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from ..data.augment import image_augmentation
 from ..data.rows import is_remote
 from ..model import require
+from ..recipes import check_keys, check_types, read_recipe
 from .losses import EPISODE_LOSSES, LOSSES
 
 LIST_KEYS = ("trainable", "compile")  # one text is a list of one
-DOTTED_KEYS = ("config", "learning_rates")  # sections whose own keys have dots
 
 
 def option(text: str, default: Any = None, **kwargs) -> Any:
@@ -148,12 +145,7 @@ class Recipe:
 
     def validate_keys(self):
         check_keys("loss_weights", self.loss_weights, LOSSES)
-        kinds = get_type_hints(TrainingArguments)
-        check_keys("training", self.training, kinds)
-        for name, value in self.training.items():  # a TypeError names it; where a float can be, an int can
-            kind = kinds[name] | int if float in (kinds[name], *get_args(kinds[name])) else kinds[name]
-            type_validator(f"training.{name}", value, kind)
-        require(self.training.get("gradient_accumulation_steps", 1) > 0, "gradient_accumulation_steps is not positive.")
+        check_training(self.training)
         check_keys("quantization", self.quantization or {}, signature(BitsAndBytesConfig).parameters)
         BitsAndBytesConfig(**self.quantization or {})  # a TypeError names it
 
@@ -167,19 +159,14 @@ class Recipe:
             require(not count or bool(self.data.validation), f"evaluation.{name} needs data.validation.")
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """Read YAML 1.1, but `1e-4` is a number and a repeated key is refused."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+def check_training(training: dict[str, Any]) -> None:
+    """Refuse what `TrainingArguments` does not take."""
+    kinds = get_type_hints(TrainingArguments)
+    check_keys("training", training, kinds)
+    # where a float can be, an int can
+    kinds = {key: kinds[key] | int if float in (kinds[key], *get_args(kinds[key])) else kinds[key] for key in training}
+    check_types("training", training, kinds)
+    require(training.get("gradient_accumulation_steps", 1) > 0, "gradient_accumulation_steps is not positive.")
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -197,33 +184,6 @@ def check_recipe(values: dict[str, Any], path: str | Path) -> Recipe:
         no = [key for key, value in training.items() if str(key).endswith("_strategy") and value is False]
         values["training"] = training | dict.fromkeys(no, "no")  # YAML reads `no` as false
     return build(Recipe, values, str(path))
-
-
-def read_recipe(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
-    """Read the values of a recipe of any kind, with the overrides."""
-    values = parse(Path(path).read_text(), str(path))
-    require(isinstance(values, dict), f"{path} is no recipe: expected keys with values, got {values!r}.")
-    for override in overrides:
-        set_value(values, override)
-    return values
-
-
-def set_value(values: dict[str, Any], override: str) -> None:
-    """Change one value by its dotted name, `section.key=value`."""
-    name, equals, value = override.partition("=")
-    require(bool(equals), f"--set takes key=value, got {override!r}.")
-    *parents, leaf = name.split(".", 1 if name.partition(".")[0] in DOTTED_KEYS else -1)
-    for parent in parents:
-        values[parent] = values = values.get(parent) or {}
-        require(isinstance(values, dict), f"--set {name}: {parent} is {values!r}, not a section.")
-    values[leaf] = parse(value, f"--set {name}")
-
-
-def parse(text: str, name: str) -> Any:
-    try:
-        return yaml.load(text, RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def build(kind: type, values: Any, name: str, prefix: str = "") -> Any:
@@ -245,11 +205,6 @@ def build(kind: type, values: Any, name: str, prefix: str = "") -> Any:
         raise ValueError(f"{name}: {error.__cause__}.") from error
     except StrictDataclassClassValidationError as error:
         raise ValueError(str(error.__cause__)) from error
-
-
-def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    unknown = ", ".join(sorted(map(str, set(keys) - set(known))))
-    require(not unknown, f"unknown key in {section}: {unknown}. Known: {', '.join(sorted(known))}.")
 
 
 def to_dict(section: Any) -> dict[str, Any]:
