@@ -720,14 +720,25 @@ def test_recipes_of_packing_are_checked(tmp_path):
         ValueError, match=f"^unknown key in {re.escape(str(path))}: model. Known: counts, dtype, modules.$"
     ):
         load_pack_recipe(str(path))
-    path.write_text("dtype: float32\n")
+    path.write_text("modules: {x: {}}\nmodules: {y: {}}\n")
+    with pytest.raises(ValueError, match="is not YAML: the key 'modules' stands twice"):
+        load_pack_recipe(str(path))
+    for text, why in (
+        ("dtype: float32", "a dict, got NoneType"),
+        ("modules: 5", "a dict"),
+        ("modules: {x: 5}", "dict"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"Field 'modules' expected {why}|Invalid key or value in dict 'modules'"):
+            load_pack_recipe(str(path))
+    path.write_text("modules: {}\n")
     with pytest.raises(ValueError, match="has no modules: what to pack.$"):
         load_pack_recipe(str(path))
     path.write_text("- modules\n")
     with pytest.raises(ValueError, match="is no recipe: expected keys with values, got .'modules'.*$"):
         load_pack_recipe(str(path))
     path.write_text("modules: {x: {}}\n")
-    with pytest.raises(ValueError, match="dtype is one of float32, bfloat16, float16, got 'bf16'.$"):
+    with pytest.raises(ValueError, match="'dtype' expected one of .'float32', 'bfloat16', 'float16'., got bf16"):
         load_pack_recipe(str(path), ["dtype=bf16"])
     with pytest.raises(ValueError, match="^--set takes key=value, got 'dtype'.$"):
         load_pack_recipe(str(path), ["dtype"])

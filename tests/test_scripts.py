@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, microvlm
 from toy_data import pairs, use_cache, write_parquet
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
@@ -15,8 +15,47 @@ import train_hf
 from microvlm.data.collators import CaptionCollator
 from microvlm.data.rows import load_rows
 from microvlm.evaluate.language import teacher_forced
+from microvlm.files import locked
 from microvlm.model import load_plain
 from microvlm.train import calibrate, distill_vision, pretrain_text
+
+VISION, TEXT = (ROOT / "recipes" / "nano" / f"{name}.yaml" for name in ("vision", "text"))
+MISTAKES = {
+    VISION: "train_file=5 train_file= train_file=/no/where image_size=x image_size=0 batch_size=1.5 learning_rate=fast "
+    "phases=[] phases=[5] phases=[{size:100,steps:3}] phases=[{size:112}] phases=[{size:112,steps:0}] weights=3 "
+    "weights={dense:1} weights.other=1 optimizer=sgd compile=3 seed= warmup_steps=0 bogus=1 output_dir= output_dir=5",
+    TEXT: "wordnet_dir=5 wordnet_dir=/no/where captions_file=5 caption_repeats=x vocab_size= block_size=0 model=3 "
+    "model.bogus=1 model.vocab_size=9 model.hidden_size=x model.hidden_size=0 model.num_attention_heads=3 "
+    "model.hidden_act=bogus training=3 training.bogus=1 training.learning_rate=x training.seed= training.output_dir= "
+    "training.output_dir=5",
+}
+
+
+@pytest.mark.parametrize("recipe, change", [(path, change) for path in MISTAKES for change in MISTAKES[path].split()])
+def test_a_mistake_in_a_recipe_is_one_line(recipe, change, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert microvlm("train", recipe, "--set", change.replace(":", ": ")) == 1
+    error = capsys.readouterr().err
+    assert len(re.findall("^microvlm: ", error, re.MULTILINE)) == 1 and "Traceback" not in error, error
+    names = change.partition("=")[0].split(".")
+    assert (
+        any(name in error for name in names)
+        or "/no/where" in error
+        or "no BitNet can be made" in error
+        or "phase is" in error
+    ), error
+
+
+def test_a_repeated_key_and_a_locked_folder_are_one_line(tmp_path, capsys):
+    twice = tmp_path / "twice.yaml"
+    for path in (VISION, TEXT):
+        twice.write_text(f"{path.read_text()}\nkind: text\n")
+        assert microvlm("train", twice) == 1 and "the key 'kind' stands twice" in capsys.readouterr().err
+        option = "output_dir" if path == VISION else "training.output_dir"
+        with locked(tmp_path / "out"):
+            assert microvlm("train", path, "--set", f"{option}={tmp_path / 'out'}") == 1
+        assert "is of a run that still goes on" in capsys.readouterr().err
+
 
 # --- distill_vision.py
 
@@ -39,6 +78,11 @@ def test_a_distillation_that_goes_on_keeps_its_log(tmp_path, monkeypatch, capsys
     assert run(2) == [1, 2]
     assert run(2) == [1, 2]  # nothing is left to do
     assert run(3) == [1, 2, 3]
+    with pytest.raises(ValueError, match="state.pt is of a run with other data: choose another output_dir.$"):
+        other = pairs(concept=list("abcdefgh"), licence=["MIT"] * 8)
+        small["train_file"] = write_parquet(tmp_path / "other.parquet", other)
+        run(3)
+    small["train_file"] = data
     state = torch.load(tmp_path / "out/state.pt", weights_only=True)
     torch.save(state | {"step": 98}, tmp_path / "out/state.pt")
     capsys.readouterr()

@@ -362,14 +362,14 @@ def test_what_is_no_recipe_is_named(text, message, tmp_path):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"training": {"max_steps": "many"}}, "Field 'training.max_steps' expected int, got str (value: 'many')"),
+        ({"training": {"max_steps": "many"}}, "training: Field 'max_steps' expected int, got str (value: 'many')"),
         (
             {"training": {"learning_rate": "fast"}},
-            "Field 'training.learning_rate' with value 'fast' doesn't match any",
+            "training: Field 'learning_rate' with value 'fast' doesn't match any",
         ),
-        ({"training": {"seed": "x"}}, "Field 'training.seed' expected int, got str (value: 'x')"),
-        ({"training": {"bf16": "yes"}}, "Field 'training.bf16' expected bool, got str (value: 'yes')"),
-        ({"training": {"output_dir": 5}}, "Field 'training.output_dir' with value 5 doesn't match any type"),
+        ({"training": {"seed": "x"}}, "training: Field 'seed' expected int, got str (value: 'x')"),
+        ({"training": {"bf16": "yes"}}, "training: Field 'bf16' expected bool, got str (value: 'yes')"),
+        ({"training": {"output_dir": 5}}, "training: Field 'output_dir' with value 5 doesn't match any type"),
         (
             {"training": {"gradient_accumulation_steps": 0}},
             "gradient_accumulation_steps is not positive.",
@@ -419,11 +419,12 @@ def test_the_script_ends_in_one_line_as_the_command_does(text, message, tmp_path
 
 def test_recipes_of_other_kinds_go_to_their_own_training(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setitem(KINDS, "distill", calls.append)
-    path = tmp_path / "recipe.yaml"
-    path.write_text("kind: distill\nphases: []\n")
-    main([str(path), "--set", "seed=1"])
-    assert calls == [{"kind": "distill", "phases": [], "seed": 1}]
+    monkeypatch.setattr(KINDS["distill"], "main", calls.append)
+    path, out = ROOT / "recipes" / "nano" / "vision.yaml", str(tmp_path / "out")
+    main([str(path), "--set", "seed=1", "--set", f"output_dir={out}", "--set", "compile="])
+    recipe = yaml.safe_load(path.read_text()) | {"seed": 1, "output_dir": out, "learning_rate": 8e-4}
+    del recipe["compile"]
+    assert calls == [recipe]
     with pytest.raises(ValueError, match="^unknown key in .*: kind. Known: "):
         main([write_recipe(tmp_path, kind="vision")])
 

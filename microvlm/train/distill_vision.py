@@ -44,9 +44,9 @@ def check(recipe: dict[str, Any]) -> str:
     for key in COUNTS:
         require(recipe[key] > 0, f"{key} is {recipe[key]}: it has to be positive.")
     require(set(recipe["weights"]) == LOSSES, f"weights are those of {', '.join(sorted(LOSSES))}.")
-    sizes = [phase.get("size", 0) for phase in recipe["phases"] if set(phase) == {"size", "steps"}]
-    fits = len(sizes) == len(recipe["phases"]) and all(size > 0 and size % 16 == 0 for size in sizes)
-    require(fits, "a phase is {size: side of the crops, a multiple of 16, steps: their number}.")
+    phases = recipe["phases"]
+    fits = all(set(p) == {"size", "steps"} and min(p.values()) > 0 and p["size"] % 16 == 0 for p in phases)
+    require(fits and phases, "a phase is {size: side of the crops, a multiple of 16, steps: their number}.")
     return recipe["output_dir"]
 
 
@@ -213,7 +213,7 @@ class Distillation:
         self.labelled = len(self.rows)
         require({"id", "concept"} <= set(self.rows[0]), "the rows of train_file need an id and a concept.")
         if recipe.get("unlabelled_file"):
-            sample, seed = recipe["unlabelled_rows"], recipe["seed"]
+            sample, seed = recipe.get("unlabelled_rows"), recipe["seed"]
             images, rows = read_images(recipe["unlabelled_file"], side, sample=sample, seed=seed)
             self.images, self.rows = torch.cat([self.images, images]), self.rows + rows
         self.small = resized(self.images, SMALL)
@@ -227,7 +227,10 @@ class Distillation:
         if not state_file.exists():
             return
         state = torch.load(state_file, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:  # other data have other concepts and words
+            raise ValueError(f"{state_file} is of a run with other data: choose another output_dir.") from error
         for optimizer, values in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(values)
         self.done = state["step"]

@@ -29,8 +29,15 @@ def check(recipe: dict[str, Any]) -> str:
     """Refuse values that cannot work; returns the folder of the run."""
     check_keys("model", recipe["model"], signature(BitNetConfig).parameters)
     check_training(recipe["training"])
-    require({"output_dir", "seed"} <= set(recipe["training"]), "training needs an output_dir and a seed.")
+    given = {key for key, value in recipe["training"].items() if value is not None}
+    require({"output_dir", "seed"} <= given, "training needs an output_dir and a seed.")
     require(min(recipe["vocab_size"], recipe["block_size"]) > 0, "vocab_size and block_size have to be positive.")
+    # a model of these sizes, without numbers
+    try:
+        with torch.device("meta"):
+            build_model(8, 0, 1, recipe["model"])(torch.zeros(1, 1, dtype=torch.long))
+    except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"model: no BitNet can be made of these values ({error!r}).") from error
     return recipe["training"]["output_dir"]
 
 
@@ -108,14 +115,12 @@ def read_texts(recipe: dict[str, Any]) -> tuple[PreTrainedTokenizerFast, list, l
     return tokenizer, train, blocks(tokenizer, [f"{gloss}<|endoftext|>" for gloss in held_out], size)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, Any]):
+def build_model(size: int, end: int, pad: int, sizes: dict[str, Any]):
     """Make a BitNet decoder with random weights, its linears ternary."""
-    end, pad = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>"])
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad}
-    config = BitNetConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **ids, **sizes)
+    config = BitNetConfig(vocab_size=size, tie_word_embeddings=True, **ids, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     replace_with_ternary(model, [r"model\.layers\..*_proj"])
-    print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     return model
 
 
@@ -123,7 +128,9 @@ def main(recipe: dict[str, Any]) -> None:
     """Train tokenizer and decoder of a recipe."""
     tokenizer, train, validation = read_texts(recipe)
     torch.manual_seed(recipe["training"]["seed"])
-    model = build_model(tokenizer, recipe["model"])
+    end, pad = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>"])
+    model = build_model(len(tokenizer), end, pad, recipe["model"])
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     args = TrainingArguments(**recipe["training"])
     trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
     trainer.train()
