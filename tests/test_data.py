@@ -403,6 +403,13 @@ def test_bad_rows_are_skipped_counted_and_named(processor, caplog):
     assert "skipped (2 of 3 rows so far): row toy-2 has no caption." in caplog.text
 
 
+def test_names_in_data_do_not_command_the_terminal(processor, caplog):
+    rows = pairs(2)
+    rows[0] |= {"id": "a\x1b[31m", "image": {"bytes": b"none", "path": "b\x1b[2J\u202e.png"}}
+    CaptionCollator(processor, PROMPT)(rows)
+    assert "row a\\u001b[31m: picture" in caplog.messages[0] and "b\\u001b[2J\\u202e.png" in caplog.messages[0]
+
+
 def test_counts_include_the_workers_of_a_loader(processor):
     rows = pairs(8)
     rows[3]["caption"] = None

@@ -147,7 +147,7 @@ def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
         image = open_image(image, getattr(image_processor, "max_pixels", DEFAULT_MAX_PIXELS))
         return image_processor.process_image(image, do_convert_rgb=False), caption
     except (OSError, ValueError) as error:
-        raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {error}") from error
+        raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {one_line(str(error))}") from error
 
 
 def text_ids(tokenizer, text: str | list[str]) -> list:

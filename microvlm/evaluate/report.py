@@ -9,6 +9,7 @@ from textwrap import indent
 import torch
 from PIL import Image
 
+from ..files import one_line
 from ..images import data_uri, small_jpeg
 from ..metrics import normalise, roc
 from ..tables import format_value, markdown_table, page_template, text_table
@@ -89,7 +90,7 @@ def markdown(results: dict[str, dict]) -> str:
 
 def print_result(path: str, result: dict) -> None:
     """Print one data set on the terminal."""
-    print(f"{path} ({result['pictures']} pictures)")
+    print(one_line(f"{path} ({result['pictures']} pictures)"))
     for title, labels, columns in blocks(result):
         if title == "Captions":
             rows = [[name, *(values.get(key) for key in labels)] for name, values in columns.items()]
@@ -101,7 +102,7 @@ def print_result(path: str, result: dict) -> None:
             scores = (f"{labels[key]} {format_value(value)}" for key, value in columns[""].items())
             print(f"  {title.lower():<18}" + ", ".join(scores))
     for metric, reason in result["not_measured"].items():
-        print(f"  not measured: {metric}: {reason}")
+        print(one_line(f"  not measured: {metric}: {reason}"))
 
 
 @contextmanager
