@@ -2,7 +2,7 @@
 
 Images come in every shape people have: EXIF-rotated, palette, CMYK, 16-bit, animated, transparent, 1 x 1. All end as
 RGB on white, resized to 224 x 224 and normalised as the vision tower wants it. An image whose header claims more than
-`max_pixels` is refused before its pixels are decoded, wherever it comes from.
+`pixel_limit` is refused before its pixels are decoded, wherever it comes from.
 """
 
 import base64
@@ -27,8 +27,8 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processo
 
 from .configuration_microvlm import require
 
-DEFAULT_MAX_PIXELS = 64_000_000  # 8000 x 8000
-MAX_BYTES = 8 * DEFAULT_MAX_PIXELS  # of a file: four channels of 16 bits
+PIXEL_LIMIT = 64_000_000  # 8000 x 8000
+MAX_BYTES = 8 * PIXEL_LIMIT  # of a file: four channels of 16 bits
 DOWNLOAD_TIMEOUT = 60  # seconds for all of it
 # decoders of pixels alone; Pillow has others, such as EPS, which runs the file as a program
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF AVIF JPEG2000 PPM ICO ICNS QOI DDS PCX TGA".split()
@@ -62,18 +62,18 @@ def naming_image(name: str, problem: str, unknown: Exception | None = None) -> I
         raise (unknown if unknown and isinstance(error, UnidentifiedImageError) else broken) from error
 
 
-def open_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def open_image(source, pixel_limit: int = PIXEL_LIMIT) -> Image.Image:
     """Open an image as upright RGB, its size checked before its pixels are decoded; see `fetch_image` and `to_rgb`."""
-    return to_rgb(fetch_image(source, max_pixels), max_pixels)
+    return to_rgb(fetch_image(source, pixel_limit), pixel_limit)
 
 
-def fetch_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def fetch_image(source, pixel_limit: int = PIXEL_LIMIT) -> Image.Image:
     """Read the bytes and the header of an image; decode nothing, leave nothing open.
 
     Args:
         source: a path, a `file:`, `http:`, `https:` or `data:` URL, the bare base64 text of an image, its bytes, a
             binary file, or a dictionary with one of these as `bytes`, `path` or `url`, as in rows of `datasets`.
-        max_pixels: the limit for images in an icon file, where Pillow decodes one as it opens the file.
+        pixel_limit: the limit for images in an icon file, where Pillow decodes one as it opens the file.
     """
     given = source if isinstance(source, Mapping) else {}
     source = next((given[key] for key in ("bytes", "path", "url") if given.get(key)), source)
@@ -105,7 +105,7 @@ def fetch_image(source, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
         raise OSError(f"{name} cannot be opened: {why}") from error
     # sizes in an icon
     for match in PNG_HEADER.finditer(data) if data.startswith((b"\0\0\1\0", b"icns")) else ():
-        check_size(name, [struct.unpack(">I", side)[0] for side in match.groups()], max_pixels)
+        check_size(name, [struct.unpack(">I", side)[0] for side in match.groups()], pixel_limit)
     # header
     with naming_image(name, "cannot be opened", unknown):
         image = Image.open(BytesIO(data), formats=FORMATS)
@@ -144,10 +144,10 @@ def name_of(image: Image.Image) -> str:
     return getattr(image, "source", None) or getattr(image, "filename", None) or "The image"
 
 
-def check_size(name: str, size: Sequence[int], max_pixels: int) -> None:
-    """Raise a ValueError when a header claims no pixels or more than `max_pixels`."""
-    limit = f"the limit is {max_pixels} in all: `max_pixels` of the image processor."
-    require(0 < size[0] * size[1] <= max_pixels, f"{name} has {size[0]} x {size[1]} pixels, {limit}")
+def check_size(name: str, size: Sequence[int], pixel_limit: int) -> None:
+    """Raise a ValueError when a header claims no pixels or more than `pixel_limit`."""
+    limit = f"the limit is {pixel_limit} in all: `pixel_limit` of the image processor."
+    require(0 < size[0] * size[1] <= pixel_limit, f"{name} has {size[0]} x {size[1]} pixels, {limit}")
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -165,9 +165,9 @@ def turn_upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(image: Image.Image, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def to_rgb(image: Image.Image, pixel_limit: int = PIXEL_LIMIT) -> Image.Image:
     """Convert a Pillow image to RGB: upright, on white, at 8 bits; of an animation, the current frame."""
-    check_size(name_of(image), image.size, max_pixels)
+    check_size(name_of(image), image.size, pixel_limit)
     with naming_image(name_of(image), "cannot be decoded"):
         image = turn_upright(image)
         # 16 and 32 bits to 8
@@ -246,9 +246,9 @@ def naming_both(to_dict):
 
 
 class MicroVLMImageProcessorKwargs(ImagesKwargs, total=False):
-    """max_pixels (`int`): images with more pixels by their header are refused."""
+    """pixel_limit (`int`): images with more pixels by their header are refused."""
 
-    max_pixels: int
+    pixel_limit: int
 
 
 class MicroVLMImageProcessor(TorchvisionBackend):
@@ -258,7 +258,7 @@ class MicroVLMImageProcessor(TorchvisionBackend):
     says, unless `do_rescale=False`; no, 1, 3 or 4 channels, first or last), and what `fetch_image` takes.
 
     Args:
-        max_pixels: images with more pixels by their header are refused before decoding (ValueError).
+        pixel_limit: images with more pixels by their header are refused before decoding (ValueError).
     """
 
     valid_kwargs = MicroVLMImageProcessorKwargs
@@ -268,7 +268,7 @@ class MicroVLMImageProcessor(TorchvisionBackend):
     image_mean = image_std = [0.5, 0.5, 0.5]
     size = {"height": 224, "width": 224}
     do_resize = do_rescale = do_normalize = do_convert_rgb = True
-    max_pixels = DEFAULT_MAX_PIXELS
+    pixel_limit = PIXEL_LIMIT
     to_dict = naming_both(TorchvisionBackend.to_dict)
 
     def fetch_images(self, image_url_or_urls):
@@ -287,20 +287,20 @@ class MicroVLMImageProcessor(TorchvisionBackend):
                 "per text, or arrays of several images alone.",
             )
             return images
-        return fetch_image(image_url_or_urls, self.max_pixels)
+        return fetch_image(image_url_or_urls, self.pixel_limit)
 
     def _prepare_images_structure(self, images, expected_ndims=3):
         images = super()._prepare_images_structure(images, expected_ndims)
         require(len(images) > 0, "`images` is empty: give at least one image.")
         return images
 
-    def process_image(self, image, do_convert_rgb=None, max_pixels=None, **kwargs) -> torch.Tensor:
+    def process_image(self, image, do_convert_rgb=None, pixel_limit=None, **kwargs) -> torch.Tensor:
         """Convert one image to a tensor (channels, height, width)."""
         # to 8 bits, or to floats that torchvision resizes
         if isinstance(image, Image.Image):
-            max_pixels = max_pixels or self.max_pixels
-            check_size(name_of(image), image.size, max_pixels)
-            image = to_rgb(image, max_pixels) if do_convert_rgb else image
+            pixel_limit = pixel_limit or self.pixel_limit
+            check_size(name_of(image), image.size, pixel_limit)
+            image = to_rgb(image, pixel_limit) if do_convert_rgb else image
         elif isinstance(image, (np.ndarray, torch.Tensor)):
             check_array(image)
             image = as_uint8(image)

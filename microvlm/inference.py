@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from .model import DEFAULT_MAX_PIXELS, MemoryState, open_image, require
+from .model import PIXEL_LIMIT, MemoryState, open_image, require
 
 MAX_NEW_TOKENS, MAX_SECONDS = 32, 60
 
@@ -98,12 +98,12 @@ def caption(
 
 
 def _caption(model, processor, paths, text, batch_size, generate_kwargs) -> Iterator[Caption]:
-    max_pixels = getattr(processor.image_processor, "max_pixels", DEFAULT_MAX_PIXELS)
+    pixel_limit = getattr(processor.image_processor, "pixel_limit", PIXEL_LIMIT)
     # collect readable images until a batch is full; what cannot be opened keeps its place
     batch, images = [], 0
     for path in paths:
         try:
-            batch.append(Caption(path, image=open_image(path, max_pixels)))
+            batch.append(Caption(path, image=open_image(path, pixel_limit)))
             images += 1
         except (OSError, ValueError, MemoryError) as error:
             batch.append(Caption(path, error=str(error) or f"{path} needs more memory than there is."))

@@ -22,7 +22,7 @@ from .configuration_microvlm import AUTO_MAP, MicroVLMConfig, require
 from .memory_microvlm import in_float32
 from .memory_state_microvlm import MemoryState
 from .modeling_microvlm import MicroVLMForConditionalGeneration
-from .processing_microvlm import DEFAULT_MAX_PIXELS, MicroVLMImageProcessor, MicroVLMProcessor, open_image, to_rgb
+from .processing_microvlm import PIXEL_LIMIT, MicroVLMImageProcessor, MicroVLMProcessor, open_image, to_rgb
 from .quantization_microvlm import (
     QUANT_METHOD,
     PackedConfig,

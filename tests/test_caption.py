@@ -285,7 +285,7 @@ def test_only_one_batch_is_opened_at_a_time(loaded, pictures, monkeypatch):
 
 
 def test_the_processors_size_limit_holds(loaded, pictures, monkeypatch):
-    monkeypatch.setattr(loaded[1].image_processor, "max_pixels", 100)
+    monkeypatch.setattr(loaded[1].image_processor, "pixel_limit", 100)
     (result,) = caption(*loaded, [str(pictures / "p1.png")])
     assert result.text is None and "has 31 x 20 pixels, the limit is 100" in result.error
 

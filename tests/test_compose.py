@@ -1,5 +1,7 @@
 """Composing: source folders in the layouts of the Hub, small; what is written equals them and runs."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -479,6 +481,37 @@ def test_plain_chat_template_for_a_base_model(composed):
     out = processor.apply_chat_template([{"role": "system", "content": "Be brief."}, *TALK], **options)
     (ids,), (mask,) = out["input_ids"], out["assistant_masks"]
     assert processor.decode([i for i, on in zip(ids, mask) if on]) == "Paris.</s>"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_messages_of_openai_clients_are_taken(composed, layout):
+    """A system message and a picture by its address, with the template that compose writes."""
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(file, "png")
+    url = {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
+    content = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": url}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    processor = processor_of(composed / layout)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+    said = processor.decode(inputs["input_ids"][0])
+    assert said.index("Be brief.") < said.index("What is it?") < said.index("<image>")
+    model = MicroVLMForConditionalGeneration.from_pretrained(composed / layout)
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    assert model.generate(**inputs.to(model.dtype), **settings).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_a_template_that_takes_no_system_message_is_kept(sources, tmp_path, capsys):
+    text = shutil.copytree(sources / "qwen2", tmp_path / "text")
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    settings = json.loads((text / "tokenizer_config.json").read_text())
+    write_json(text / "tokenizer_config.json", settings | {"chat_template": refusal + CHATML})
+    compose(str(sources / "vision"), str(text), tmp_path / "out")
+    assert "\nchat template: the text model's own, which takes the roles it takes\n" in capsys.readouterr().out
+    processor = processor_of(tmp_path / "out")
+    with pytest.raises(Exception, match="^System role not supported$"):
+        processor.apply_chat_template([{"role": "system", "content": "Be brief."}, *TALK])
+    assert "Spain" in processor.apply_chat_template(TALK)
 
 
 def test_default_prompt(composed):

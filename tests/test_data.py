@@ -324,7 +324,7 @@ def test_pictures_that_pillow_or_the_limit_refuse(processor, monkeypatch):
         decode_row({**row, "image": {"bytes": b"text", "path": None}}, processor.image_processor)
     with pytest.raises(UnreadableRowError, match="row toy-0: picture cannot be read"):
         decode_row({**row, "image": {"bytes": None, "path": "nowhere.png"}}, processor.image_processor)
-    monkeypatch.setattr(processor.image_processor, "max_pixels", 1000)
+    monkeypatch.setattr(processor.image_processor, "pixel_limit", 1000)
     with pytest.raises(UnreadableRowError, match="row toy-0: .*32 x 32 pixels"):
         decode_row(row, processor.image_processor)
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 100)  # Pillow's own error is no ValueError

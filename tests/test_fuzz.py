@@ -271,7 +271,7 @@ def test_the_picture_inside_an_icon_is_measured_before_it_is_decoded(tmp_path, k
     reset_peak()
     before = memory_now()
     with pytest.raises(
-        ValueError, match="bomb.ico has 8100 x 8100 pixels, the limit is 64000000 in all: `max_pixels` of the image"
+        ValueError, match="bomb.ico has 8100 x 8100 pixels, the limit is 64000000 in all: `pixel_limit` of the image"
     ):
         open_image(path)
     assert memory_now("VmHWM") - before < 20  # decoded it takes 66 MB

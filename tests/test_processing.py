@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import IMAGE_ID, ROOT, VOCAB, tiny_config, tiny_model
 from microvlm.processing_microvlm import (
-    DEFAULT_MAX_PIXELS,
+    PIXEL_LIMIT,
     MicroVLMImageProcessor,
     MicroVLMProcessor,
     fetch_image,
@@ -388,11 +388,11 @@ def test_placeholders_are_known_before_the_call(processor):
 
 
 def test_dictionaries_and_json(processor, tmp_path):
-    image_processor = MicroVLMImageProcessor(size={"height": 8, "width": 16}, do_normalize=None, max_pixels=99)
+    image_processor = MicroVLMImageProcessor(size={"height": 8, "width": 16}, do_normalize=None, pixel_limit=99)
     image_processor.to_json_file(tmp_path / "a.json")
     again = MicroVLMImageProcessor.from_json_file(tmp_path / "a.json")
     assert again.to_dict() == image_processor.to_dict() and repr(again) == repr(image_processor)
-    assert again.max_pixels == 99 and again.do_normalize is None and again.to_dict()["do_normalize"] is None
+    assert again.pixel_limit == 99 and again.do_normalize is None and again.to_dict()["do_normalize"] is None
     obj = json.loads(processor.to_json_string())
     assert obj["image_token"] == "<image>" and obj["num_image_tokens"] == P and "tokenizer" not in obj
 
@@ -434,8 +434,8 @@ assert processor.chat_template == processor.tokenizer.chat_template == open(fold
 processor.save_pretrained(again)
 second = AutoProcessor.from_pretrained(again, **code)
 assert second.to_dict() == processor.to_dict() and type(second) is not type(processor)
-other = AutoProcessor.from_pretrained(folder, do_normalize=False, max_pixels=77, num_image_tokens=6, **code)
-assert not other.image_processor.do_normalize and other.image_processor.max_pixels == 77 and other.num_image_tokens == 6
+other = AutoProcessor.from_pretrained(folder, do_normalize=False, pixel_limit=77, num_image_tokens=6, **code)
+assert not other.image_processor.do_normalize and other.image_processor.pixel_limit == 77 and other.num_image_tokens == 6
 
 model = AutoModelForImageTextToText.from_pretrained(folder, **code)
 chat = [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": "describe"}]}]
@@ -608,7 +608,7 @@ def test_too_many_pixels_are_refused_before_decoding(kind, processor, tmp_path, 
     name = str(source) if "URL" in kind or kind == "base64" else str(path)
     with pytest.raises(ValueError) as error:
         processor(images=source, text="<image>")
-    message = "{} has 9000 x 8000 pixels, the limit is 64000000 in all: `max_pixels` of the image processor."
+    message = "{} has 9000 x 8000 pixels, the limit is 64000000 in all: `pixel_limit` of the image processor."
     assert str(error.value) == message.format(name)
     if kind == "path":
         with pytest.raises(ValueError, match="the limit is 64000000"):
@@ -631,15 +631,17 @@ def test_decompression_bomb_is_refused_before_decoding(processor, tmp_path, neve
 def test_the_limit_can_be_set_and_given(processor, tmp_path):
     picture(20, 10).save(tmp_path / "a.png")
     for source in (tmp_path / "a.png", picture(20, 10)):
-        assert processor(images=source, max_pixels=200)["pixel_values"] is not None
+        assert processor(images=source, pixel_limit=200)["pixel_values"] is not None
         with pytest.raises(ValueError, match="has 20 x 10 pixels, the limit is 199 in all"):
-            processor(images=source, max_pixels=199)
+            processor(images=source, pixel_limit=199)
         with pytest.raises(ValueError, match="the limit is 199"):
-            processor(images=source, max_pixels=199, do_convert_rgb=False)
+            processor(images=source, pixel_limit=199, do_convert_rgb=False)
         with pytest.raises(ValueError, match="the limit is 50"):
-            tiny_processor(max_pixels=50)(images=source)
-        assert tiny_processor(max_pixels=50)(images=source, max_pixels=200)["pixel_values"] is not None
-    assert DEFAULT_MAX_PIXELS == MicroVLMImageProcessor().max_pixels == 64_000_000
+            tiny_processor(pixel_limit=50)(images=source)
+        assert tiny_processor(pixel_limit=50)(images=source, pixel_limit=200)["pixel_values"] is not None
+        # elsewhere in transformers this one bounds a resize: it refuses nothing
+        assert processor(images=source, max_pixels=1)["pixel_values"] is not None
+    assert PIXEL_LIMIT == MicroVLMImageProcessor().pixel_limit == 64_000_000
 
 
 def test_picture_without_pixels(processor):

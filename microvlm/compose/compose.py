@@ -124,6 +124,8 @@ def compose(
     text = load_text(text_source, text_revision, text_gguf, dtype)
     print(f"vision: {vision.architecture}, {vision.num_patches} patches of width {vision.width}")
     print(f"text: {text.layout}, width {text.model.config.hidden_size}, {text.dtype}")
+    own = "the text model's own, which takes the roles it takes" if text.tokenizer.chat_template else "turns by name"
+    print(f"chat template: {own}")
     exact, source_rows = text.qat["ternary_modules"] is None, text.vocab_size
     model, processor, weights, logits = join(vision, text, variant, seed)
     added = text.vocab_size - source_rows

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Image, load_dataset
 
 from ..files import one_line
-from ..model import DEFAULT_MAX_PIXELS, open_image, require
+from ..model import PIXEL_LIMIT, open_image, require
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "text", "txt")
@@ -144,7 +144,7 @@ def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
     if not image.get("bytes") and not image.get("path"):
         raise UnreadableRowError(f"row {row_name(row)} has no picture.")
     try:
-        image = open_image(image, getattr(image_processor, "max_pixels", DEFAULT_MAX_PIXELS))
+        image = open_image(image, getattr(image_processor, "pixel_limit", PIXEL_LIMIT))
         return image_processor.process_image(image, do_convert_rgb=False), caption
     except (OSError, ValueError) as error:
         raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {one_line(str(error))}") from error

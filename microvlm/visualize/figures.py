@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files import atomic_file
 from ..images import thumbnail
-from ..model import DEFAULT_MAX_PIXELS, require, to_rgb
+from ..model import PIXEL_LIMIT, require, to_rgb
 from .attention import Recall, WordAttention, check_pixels, recall, stored_sentences
 
 CELL, TEXT, GAP = 150, 34, 8  # pixels: side of an image, height of the text below it, space between
@@ -58,7 +58,7 @@ def finite_map(map: torch.Tensor) -> torch.Tensor:
 
 def paint(image: Image.Image, map: torch.Tensor, colours) -> Image.Image:
     """Lay the colours of a map over a dim grey image: full at 1 and -1, none at 0."""
-    image = to_rgb(image, max(DEFAULT_MAX_PIXELS, image.width * image.height))
+    image = to_rgb(image, max(PIXEL_LIMIT, image.width * image.height))
     # bilinear: a patch is hottest in its middle, and nothing overshoots
     map = F.interpolate(map[None, None], (image.height, image.width), mode="bilinear")[0, 0]
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)

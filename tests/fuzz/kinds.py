@@ -60,7 +60,7 @@ class Images:
         path.write_bytes(data)
         self.last = str(path)
         # by path, or opened
-        limit = self.processor.image_processor.max_pixels
+        limit = self.processor.image_processor.pixel_limit
         image = str(path)
         if rng.random() < 0.5:
             image = open_image(path, limit)
