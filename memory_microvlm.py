@@ -16,7 +16,6 @@ docs/memory.md has the maths.
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,25 +26,10 @@ from .addressing_microvlm import ADDRESSINGS, KeyOrder
 from .configuration_microvlm import MicroVLMMemoryConfig, require
 from .memory_posterior_microvlm import no_autocast
 from .memory_state_microvlm import MemoryRead, MemoryState
+from .quantization_microvlm import present
 
 NUM_SCOPE_STATISTICS = 9
 WORD_SHARPNESS = 40.0  # of the address of a question in words
-
-
-@contextmanager
-def present(*parts: nn.Module):
-    """Have the weights of modules in place, which accelerate's hooks bring for a module's own `forward` alone."""
-    away = [m for part in parts for m in part.modules() if "_hf_hook" in vars(m)]
-    away = [m for m in away if any(t.is_meta for t in (*m.parameters(False), *m.buffers(False)))]
-    for m in away:
-        m._hf_hook.pre_forward(m)
-    forwards = [vars(m).pop("forward") for m in away]  # which would take them away again
-    try:
-        yield
-    finally:
-        for m, forward in zip(away, forwards):
-            m.forward = forward
-            m._hf_hook.post_forward(m, None)
 
 
 def in_float32(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:

@@ -27,12 +27,11 @@ from .memory_microvlm import (
     MemoryQuery,
     MemoryReadout,
     in_float32,
-    present,
     scope_threshold,
 )
 from .memory_posterior_microvlm import address_kl
 from .memory_state_microvlm import MemoryState
-from .quantization_microvlm import versions
+from .quantization_microvlm import present, versions
 
 # Values of the memory's config on which addresses, contents and the posterior depend, next to the weights.
 FINGERPRINT_FIELDS = (
@@ -281,6 +280,8 @@ class MemoryMixin:
     def require_memory(self) -> EpisodicMemory:
         missing = "this model has no episodic memory: build it with config.use_memory=True."
         require(self.model.memory is not None, missing)
+        sharded = "a model that fully_shard() split has no memory: it has its weights for a pass only. Open it whole."
+        require(not hasattr(self, "unshard"), sharded)
         return self.model.memory
 
     def train(self, mode: bool = True):

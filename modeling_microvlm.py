@@ -35,7 +35,7 @@ from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, namin
 from .decoder_microvlm import PackedDecoder
 from .generation_microvlm import MicroVLMGenerationMixin
 from .llvm_microvlm import BUILDING
-from .memory_microvlm import EpisodicMemory, MemoryProjection, MemoryReadout, ScopeNet, present
+from .memory_microvlm import EpisodicMemory, MemoryProjection, MemoryReadout, ScopeNet
 from .memory_mixin_microvlm import (
     MemoryMixin,
     MemoryReader,
@@ -47,7 +47,7 @@ from .memory_mixin_microvlm import (
 )
 from .memory_state_microvlm import MemoryState
 from .outputs_microvlm import MicroVLMCausalLMOutputWithPast, MicroVLMImageFeatures, MicroVLMModelOutputWithPast
-from .quantization_microvlm import PackedEmbedding, register_quantizer, replace_with_ternary
+from .quantization_microvlm import PackedEmbedding, present, register_quantizer, replace_with_ternary
 
 # What `forward` hands on to the language model and the loss. With transformers' own attention and caches any other name
 # is a mistake, and is refused; a paged cache, and the attention of vLLM or SGLang, take names of their own.

@@ -14,6 +14,7 @@ checkpoints in `from_pretrained`.
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -260,6 +261,22 @@ class PackedLinear(PackedWeight):
         return new
 
 
+@contextmanager
+def present(*parts: nn.Module):
+    """Have the weights of modules in place, which accelerate's hooks bring for a module's own `forward` alone."""
+    away = [m for part in parts for m in part.modules() if "_hf_hook" in vars(m)]
+    away = [m for m in away if any(t.is_meta for t in (*m.parameters(False), *m.buffers(False)))]
+    for m in away:
+        m._hf_hook.pre_forward(m)
+    forwards = [vars(m).pop("forward") for m in away]  # which would take them away again
+    try:
+        yield
+    finally:
+        for m, forward in zip(away, forwards):
+            m.forward = forward
+            m._hf_hook.post_forward(m, None)
+
+
 class PackedEmbedding(nn.Module):
     """A vocabulary (V, D) of packed rows, also the head's matrix when they are tied.
 
@@ -321,7 +338,8 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Look up the rows (..., D) of tokens (...)."""
-        return self.rows_of(input_ids.flatten(), self.dtype).view(*input_ids.shape, -1)
+        with present(self):
+            return self.rows_of(input_ids.flatten(), self.dtype).view(*input_ids.shape, -1)
 
     def rows_of(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return rows (N, D) of tokens (N,)."""
@@ -364,7 +382,8 @@ class PackedHead(nn.Module):
         self.shared = (embedding,)  # a tuple: not a submodule, so not saved twice
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.shared[0].product(x)
+        with present(*self.shared):
+            return self.shared[0].product(x)
 
 
 # ------------------------------------------------------------------------------------------------- in from_pretrained

@@ -7,6 +7,7 @@ from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, outspoken_model, text_section, tiny_config, tiny_inputs
 from microvlm.cache_microvlm import CACHE_NAME
 from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import BitsAndBytesConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -95,6 +96,7 @@ OTHER = {
     ),
     "cpu_offload, bfloat16": lambda folder: accelerate.cpu_offload(build().bfloat16()),
     "cpu_offload, packed": lambda folder: accelerate.cpu_offload(packed()),
+    "cpu_offload with buffers, packed": lambda folder: accelerate.cpu_offload(packed(), offload_buffers=True),
     "cpu_offload, BatchNorm": lambda folder: accelerate.cpu_offload(convnet()),
     "dispatched, packed": lambda folder: dispatched(packed(), folder),
     "disk_offload, an LSTM": lambda folder: accelerate.disk_offload(
@@ -213,6 +215,28 @@ class TestFingerprint:
                 weight = distribute_tensor(module.weight.detach(), mesh, [Shard(0)])
                 module.weight = torch.nn.Parameter(weight)
             assert model.memory_fingerprint() == plain.memory_fingerprint()
+        finally:
+            destroy_process_group()
+
+    def test_fully_sharded(self, plain):
+        """FSDP2 has the weights together in a pass only, and the verbs are none."""
+        init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        try:
+            model, mesh, memory = build(), init_device_mesh("cpu", (1,)), plain.write_memory(**FACTS)
+            for part in (*model.model.language_model.layers, model):
+                fully_shard(part, mesh=mesh)
+            for verb in (
+                lambda: model.new_memory(),
+                lambda: model.write_memory(**FACTS),
+                lambda: model.forget(memory, 0),
+                lambda: answer(model, PICTURES, memory=memory),
+                lambda: model(**PICTURES, memory=memory),
+            ):
+                with pytest.raises(
+                    ValueError, match="^a model that fully_shard.. split has no memory: .* Open it whole.$"
+                ):
+                    verb()
+            assert logits(model).equal(logits(plain)) and answer(model, PICTURES).equal(answer(plain, PICTURES))
         finally:
             destroy_process_group()
 
