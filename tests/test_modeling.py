@@ -819,6 +819,35 @@ class TestTraining:
         loss = Trainer(model, arguments).compute_loss(model, inputs | {"labels": labels})
         assert loss.item() == pytest.approx(model(**inputs, labels=labels).loss.item(), rel=1e-3)
 
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_accumulated_rows_are_one_batch_once_placeholders_are_masked(self, tmp_path, smoothing):
+        inputs, after = tiny_inputs(2), []
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_ID, -100)
+        labels[0, 9:] = -100  # rows of unlike weight
+        rows = [{"labels": labels[i], **{k: v[i] for k, v in inputs.items()}} for i in range(2)]
+        for batch in (1, 2):
+            arguments = TrainingArguments(
+                output_dir=tmp_path,
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+                save_strategy="no",
+                optim="sgd",
+                learning_rate=0.1,
+                max_steps=1,
+                max_grad_norm=0,
+                label_smoothing_factor=smoothing,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=2 // batch,
+            )
+            trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+            trainer.train()
+            after.append(trainer.model.state_dict())
+        start = tiny_model().state_dict()
+        assert not start["lm_head.weight"].allclose(after[0]["lm_head.weight"], atol=1e-3)
+        for name, value in after[0].items():
+            torch.testing.assert_close(value, after[1][name], rtol=1e-5, atol=1e-6)
+
     def test_placeholders_are_no_labels(self, text_type):
         model, inputs = tiny_model(text_type), tiny_inputs()
         ids = inputs["input_ids"]
