@@ -175,7 +175,7 @@ def main() -> None:
     add("--plot", default="runs/memory_recall.png", help="PNG file; default: %(default)s")
     options = parser.parse_args()
     model, processor = load(options.model, dtype=options.dtype, device="cpu")
-    rows = load_rows(options.data)
+    rows = load_rows(options.data, split="validation")
     bench = Bench(model, processor, rows)
     slots = model.config.memory_config.num_slots
     # one memory size after the other

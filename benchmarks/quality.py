@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
 
     processor = AutoProcessor.from_pretrained(options.checkpoint)
-    rows, results, reference = load_rows(options.data), {}, None
+    rows, results, reference = load_rows(options.data, split="validation"), {}, None
     config = json.loads((options.checkpoint / "config.json").read_text())
     counts = token_counts(processor, COUNTS, config["text_config"]["vocab_size"])
     for name, (trained, modules) in variants().items():

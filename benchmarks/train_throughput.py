@@ -105,12 +105,8 @@ class Bench:
     """Model, rows and collators of all variants; `folder`: for the vision cache and the trainers."""
 
     def __init__(self, options: argparse.Namespace, folder: str):
-        self.batch_size, self.steps, self.rounds, self.folder = (
-            options.batch_size,
-            options.steps,
-            options.rounds,
-            folder,
-        )
+        self.batch_size, self.steps, self.rounds = options.batch_size, options.steps, options.rounds
+        self.folder = folder
         processor = AutoProcessor.from_pretrained(ROOT)
         self.model = build(options.small, processor)
         side = self.model.model.vision_tower.timm_model.patch_embed.img_size[0]

@@ -245,7 +245,7 @@ def onnx(source: Checkpoint, out: Out, revision: Revision = "main", force: Force
 
 @command(app, "evaluate.run:main")
 def evaluate(
-    data: Annotated[list[str], Option(help="parquet, tar, folder, or Hub id with --limit; may be repeated")],
+    data: Annotated[list[str], Option(help="files, folder, or Hub id with --limit; may be repeated")],
     model: Model = REPO,
     revision: Revision = "main",
     metrics: Annotated[list[Group], Option(help="may be repeated")] = ("captions", "language", "retrieval", "size"),

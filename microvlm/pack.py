@@ -162,7 +162,7 @@ def main(checkpoint: str, out: Path, recipe: Path, assignments: list[str], revis
     counts, data, facts = settings.get("counts"), measure["data"], measure["facts"]
     model, processor = open_plain(checkpoint, revision, bool(data or counts))
     # measure, pack, print the sizes
-    rows = load_rows(data, limit=measure["limit"]) if data else None
+    rows = load_rows(data, limit=measure["limit"], split="validation") if data else None
     before = quality(model, processor, rows, facts) if data else None
     if counts:
         counts = token_counts(processor, counts, model.config.text_config.vocab_size)

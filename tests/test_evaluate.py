@@ -35,7 +35,7 @@ from microvlm.evaluate.report import (
     print_result,
 )
 from microvlm.evaluate.retrieval import retrieval_scores
-from microvlm.evaluate.run import EvaluateOptions, open_rows
+from microvlm.evaluate.run import EvaluateOptions
 from microvlm.metrics import auroc, cider, equal_error_rate, ngram_scores, normalise, roc, score, word_f1
 from microvlm.model import PackedConfig
 from microvlm.pack import pack
@@ -640,7 +640,7 @@ def test_data_that_is_not_there_is_said_before_a_model_is_loaded(monkeypatch, tm
         (["--data", "owner/name.parquet"], "owner/name.parquet does not exist"),
         (["--data", "owner/name"], "needs --limit"),
         (["--data", "owner/name.v2"], "needs --limit"),
-        (["--data", str(image)], "expected a .parquet file"),
+        (["--data", str(image)], "expected files of one format of .parquet"),
         (["--data", toy, "--data", "nowhere.tar"], "nowhere.tar does not exist"),
         (["--data", toy, "--yardstick", "nowhere.parquet"], "nowhere.parquet does not exist"),
         (["--data", toy, "--card", str(card)], f"the metadata of {card} cannot be read"),
@@ -694,14 +694,14 @@ def test_a_data_set_of_the_hub_may_have_a_dot_in_its_name(monkeypatch, tmp_path)
         return original("parquet", data_files=str(data), **options)
 
     monkeypatch.setattr("microvlm.data.stream.load_dataset", from_file)
-    assert open_rows("owner/name.v2", 3)["caption"][:] == CAPTIONS[:3] and asked == ["owner/name.v2"]
+    assert load_rows("owner/name.v2", limit=3)["caption"][:] == CAPTIONS[:3] and asked == ["owner/name.v2"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     write_folder(tmp_path / "owner/name.v2", pairs(2))
-    assert len(open_rows("owner/name.v2")) == 2 and len(asked) == 1  # a folder of that name
+    assert len(load_rows("owner/name.v2")) == 2 and len(asked) == 1  # a folder of that name
     for name in ("owner/gone.csv", "owner/gone.parquet"):
         with pytest.raises((ValueError, FileNotFoundError), match=name):
-            open_rows(name, 3)
+            load_rows(name, limit=3)
 
 
 # ------------------------------------------------------------------------------------------------------ ended in the

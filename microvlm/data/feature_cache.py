@@ -17,9 +17,7 @@ BATCH_SIZE = 64
 
 
 @torch.inference_mode()
-def write_vision_features(
-    vision_tower, collator: CaptionCollator, rows: Dataset, views: int, file: Path
-) -> tuple[list[int], list[int]]:
+def write_vision_features(vision_tower, collator, rows: Dataset, views: int, file: Path) -> tuple[list[int], list[int]]:
     """Write features of augmented images into a file; return its shape and the readable rows."""
     device = next(vision_tower.parameters()).device
     features, readable = None, []

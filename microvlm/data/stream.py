@@ -11,30 +11,35 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..model import require
-from .rows import FORMATS, caption_length, check_sources, list_paths, named_columns
+from .layouts import FORMATS, MOST_SHARDS, list_paths, named_columns, open_data
 
 READ_BATCH = 32  # rows read at a time
-FILES = (".tar", ".parquet", ".jsonl", ".json", ".csv", ".tsv", ".zip", ".gz")  # no data set's id ends like this
+FILES = (*FORMATS, ".zip", ".gz")  # no data set's id ends like this
 
 
-def is_hub_dataset(path: str) -> bool:
+def is_hub_dataset(path: str | list[str]) -> bool:
     """Tell whether a path is a Hub id, `owner/name`, and nothing on this machine."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not (Path(path).suffix in FILES or Path(path).exists())
+    name, *others = list_paths(path) or [""]
+    is_id = not others and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    return bool(is_id) and not (Path(name).suffix in FILES or Path(name).exists())
 
 
 def load_stream(path: str | list[str], revision: str | None = None) -> IterableDataset:
     """Open rows with the columns `image` (undecoded) and `caption`, read when they are asked for."""
-    # a data set on the Hub (its train split), or tars or parquet files: paths, globs, hf://datasets/...
+    # a data set on the Hub (its train split), or what `load_rows` reads
     paths = list_paths(path)
-    if len(paths) == 1 and is_hub_dataset(paths[0]):
+    if is_hub_dataset(paths):
         rows = load_dataset(paths[0], split="train", streaming=True, revision=revision)
         return named_columns(rows, paths[0])
-    check_sources(paths)
-    suffixes = {Path(p).suffix for p in paths}
-    known = len(suffixes) == 1 and suffixes <= FORMATS.keys()
-    require(known, f"{paths[0]}: a stream is of .tar or .parquet files, or of a data set on the Hub.")
-    rows = load_dataset(FORMATS[suffixes.pop()], data_files=paths, split="train", streaming=True)
-    return named_columns(rows, paths[0])
+    rows = open_data(paths, streaming=True)
+    if isinstance(rows, Dataset):
+        rows = rows.to_iterable_dataset(num_shards=max(1, min(len(rows), MOST_SHARDS)))
+    return rows
+
+
+def caption_length(row: dict) -> int:
+    """Count the characters of a row's caption; batches of similar length need less padding."""
+    return len(row["caption"]) if isinstance(row["caption"], (str, bytes)) else 0
 
 
 def take_rows(stream: IterableDataset, limit: int) -> Dataset:

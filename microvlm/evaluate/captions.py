@@ -23,9 +23,7 @@ class CaptionedRow:
 
 
 @torch.inference_mode()
-def captioned_rows(
-    model, processor, rows, batch_size: int = 16, max_new_tokens: int = NEW_TOKENS
-) -> Iterator[CaptionedRow]:
+def captioned_rows(model, processor, rows, batch_size=16, max_new_tokens=NEW_TOKENS) -> Iterator[CaptionedRow]:
     """Caption rows of `load_rows` in batches; one batch of images is in memory."""
     for start in range(0, len(rows), batch_size):
         batch = rows.select(range(start, min(start + batch_size, len(rows))))
@@ -45,9 +43,7 @@ def captioned_rows(
             yield CaptionedRow(image, tokens, caption.strip(), reference)
 
 
-def caption_rows(
-    model, processor, rows, batch_size: int = 16, max_new_tokens: int = NEW_TOKENS
-) -> tuple[list[str], list[str]]:
+def caption_rows(model, processor, rows, batch_size=16, max_new_tokens=NEW_TOKENS) -> tuple[list[str], list[str]]:
     """Write greedy captions of rows of `load_rows`; returns captions and references."""
     pairs = [(row.caption, row.reference) for row in captioned_rows(model, processor, rows, batch_size, max_new_tokens)]
     return [caption for caption, _ in pairs], [reference for _, reference in pairs]

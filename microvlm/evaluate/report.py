@@ -26,35 +26,18 @@ LANGUAGE_LABELS |= {"tokens": "tokens"}
 WAYS = {"image_to_text": "picture to text", "text_to_image": "text to picture"}
 RETRIEVAL_LABELS = {f"{way}_recall_at_{k}": f"{name}, R@{k}" for way, name in WAYS.items() for k in RANKS}
 RETRIEVAL_LABELS |= {"alignment_loss": "InfoNCE", "chance_loss": "InfoNCE of chance", "pairs": "pairs"}
-MEMORY_LABELS = {
-    "recall_same": "recall, same picture",
-    "recall_view": "recall, augmented view",
-    "recall_words": "recall, in words",
-    "recall_style": "recall, other style",
-    "word_f1": "word F1, augmented view",
-    "recall_no_memory": "recall without memory",
-    "recall_nearest": "nearest neighbour, augmented view",
-    "false_recall": "false recalls, unrelated",
-    "unchanged": "unchanged, unrelated",
-    "scope_accuracy": "scope accuracy",
-    "scope_auroc": "scope AUROC",
-    "scope_eer": "scope EER",
-    "memory_kl": "memory KL",
-    "address_kl": "address KL",
-    "forgotten": "recall of the forgotten half",
-    "kept": "recall of the kept half",
-    "kept_before": "recall of the kept half, before",
-    "questions": "questions",
-}
-SPEED_LABELS = {
-    "first_token_seconds": "seconds to the first token",
-    "tokens_per_second": "tokens a second",
-    "pictures_per_second": "pictures a second",
-    "batch_size": "pictures in a batch",
-    "device": "device",
-    "dtype": "dtype",
-    "threads": "threads",
-}
+MEMORY_LABELS = {"recall_same": "recall, same picture", "recall_view": "recall, augmented view"}
+MEMORY_LABELS |= {"recall_words": "recall, in words", "recall_style": "recall, other style"}
+MEMORY_LABELS |= {"word_f1": "word F1, augmented view", "recall_no_memory": "recall without memory"}
+MEMORY_LABELS |= {"recall_nearest": "nearest neighbour, augmented view", "false_recall": "false recalls, unrelated"}
+MEMORY_LABELS |= {"unchanged": "unchanged, unrelated", "scope_accuracy": "scope accuracy"}
+MEMORY_LABELS |= {"scope_auroc": "scope AUROC", "scope_eer": "scope EER"}
+MEMORY_LABELS |= {"memory_kl": "memory KL", "address_kl": "address KL", "forgotten": "recall of the forgotten half"}
+MEMORY_LABELS |= {"kept": "recall of the kept half", "kept_before": "recall of the kept half, before"}
+MEMORY_LABELS |= {"questions": "questions"}
+SPEED_LABELS = {"first_token_seconds": "seconds to the first token", "tokens_per_second": "tokens a second"}
+SPEED_LABELS |= {"pictures_per_second": "pictures a second", "batch_size": "pictures in a batch"}
+SPEED_LABELS |= {name: name for name in ("device", "dtype", "threads")}
 SIZE_LABELS = {"parameters": "parameters", "weights_bytes": "bytes on the disk"}
 SIZE_LABELS |= {"bits_per_parameter": "bits a parameter"}
 LABELS = {"captions": CAPTION_LABELS, "language": LANGUAGE_LABELS, "retrieval": RETRIEVAL_LABELS}

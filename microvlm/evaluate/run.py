@@ -8,10 +8,7 @@ from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
-from datasets import Dataset
-
 from ..data.rows import load_rows, row_caption
-from ..data.stream import is_hub_dataset, load_stream, take_rows
 from ..files import ROOT, atomic_file, check_outputs
 from ..metrics import normalise, word_f1
 from ..model import load, require
@@ -66,17 +63,6 @@ class EvaluateOptions:
         for package, needed in {"matplotlib": self.html, "pycocoevalcap": "captions" in self.metrics}.items():
             if needed and importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-
-
-def open_rows(path: str, limit: int | None = None) -> Dataset:
-    """Open a data set: files, or the first `limit` rows of a Hub id's train split."""
-    if is_hub_dataset(path):
-        require(limit is not None, f"{path} is no file or folder; as a data set of the Hub it needs --limit.")
-        rows = take_rows(load_stream(path), limit)
-    else:
-        rows = load_rows(path, limit=limit)
-    require(len(rows) > 0, f"{path} has no rows.")
-    return rows
 
 
 def score_captions(model, processor, rows, options: EvaluateOptions, train=None) -> tuple[dict, dict, dict]:
@@ -176,11 +162,11 @@ def examples_of(model, processor, rows, details: dict, options: EvaluateOptions)
 def evaluate_files(options: EvaluateOptions) -> dict[str, dict]:
     """Score a checkpoint on every data set; print and write the scores after each."""
     # the data and the card, before the model
-    sets = {path: open_rows(path, options.limit) for path in options.data}
+    sets = {path: load_rows(path, limit=options.limit, split="validation") for path in options.data}
     if options.card:
         empty = {path: {"pictures": len(rows), "not_measured": {}} for path, rows in sets.items()}
         card_with(options.card, empty, options.metrics, options.model)
-    train = open_rows(options.yardstick) if options.yardstick else None
+    train = load_rows(options.yardstick) if options.yardstick else None
     model, processor = load(options.model, options.revision, options.dtype, options.device)
     kind = type(model).__name__
     is_ours = hasattr(model, "default_prompt")

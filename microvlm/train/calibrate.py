@@ -101,7 +101,7 @@ def main(checkpoint: str, out: str, data: str, false_alarms=0.015, look_alikes=1
     """Write a copy of a checkpoint, unpacked in float32, with its temperature and thresholds chosen."""
     out = Path(out)
     check_out(out, False, [checkpoint])
-    model, rows = load_plain(checkpoint).eval(), load_rows(data)
+    model, rows = load_plain(checkpoint).eval(), load_rows(data, split="validation")
     processor = AutoProcessor.from_pretrained(checkpoint)
     if only != "scope":
         calibrate_temperature(model, processor, rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-from ..data.rows import list_paths
+from ..data.layouts import list_paths
 from ..files import write_json
 from ..hub import TAGS, TrainingStatus, push_folder, write_card
 from ..model import require

@@ -14,21 +14,12 @@ from ..data.augment import gray_copy, image_augmentation
 from ..data.collators import CaptionCollator, FeatureCollator
 from ..data.episodes import EpisodeCollator, ImageEpisodeCollator
 from ..data.feature_cache import cache_vision_features
-from ..data.rows import UnreadableRowError, decode_row, is_remote, load_rows, row_name
-from ..data.stream import CaptionStream, load_stream, take_rows
+from ..data.rows import UnreadableRowError, decode_row, load_rows, row_name
+from ..data.stream import CaptionStream, load_stream
 from ..model import require
-from .recipe import DataConfig, Recipe, to_dict
+from .recipe import Recipe, to_dict
 
 logger = logging.getLogger(__name__)
-
-
-def load_validation(data: DataConfig):
-    """Load the rows of `data.validation`, or None; from the Hub no more than `validation_limit`."""
-    if not data.validation:
-        return None
-    if is_remote(data.validation):
-        return take_rows(load_stream(data.validation, data.revision), data.validation_limit)
-    return load_rows(data.validation, limit=data.validation_limit)
 
 
 def readable_rows(rows, count: int, image_processor):
@@ -56,7 +47,8 @@ class TrainingData:
             memory = model.model.memory
             require(memory is not None, "data.episodes teach a memory: set config: {use_memory: true}.")
         # rows: a `Dataset` or a `CaptionStream`; with cached features without `images`
-        self.validation = load_validation(self.data)
+        source, options = self.data.validation, {"limit": self.data.validation_limit, "revision": self.data.revision}
+        self.validation = load_rows(source, split="validation", **options) if source else None
         self.rows = self.images = self._load_rows()
         # batches
         augmentation = self.data.augmentation

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from ..data.augment import image_augmentation
-from ..data.rows import is_remote
+from ..data.layouts import is_remote
 from ..model import require
 from ..recipes import check_keys, check_types, read_recipe
 from .losses import EPISODE_LOSSES, LOSSES

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from ..data.rows import caption_length
-from ..data.stream import CaptionStream
+from ..data.stream import CaptionStream, caption_length
 from ..model import require
 from .callbacks import StepGuard, StreamEpoch
 from .checkpoints import CheckpointMixin, StreamPosition
