@@ -486,7 +486,10 @@ def test_the_log_of_the_server_is_plain(address, taught, tmp_path):
 
 
 def test_a_button_and_the_enter_key_are_one_event(page):
-    names = [event["api_name"] for event in build(page.model, page.processor).config["dependencies"]]
+    events = build(page.model, page.processor).config["dependencies"]
+    names = [event["api_name"] for event in events]
+    looks = {event["trigger_mode"] for event in events if event["api_name"].startswith("look")}
+    assert looks == {"always_last"}  # what was taught while a caption comes is shown
     assert [name for name in names if name.startswith(("teach", "ask"))] == ["teach", "ask"]
 
 

@@ -228,7 +228,7 @@ def connect(handlers: Page, page: SimpleNamespace) -> None:
     # gradio's preprocessing opens the image and looks for the choice, and words its own errors about them
     raw = {"preprocess": False, **shared}
     look = {"fn": handlers.look, "inputs": [page.image, page.memory], "outputs": [page.caption, page.recall, page.maps]}
-    look |= {"show_progress": "minimal", **raw}
+    look |= {"show_progress": "minimal", "trigger_mode": "always_last", **raw}  # not skipped while one still runs
     items = {"fn": handlers.items, "inputs": page.memory, "api_visibility": "private"}
     items["outputs"] = [page.items, page.download, page.answer, page.answer_recall]
     page.image.change(**look)
