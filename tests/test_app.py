@@ -443,8 +443,9 @@ def test_no_address_is_fetched(address, taught):
         for event in (*events, ("ask", file, None), ("ask", [{"a": file}], None), ("forget", file, None)):
             assert visitor(*event)["error"] == GONE, event
         for path in (url, url.replace(":", "%3A").replace("/", "%2F")):
-            response = visitor.client.get(f"{visitor.address}/file={path}")
-            assert response.status_code == 403 and response.json()["detail"] == "This page does not do that."
+            for start in ("file=", "file/"):
+                response = visitor.client.get(f"{visitor.address}/{start}{path}")
+                assert response.status_code == 403 and response.json()["detail"] == "This page does not do that."
 
 
 def test_gradios_extras_are_off(address):

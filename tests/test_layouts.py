@@ -204,6 +204,9 @@ def test_rows_without_captions_or_images_are_named(tmp_path):
     write_table(tmp_path / "chat.json", [{"id": 5, "conversations": CONVERSATION}, *chats])
     found = load_rows(str(tmp_path / "chat.json"))
     assert len(found) == 9
+    spoken = [turn | {"from": {"human": "user", "gpt": "assistant"}[turn["from"]]} for turn in CONVERSATION]
+    write_table(tmp_path / "other.json", [{"image": names[0], "conversations": spoken}])
+    assert load_rows(str(tmp_path / "other.json"))["caption"][:] == ["?"]
     with pytest.raises(UnreadableRowError, match="row 5 has no picture."):
         decode_row(found[0], toy_processor().image_processor)
 
@@ -262,6 +265,35 @@ def test_other_images_under_the_same_names_are_other_data(tmp_path):
     assert load_rows(str(tmp_path / "pairs.csv"))._fingerprint != first
 
 
+def test_images_of_one_name_in_several_folders_are_not_mistaken(tmp_path):
+    for folder in ("a", "b"):
+        names = write_images(tmp_path / folder / "images")
+        write_table(tmp_path / folder / "pairs.csv", pair_rows([f"images/{name}" for name in names]))
+        write_table(tmp_path / f"{folder}.csv", pair_rows([f"{folder}/images/{name}" for name in names]))
+    for source in (str(tmp_path / "*/pairs.csv"), [str(tmp_path / f"{folder}/pairs.csv") for folder in ("a", "b")]):
+        with pytest.raises(ValueError, match="pairs.csv and others hold paths of images: name one folder's."):
+            load_rows(source)
+    assert len(load_rows([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])) == 16
+    write_table(tmp_path / "b.csv", pair_rows([f"images/{name}" for name in names]))
+    several = f"b.csv names images that are in {tmp_path}/a and in {tmp_path}/b: name them from {tmp_path}.$"
+    with pytest.raises(ValueError, match=several):
+        load_rows(str(tmp_path / "b.csv"))
+
+
+def test_images_after_many_rows_without(tmp_path):
+    rows = [{"image": None, "caption": "a"}] * 100 + pair_rows(write_images(tmp_path / "images"))
+    rows[100:] = [row | {"image": f"images/{row['image']}"} for row in rows[100:]]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    for found in (load_rows(str(tmp_path / "a.parquet")), load_stream(str(tmp_path / "a.parquet"))):
+        assert contents(list(found)[100:]) == contents(pairs())
+
+
+def test_a_format_that_was_saved_is_left_out(tmp_path):
+    rows = Dataset.from_list(pairs()).cast_column("image", Image())
+    rows.with_format("torch", columns=["caption"]).save_to_disk(tmp_path / "saved")
+    assert contents(load_rows(str(tmp_path / "saved"))) == contents(pairs())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -278,6 +310,8 @@ def test_other_images_under_the_same_names_are_other_data(tmp_path):
         ("a.csv", "image,caption\n3,a\n", "neither images nor paths in its image column, but Value..int64..."),
         ("a.jsonl", '{"image": "a.jpg", "caption": 3.5}', "neither texts nor conversations in its caption column, but"),
         ("a.jsonl", '{"image": "a.jpg", "caption": [{"raw": "a"}]}', "neither texts nor conversations in its caption"),
+        ("a.jsonl", '{"image": "a.jpg", "caption": {"from": ["gpt"], "value": ["a"]}}', "neither texts nor conversat"),
+        ("a.json", '{"images": [], "annotations": [{"caption": "a"}], "licenses": null}', "a.json has no image column"),
         ("a.csv", "", "a.csv cannot be read: No columns to parse from file"),
         ("a.jsonl", "", "a.jsonl cannot be read: it is empty."),
         ("a.jsonl", '{"image": 1', "a.jsonl cannot be read: .*"),

@@ -723,6 +723,8 @@ def test_recipes_of_packing_are_checked(tmp_path):
     path.write_text("modules: {x: {}}\nmodules: {y: {}}\n")
     with pytest.raises(ValueError, match="is not YAML: the key 'modules' stands twice"):
         load_pack_recipe(str(path))
+    path.write_text("modules: {x: &x {format: trits}, y: {<<: *x, rows: 2}}")
+    assert load_pack_recipe(str(path))["modules"]["y"] == {"format": "trits", "rows": 2}
     for text, why in (
         ("dtype: float32", "a dict, got NoneType"),
         ("modules: 5", "a dict"),

@@ -255,7 +255,7 @@ class Blocks(gr.Blocks):
 def refuse_extras(request: Request) -> None:
     """Refuse what gradio would do besides this page: fetch an address for a visitor, run ffmpeg on a file."""
     path = request.scope["path"]
-    if "/file=http" in path or "/process_recording" in path:
+    if any(part in path for part in ("/file=http", "/file/http", "/process_recording")):
         raise HTTPException(403, "This page does not do that.")
 
 

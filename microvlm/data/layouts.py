@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def open_data(path: str | list[str], split: str = "train", streaming: bool = Fal
     missing = [p for p in paths if not is_remote(p) and not Path(p).exists() and not glob(p, recursive=True)]
     if missing:
         raise FileNotFoundError(f"data {missing[0]} does not exist.")
-    place = None if is_remote(paths) else Path(min(glob(paths[0], recursive=True), default=paths[0])).absolute()
+    places = [] if is_remote(paths) else [Path(f).absolute() for p in paths for f in glob(p, recursive=True) or [p]]
     folders = [p for p in map(Path, paths) if p.is_dir() and not any(p.glob("*.tar"))]
     require(len(paths) == 1 or not folders, f"an image folder is one path, got {len(paths)}: {', '.join(paths)}.")
     files = [str(Path(p) / "*.tar") if Path(p).is_dir() else p for p in paths]
@@ -49,7 +50,7 @@ def open_data(path: str | list[str], split: str = "train", streaming: bool = Fal
         if paths[0] in reason:
             raise
         raise ValueError(f"{paths[0]} cannot be read: {reason}") from error
-    return named_columns(rows, paths[0], place)
+    return named_columns(rows, paths[0], places)
 
 
 def open_folder(folder: Path, split: str, streaming: bool):
@@ -57,7 +58,7 @@ def open_folder(folder: Path, split: str, streaming: bool):
     if (folder / "dataset_dict.json").exists():  # `save_to_disk`, of several splits
         folder /= one_split(json.loads((folder / "dataset_dict.json").read_text())["splits"], split, folder)
     if (folder / "state.json").exists():
-        return datasets.load_from_disk(folder)
+        return datasets.load_from_disk(folder).with_format(None)
     files = [p for p in sorted(folder.rglob("*")) if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
     described = [p for p in files if p.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
     if any(b"file_name" in p.read_bytes() for p in described):
@@ -108,16 +109,16 @@ def read_json(path: Path) -> Dataset | None:
     except (ValueError, OSError):  # JSON lines, a glob
         return None
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        licences = {licence["id"]: licence["name"] for licence in content.get("licenses", [])}
+        licences = {licence["id"]: licence["name"] for licence in content.get("licenses") or []}
         images = {i["id"]: i | {"licence": licences.get(i.get("license"))} for i in content["images"]}
-        content = [images.get(row["image_id"], {}) | row for row in content["annotations"]]
+        content = [images.get(row.get("image_id"), {}) | row for row in content["annotations"]]
     known = isinstance(content, list) and all(isinstance(row, dict) for row in content)
     require(known, f"{path} is neither a list of rows nor COCO's images and annotations.")
     columns = {name: [row.get(name) for row in content] for name in {name: 0 for row in content for name in row}}
     return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
-def named_columns(rows, source: str, place: Path | None = None):
+def named_columns(rows, source: str, places: Sequence[Path] = ()):
     """Name the columns of a data set or stream `image`, undecoded, and `caption`, a row for each of several."""
     if rows.column_names is None:  # a stream of unknown columns
         rows = rows._resolve_features()  # private in datasets 5.2; tests/test_stream.py reads tars through it
@@ -133,11 +134,13 @@ def named_columns(rows, source: str, place: Path | None = None):
     kind = "struct" if isinstance(image, (Image, dict)) else getattr(image, "dtype", None)
     require(kind in (*PATHS, *IMAGES), f"{source} has neither images nor paths in its image column, but {image}.")
     text = getattr(caption, "feature", caption)  # of a list
-    known = {"from", "value"} <= text.keys() if isinstance(text, dict) else getattr(text, "dtype", None) in TEXTS
+    is_turn = isinstance(text, dict) and text is not caption and {"from", "value"} <= text.keys()
+    known = is_turn or getattr(text, "dtype", None) in TEXTS
     require(known, f"{source} has neither texts nor conversations in its caption column, but {caption}.")
     if kind in PATHS:
-        require(place is not None, f"{source} holds the paths of images without the images.")
-        rows = join_paths(rows, place)
+        require(places, f"{source} holds the paths of images without the images.")
+        require(len({p.parent for p in places}) == 1, f"{source} and others hold paths of images: name one folder's.")
+        rows = join_paths(rows, min(places))
     rows = rows.cast_column("image", Image(decode=False))
     return rows if isinstance(caption, Value) else caption_rows(rows)
 
@@ -148,8 +151,11 @@ def join_paths(rows, place: Path):
     base = base.parent if base.name == "annotations" else base  # COCO's
     roots = [base, *sorted(p for p in base.iterdir() if p.is_dir()), Path()]
     names = [row["image"] for row in rows.select_columns("image").take(100) if row["image"]]
-    root = next((root for root in roots if any((root / name).is_file() for name in names)), None)
-    require(root or not names, f"{place} names {''.join(names[:1])}, which is no file in {base} or in a folder of it.")
+    found = [root for root in roots if any((root / name).is_file() for name in names)]
+    require(found or not names, f"{place} names {''.join(names[:1])}, which is no file in {base} or in a folder of it.")
+    several = f"{place} names images that are in {' and in '.join(map(str, found[:2]))}: name them from {base}."
+    require(len(found) < 2 or found[0] == base or found[1] == Path(), several)
+    root = found[0] if found else base
     if isinstance(rows, IterableDataset):
         features = datasets.Features(rows.features | {"image": Image(decode=False)})
         return rows.map(lambda row: {"image": row["image"] and {"path": str(root / row["image"])}}, features=features)
@@ -164,7 +170,7 @@ def join_paths(rows, place: Path):
 def caption_list(value) -> list[str | None]:
     """List a row's captions; of a conversation the first answer."""
     if value and isinstance(value[0], dict):
-        value = [turn["value"] for turn in value if turn["from"] == "gpt"][:1]
+        value = [turn["value"] for turn in value if turn["from"] in ("gpt", "assistant")][:1]
     return value or [None]
 
 
