@@ -274,7 +274,7 @@ class TestTheCachesNames:
             if isinstance(made, dict):  # by kind, for a decoder that may have several
                 made = made["full_attention"]
             assert torch.equal(made, seen.unsqueeze(1))
-        kept.memory = [(torch.zeros(2, 2, 4, 8),) * 2] * 2
+        kept.memory = {layer: (torch.zeros(2, 2, 4, 8),) * 2 for layer in range(2)}
         assert make(config, embeds, mask, **{name: kept}) is mask  # the forward makes it, with the memory's columns
         with pytest.raises(ValueError, match="both cache and past_key_values"):
             make(config, embeds, mask, past_key_values=cache, cache=kept)
