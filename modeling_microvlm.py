@@ -20,11 +20,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, TimmWrapperModel, initialization as init
+from transformers import AutoModel, Cache, PreTrainedModel, TimmWrapperModel, initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -46,7 +45,12 @@ from .memory_mixin_microvlm import (
     without_placeholders,
 )
 from .memory_state_microvlm import MemoryState
-from .outputs_microvlm import MicroVLMCausalLMOutputWithPast, MicroVLMImageFeatures, MicroVLMModelOutputWithPast
+from .outputs_microvlm import (
+    DecodedText,
+    MicroVLMCausalLMOutputWithPast,
+    MicroVLMImageFeatures,
+    MicroVLMModelOutputWithPast,
+)
 from .quantization_microvlm import PackedEmbedding, present, register_quantizer, replace_with_ternary
 
 # What `forward` hands on to the language model and the loss. With transformers' own attention and caches any other name
@@ -199,33 +203,6 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.MultiheadAttention):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
-
-
-class DecodedText:
-    """Stand for a text model of transformers that has run its decoder: its `forward` then makes logits.
-
-    What it reads besides `model` and `lm_head`, such as a scale or a cap, is in its config.
-    """
-
-    def __init__(self, config: PreTrainedConfig, hidden_states: torch.FloatTensor, lm_head: nn.Module):
-        self.config, self.hidden_states, self.lm_head, self.model = config, hidden_states, lm_head, self
-
-    def __getattr__(self, name: str):
-        return getattr(self.config, name)
-
-    def __call__(self, **kwargs) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
-
-    def logits(self) -> torch.FloatTensor:
-        text = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
-        return text.forward(self, return_dict=True, output_router_logits=False).logits
-
-    @classmethod
-    def changes(cls, config: PreTrainedConfig) -> bool:
-        """Whether logits are more than what the head gives, seen on a head that changes nothing."""
-        probe, head = torch.tensor([[[-50.0, 1.0, 50.0]]], dtype=torch.float32, device="cpu"), nn.Identity()
-        head.weight = probe  # whose dtype some ask for
-        return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not cls(config, probe, head).logits().equal(probe)
 
 
 def check_parts(model: "MicroVLMModel") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_ID, ROOT, microvlm, text_section, tiny_model
+from conftest import IMAGE_ID, ROOT, TEXT, microvlm, text_section, tiny_model
 from microvlm.modeling_microvlm import MicroVLMForConditionalGeneration
 from microvlm.processing_microvlm import MicroVLMImageProcessor, MicroVLMProcessor
 from microvlm.quantization_microvlm import TernaryLinear, fake_ternary
@@ -338,10 +338,10 @@ def test_graphs_that_llama_cpp_does_not_have_are_refused():
         model = tiny_model(text, text_config=export_section(text, **kwargs))
         with pytest.raises(ValueError, match=message):
             check_architecture(model, model.config.text_config)
-    model = tiny_model("qwen2")
-    model.config.text_config.model_type = "mistral"
-    with pytest.raises(ValueError, match="'mistral' has no GGUF architecture here, expected one of"):
-        check_architecture(model, model.config.text_config)
+    for kind in ("mistral", "phi3", "lfm2", "gemma3_text", "qwen3_5_text"):
+        model = tiny_model("qwen2", text_config=text_section(kind if kind in TEXT else "qwen2", model_type=kind))
+        with pytest.raises(ValueError, match=f"'{kind}' has no GGUF architecture here, expected one of"):
+            check_architecture(model, model.config.text_config)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ONNX

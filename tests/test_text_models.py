@@ -18,9 +18,11 @@ HEADS = {  # what stands behind the head
     "gemma2": {"final_logit_softcapping": 3.0, "sliding_window": 6, "head_dim": 8},
     "gemma3_text": {"final_logit_softcapping": 3.0},
     "nanochat": {"final_logit_softcapping": 3.0},
+    "gemma4_text": {"final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
     "granitemoehybrid": {},
     "qwen2": {},
 }
+HEADS["gemma4_text"] |= {"head_dim": 8, "global_head_dim": 8, "layer_types": ["full_attention"] * 2}
 KINDS = ["gemma3_text", "olmo3", "lfm2", "qwen3_5_text", "granitemoehybrid"]  # of layers, in `TEXT`
 MEMORY = {"num_slots": 16, "code_size": 32, "num_memory_tokens": 6, "max_content_tokens": 12}
 MEMORY |= {"key_hidden_size": 16, "scope_hidden_size": 16}
@@ -84,6 +86,12 @@ def test_logits_losses_and_words_are_the_text_models_own(family, tmp_path):
     assert type(model).from_pretrained(tmp_path / "packed").eval()(input_ids=ids).logits.allclose(packed, atol=1e-4)
     plain = model.dequantize(torch.float32).eval()(input_ids=ids).logits
     assert (packed - plain).norm() < 0.1 * plain.norm()  # activations are rounded
+
+
+@pytest.mark.parametrize("family", ["biogpt", "xglm", "inkling2_text"])
+def test_a_head_with_other_parts_is_refused(family):
+    with pytest.raises(ValueError, match=f"text model '{family}' makes logits with other parts .'"):
+        tiny_model("qwen2", text_config=text_section("qwen2", model_type=family))
 
 
 @torch.no_grad()

@@ -133,9 +133,8 @@ def named_columns(rows, source: str, places: Sequence[Path] = ()):
     image, caption = rows.features["image"], rows.features["caption"]
     kind = "struct" if isinstance(image, (Image, dict)) else getattr(image, "dtype", None)
     require(kind in (*PATHS, *IMAGES), f"{source} has neither images nor paths in its image column, but {image}.")
-    text = getattr(caption, "feature", caption)  # of a list
-    is_turn = isinstance(text, dict) and text is not caption and {"from", "value"} <= text.keys()
-    known = is_turn or getattr(text, "dtype", None) in TEXTS
+    text = getattr(caption, "feature", None if isinstance(caption, dict) else caption)  # of a list
+    known = {"from", "value"} <= text.keys() if isinstance(text, dict) else getattr(text, "dtype", None) in TEXTS
     require(known, f"{source} has neither texts nor conversations in its caption column, but {caption}.")
     if kind in PATHS:
         require(places, f"{source} holds the paths of images without the images.")

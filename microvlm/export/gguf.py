@@ -99,7 +99,8 @@ def write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int, suppr
 
 def check_architecture(model, text) -> None:
     """Raise ValueError where llama.cpp's graph would compute something else, except for BitNet's activation."""
-    kind = text.model_type
+    kind, known = text.model_type, list(GGUF_ARCHITECTURES)
+    require(kind in known, f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {known}.")
     act, rope = text.hidden_act, text.rope_parameters["rope_type"]
     acts = ("silu", "relu2") if kind == "bitnet" else ("silu",)
     ropes = ("default", "linear", "llama3") if kind == "llama" else ("default",)
@@ -109,9 +110,7 @@ def check_architecture(model, text) -> None:
     # biases that llama.cpp does not add
     biases = {n.split(".", 1)[1] for n, _ in layers.named_parameters() if n.endswith("_proj.bias")}
     biases -= {"qwen2": {f"self_attn.{n}_proj.bias" for n in "qkv"}, "bitnet": set()}.get(kind, biases)
-    known = list(GGUF_ARCHITECTURES)
     problems = {
-        f"text_config.model_type {kind!r} has no GGUF architecture here, expected one of {known}.": kind not in known,
         f"text_config.hidden_act is {act!r}, expected {' or '.join(acts)} of {kind}.": act not in acts,
         f"the text model has sliding windows, which llama.cpp's {kind} does not.": sliding,
         f"text_config.rope_parameters has rope_type {rope!r}, which is not exported for {kind}.": rope not in ropes,

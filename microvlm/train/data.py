@@ -67,7 +67,7 @@ class TrainingData:
     def _load_rows(self):
         data, args = self.data, self.args
         if data.stream is None:
-            return load_rows(data.train, data.exclude_copyleft, data.limit)
+            return load_rows(data.train, data.exclude_copyleft, data.limit, revision=data.revision)
         grouped = args.train_sampling_strategy == "group_by_length"
         return CaptionStream(
             load_stream(data.train, data.revision),
