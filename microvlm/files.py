@@ -51,7 +51,7 @@ def _settle(path: Path) -> None:
 def _sweep(path: str | os.PathLike) -> None:
     """Delete what killed processes have left next to `path`: temporary files and folders older than a day."""
     folder, name = os.path.split(os.path.abspath(path))
-    for left in Path(folder).glob(f".{glob.escape(name)}.*.tmp"):
+    for left in Path(folder).glob(f".{glob.escape(name)}.????????.tmp"):
         with suppress(OSError):  # another process was first
             if time.time() - left.stat().st_mtime > 86400:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

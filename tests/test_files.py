@@ -54,9 +54,11 @@ def test_what_killed_processes_have_left_goes_after_a_day(tmp_path, name):
             (folder / "a.txt").write_text("whole")
         return {path.name for path in tmp_path.iterdir()}
 
-    (tmp_path / f".other.{name}.0.tmp").touch()
-    ours = {name, out.name, f".other.{name}.0.tmp"}
+    others = {f".other.{name}.0.tmp", f".{name}.longer.abcdefgh.tmp"}
+    for other in others:
+        (tmp_path / other).touch()
+    ours = {name, out.name, *others}
     assert write() == ours | {path.name for path in left}  # they may be of a process that still writes
-    for path in (*left, tmp_path / f".other.{name}.0.tmp"):
+    for path in (*left, *(tmp_path / other for other in others)):
         os.utime(path, (time.time() - 90_000,) * 2)
     assert write() == ours

@@ -315,8 +315,8 @@ def test_a_format_that_was_saved_is_left_out(tmp_path):
         ("a.csv", "", "a.csv cannot be read: No columns to parse from file"),
         ("a.jsonl", "", "a.jsonl cannot be read: it is empty."),
         ("a.jsonl", '{"image": 1', "a.jsonl cannot be read: .*"),
-        ("a.json", "[1, 2]", "a.json is neither a list of rows nor COCO's images and annotations."),
-        ("a.json", '{"info": 1}', "a.json is neither a list of rows nor COCO's images and annotations."),
+        ("a.json", "[1, 2]", "a.json is neither rows nor COCO's images and annotations."),
+        ("a.json", '{"info": 1}', "a.json has no image column: expected one of .*, found info."),
         ("a.parquet", "PAR1", "a.parquet cannot be read: .*"),
         ("a.npz", "x", "a.npz: expected files of one format of .parquet, .tar, .*, or a folder."),
     ],
@@ -328,6 +328,22 @@ def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load(str(path))
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "captions"),
+    [
+        ("a.csv", 'image,caption\n0.JPG,None\n0.JPG,"NA"\n0.JPG,\n', ["None", "NA", ""]),
+        ("a.tsv", 'image\tcaption\n0.JPG\t"Stop\n0.JPG\ta "b"\n', ['"Stop', 'a "b"']),
+        ("a.json", '{"image": "0.JPG", "caption": "one line"}', ["one line"]),
+    ],
+    ids=["words for nothing", "quotes", "one row"],
+)
+def test_captions_are_what_is_written(name, content, captions, tmp_path):
+    (tmp_path / "0.JPG").write_bytes(png(0))
+    (tmp_path / name).write_text(content)
+    for load in (load_rows, load_stream):
+        assert [row["caption"] for row in load(str(tmp_path / name))] == captions
 
 
 def test_boxes_are_no_captions_and_formats_do_not_mix(tmp_path):

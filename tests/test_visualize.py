@@ -178,6 +178,12 @@ def test_the_model_stays_as_it_is_meanwhile(model, processor, pictures):
     assert twin.config.text_config is twin.model.language_model.config and state() == before
 
 
+def test_a_copy_shares_what_kernels_have_laid_out():
+    nano = load(ROOT)[0]
+    layers = (copy.model.language_model.layers[0].mlp.up_proj for copy in (nano, eager_copy(nano)))
+    assert next(layers)._matrix is next(layers)._matrix
+
+
 def test_a_caption_without_words(model, processor, pictures):
     empty = word_attention(model, processor, pictures, [[], CAPTIONS[0]])
     assert empty[0].words == [] and empty[0].maps.shape == (0, 4, 4) and len(empty[1].words)

@@ -1,5 +1,6 @@
 """Open images with captions in the layouts that people have, as `datasets` rows of `image` and `caption`."""
 
+import csv
 import hashlib
 import json
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ def open_folder(folder: Path, split: str, streaming: bool):
     return open_files([str(tables[0])], streaming)
 
 
-def one_split(splits, split: str, folder: Path) -> str:
+def one_split(splits, split: str, folder: str | Path) -> str:
     """Choose a split by name, or the only one."""
     names = list(map(str, splits))
     found = f"{folder} has the splits {', '.join(names)}, none of them {split}: name the files or the folder of one."
@@ -98,22 +99,26 @@ def open_files(paths: list[str], streaming: bool):
     require(not suffixes and suffix in FORMATS, f"{paths[0]}: {expected}")
     if suffix == ".json" and len(paths) == 1 and (rows := read_json(Path(paths[0]))):
         return rows
-    options = {"streaming": streaming and suffix in SHARDS} | ({"sep": "\t"} if suffix == ".tsv" else {})
+    options = {"streaming": streaming and suffix in SHARDS}
+    if FORMATS[suffix] == "csv":  # the caption "None" is a text; in .tsv quotes are, too
+        options |= {"keep_default_na": False} | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {})
     return load_dataset(FORMATS[suffix], data_files=paths, split="train", **options)
 
 
 def read_json(path: Path) -> Dataset | None:
-    """Read COCO's captions or a list of rows; None of what is not one JSON value."""
+    """Read COCO's captions or a list of rows; None of other JSON, which may be a line a row."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError):  # JSON lines, a glob
         return None
-    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
+    if isinstance(content, dict):
+        if not {"images", "annotations"} <= content.keys():
+            return None
         licences = {licence["id"]: licence["name"] for licence in content.get("licenses") or []}
         images = {i["id"]: i | {"licence": licences.get(i.get("license"))} for i in content["images"]}
         content = [images.get(row.get("image_id"), {}) | row for row in content["annotations"]]
     known = isinstance(content, list) and all(isinstance(row, dict) for row in content)
-    require(known, f"{path} is neither a list of rows nor COCO's images and annotations.")
+    require(known, f"{path} is neither rows nor COCO's images and annotations.")
     columns = {name: [row.get(name) for row in content] for name in {name: 0 for row in content for name in row}}
     return Dataset.from_dict(columns, on_mixed_types="use_json")
 

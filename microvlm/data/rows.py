@@ -27,7 +27,7 @@ def load_rows(path: str | list[str], exclude_copyleft=False, limit=None, split="
     if is_remote(path) or is_hub_dataset(path):
         limits = "--limit, or validation_limit in a recipe"
         require(limit is not None, f"{path} is no file or folder; as a data set of the Hub it needs {limits}.")
-        rows = take_rows(load_stream(path, revision), limit)
+        rows = take_rows(load_stream(path, revision, split), limit)
     else:
         rows = open_data(path, split)
     if exclude_copyleft:

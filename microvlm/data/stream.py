@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..model import require
-from .layouts import FORMATS, MOST_SHARDS, list_paths, named_columns, open_data
+from .layouts import FORMATS, MOST_SHARDS, list_paths, named_columns, one_split, open_data
 
 READ_BATCH = 32  # rows read at a time
 FILES = (*FORMATS, ".zip", ".gz")  # no data set's id ends like this
@@ -24,14 +24,14 @@ def is_hub_dataset(path: str | list[str]) -> bool:
     return bool(is_id) and not (Path(name).suffix in FILES or Path(name).exists())
 
 
-def load_stream(path: str | list[str], revision: str | None = None) -> IterableDataset:
+def load_stream(path: str | list[str], revision: str | None = None, split: str = "train") -> IterableDataset:
     """Open rows with the columns `image` (undecoded) and `caption`, read when they are asked for."""
-    # a data set on the Hub (its train split), or what `load_rows` reads
+    # a data set on the Hub, or what `load_rows` reads
     paths = list_paths(path)
     if is_hub_dataset(paths):
-        rows = load_dataset(paths[0], split="train", streaming=True, revision=revision)
-        return named_columns(rows, paths[0])
-    rows = open_data(paths, streaming=True)
+        splits = load_dataset(paths[0], streaming=True, revision=revision)
+        return named_columns(splits[one_split(splits, split, paths[0])], paths[0])
+    rows = open_data(paths, split, streaming=True)
     if isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset(num_shards=max(1, min(len(rows), MOST_SHARDS)))
     return rows

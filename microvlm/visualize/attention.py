@@ -86,7 +86,8 @@ def eager_copy(model):
     The model itself stays as it is: another thread may use it meanwhile.
     """
     text, part = model.model.language_model, model.model
-    same = [*text.parameters(), *text.buffers(), *model.children(), *part.children()]
+    laid_out = [module._matrix for module in text.modules() if hasattr(module, "_matrix")]  # of packed weights
+    same = [*text.parameters(), *text.buffers(), *laid_out, *model.children(), *part.children()]
     twin = copy.deepcopy(model, {id(x): x for x in same if x is not text and x is not part})
     twin.model.language_model.set_attn_implementation("eager")
     return twin
