@@ -233,6 +233,8 @@ class PackedDecoder:
         self.layers = [Layer(layer) for layer in model.layers]
         self.norm = Norm.of(model.norm)
         self.source = self.weights()
+        # of its modules, which only its own forward calls
+        self.hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.local = threading.local()  # a step writes to tensors of its own: one for each thread
         self.table = None
 

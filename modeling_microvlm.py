@@ -51,7 +51,7 @@ from .outputs_microvlm import (
     MicroVLMImageFeatures,
     MicroVLMModelOutputWithPast,
 )
-from .quantization_microvlm import PackedEmbedding, present, register_quantizer, replace_with_ternary
+from .quantization_microvlm import PackedEmbedding, PackedWeight, present, register_quantizer, replace_with_ternary
 
 # What `forward` hands on to the language model and the loss. With transformers' own attention and caches any other name
 # is a mistake, and is refused; a paged cache, and the attention of vLLM or SGLang, take names of their own.
@@ -181,6 +181,15 @@ class MicroVLMPreTrainedModel(PreTrainedModel):
         with BUILDING:
             register_quantizer()
             return super().from_pretrained(*args, **kwargs)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count parameters like `super()`, and the numbers of packed weights."""
+        count, parts = super().num_parameters(only_trainable, exclude_embeddings), []
+        if not only_trainable:
+            embeddings = [m for m in self.modules() if exclude_embeddings and isinstance(m, PackedEmbedding)]
+            left_out = {part for embedding in embeddings for part in embedding.children()}
+            parts = [m for m in self.modules() if isinstance(m, PackedWeight) and m not in left_out]
+        return count + sum(part.rows * part.columns for part in parts)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Set it like `super()`, without its warnings of sections of the config that have no model."""
@@ -418,7 +427,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         if decoder is not None and (cache is None or not cache.get_seq_length()):
             decoder = self.packed_decoder(checked=True)
         # or the plain form, with the memory's columns in its mask
-        if decoder is not None and not inputs_embeds.requires_grad:
+        if decoder is not None and not inputs_embeds.requires_grad and not any(decoder.hooks):
             kwargs = {"use_cache": kwargs.get("use_cache")}
         else:
             decoder, kwargs = self.language_model, {"return_dict": True, **kwargs}

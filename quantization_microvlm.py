@@ -447,12 +447,14 @@ def replace_with_packed(
     """Swap the layers that `config` names for packed ones; returns these by name.
 
     A tied head follows its embedding. `dtype` is that of the packed embeddings' output and of biases; default: that of
-    the weight. The model may be on `meta`.
+    the weight. The model may be on `meta`. Names are those of the whole model, also for its base model alone.
     """
     new, schemes, unused = {}, config.schemes(), list(config.modules)
+    base = getattr(model, "base_model_prefix", "")
+    prefix = f"{base}." if base and not hasattr(model, base) else ""
     # make the new modules, the first pattern that matches counts
     for name, module in model.named_modules():
-        pattern = next((p for p in schemes if re.fullmatch(p, name)), None)
+        pattern = next((p for p in schemes if re.fullmatch(p, prefix + name)), None)
         if pattern is not None and isinstance(module, (nn.Linear, nn.Embedding)):
             new[name] = packed_module(name, module, schemes[pattern], dtype)
             unused = [p for p in unused if p != pattern]
@@ -462,7 +464,7 @@ def replace_with_packed(
         model.set_submodule(name, module)
     # the head shares a packed vocabulary
     embedding = model.get_input_embeddings()
-    if isinstance(embedding, PackedEmbedding):
+    if isinstance(embedding, PackedEmbedding) and model.get_output_embeddings() is not None:
         tied = model.config.get_text_config().tie_word_embeddings
         require(tied, "the vocabulary can be packed when the head is tied to it.")
         model.set_output_embeddings(PackedHead(embedding))
@@ -477,14 +479,18 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs):
         new = replace_with_packed(model, self.quantization_config, dtype)
-        packed = {f"{name}.{key}": t for name, module in new.items() for key, t in module.state_dict().items()}
-        state, missing = model.state_dict(), set(packed) if checkpoint_files else set()
+        # by their names in the base model: model and files may be the whole or the base model alone
+        base = f"{getattr(model, 'base_model_prefix', '')}."
+        state = {name.removeprefix(base): tensor for name, tensor in model.state_dict().items()}
+        packed = {f"{name}.{key}".removeprefix(base) for name, module in new.items() for key in module.state_dict()}
+        missing = set(packed) if checkpoint_files else set()
         # compare shapes and dtypes with the files, before transformers casts them
         for file in checkpoint_files or []:
             with safe_open(file, framework="pt") as tensors:
-                for name in sorted(state.keys() & set(tensors.keys())):
-                    self.check_stored(name, tensors.get_slice(name), state[name], name in packed)
-                missing -= set(tensors.keys())
+                stored = {name.removeprefix(base): name for name in tensors.keys()}
+                for name in sorted(state.keys() & stored.keys()):
+                    self.check_stored(stored[name], tensors.get_slice(stored[name]), state[name], name in packed)
+                missing -= stored.keys()
         require(not missing, "{} is missing in the packed checkpoint.", *sorted(missing))
 
     @staticmethod

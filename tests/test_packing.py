@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import microvlm, outspoken_model, tiny_inputs, tiny_model
 from microvlm.decoder_microvlm import PackedDecoder
+from microvlm.modeling_microvlm import MicroVLMModel
 from safetensors.torch import load_file, save_file
 from toy_data import pairs, toy_checkpoint, use_cache, write_parquet
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
@@ -338,6 +339,37 @@ def test_opens_directly_and_saves_bit_for_bit(checkpoint, tmp_path):
     assert again == (checkpoint / "model.safetensors").read_bytes()
     with torch.no_grad():
         torch.testing.assert_close(reopen(tmp_path / "again")(**inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_the_base_model_opens_alone(checkpoint, tmp_path):
+    whole, inputs = reopen(checkpoint), tiny_inputs()
+    states = whole.model(**inputs).last_hidden_state
+    base = MicroVLMModel.from_pretrained(checkpoint)
+    assert base(**inputs).last_hidden_state.equal(states)
+    base.save_pretrained(tmp_path)
+    assert MicroVLMModel.from_pretrained(tmp_path)(**inputs).last_hidden_state.equal(states)
+    assert reopen(tmp_path)(**inputs).logits.equal(whole(**inputs).logits)
+
+
+def test_packed_weights_count_as_what_they_unpack_to(checkpoint):
+    packed = reopen(checkpoint)
+    plain = reopen(checkpoint).dequantize()
+    for options in ({}, {"exclude_embeddings": True}):
+        assert packed.num_parameters(**options) == plain.num_parameters(**options)
+    assert packed.num_parameters(only_trainable=True) < plain.num_parameters(only_trainable=True)
+
+
+@torch.no_grad()
+def test_hooks_of_packed_layers_are_called(checkpoint):
+    model, inputs, calls = reopen(checkpoint), tiny_inputs(), []
+    logits = model(**inputs).logits
+    assert model.model.packed_decoder() is not None
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        hook = getattr(model.model.language_model.layers[1].mlp, register)(lambda *_: calls.append(1))
+        torch.testing.assert_close(model(**inputs).logits, logits)
+        hook.remove()
+    assert len(calls) == 2 and model(**inputs).logits.equal(logits)
 
 
 def test_trainer_says_what_packed_weights_need(checkpoint, tmp_path):
