@@ -479,18 +479,17 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs):
         new = replace_with_packed(model, self.quantization_config, dtype)
-        # by their names in the base model: model and files may be the whole or the base model alone
+        packed = {f"{name}.{key}" for name, module in new.items() for key in module.state_dict()}
+        state, missing = model.state_dict(), set(packed) if checkpoint_files else set()
+        # compare shapes and dtypes with the files, of the whole or the base model, before transformers casts them
         base = f"{getattr(model, 'base_model_prefix', '')}."
-        state = {name.removeprefix(base): tensor for name, tensor in model.state_dict().items()}
-        packed = {f"{name}.{key}".removeprefix(base) for name, module in new.items() for key in module.state_dict()}
-        missing = set(packed) if checkpoint_files else set()
-        # compare shapes and dtypes with the files, before transformers casts them
         for file in checkpoint_files or []:
             with safe_open(file, framework="pt") as tensors:
                 stored = {name.removeprefix(base): name for name in tensors.keys()}
-                for name in sorted(state.keys() & stored.keys()):
-                    self.check_stored(stored[name], tensors.get_slice(stored[name]), state[name], name in packed)
-                missing -= stored.keys()
+                for name in (name for name in sorted(state) if name.removeprefix(base) in stored):
+                    tensor = tensors.get_slice(stored[name.removeprefix(base)])
+                    self.check_stored(name, tensor, state[name], name in packed)
+                    missing.discard(name)
         require(not missing, "{} is missing in the packed checkpoint.", *sorted(missing))
 
     @staticmethod
