@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from tools.pictures.__main__ import build
-from tools.pictures.captions import articled, clip_art_caption, concept_of, emoji_caption
+from tools.pictures.captions import articled, clip_art_caption, concept_of, emoji_caption, sentence
 from tools.pictures.packages import Package, fetch
 from tools.pictures.selection import key, read_lists
 from tools.pictures.sources import qt_resources
@@ -75,14 +75,17 @@ class Packages:
 
     def build(self) -> dict[str, list[dict]]:
         """Build, and read what was written."""
-        out, paths = self.folder / "out", [self.folder / name for name in ("table.csv", "keep_out.txt", "judges.txt")]
+        out, paths = (
+            self.folder / "out",
+            [self.folder / name for name in ("table.csv", "keep_out.txt", "validation_ids.txt")],
+        )
         with open(paths[0], "w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
             writer.writerows(self.rows)
         for path, lines in zip(paths[1:], (self.keep_out, self.validation)):
             path.write_text("# keys\n" + "".join(f"{line}\n" for line in lines))
-        build(out, self.folder / "work", *paths)
+        build(out, self.folder / "work", paths[0], self.folder)
         return {path.stem: parquet.read_table(path).to_pylist() for path in out.glob("*.parquet")}
 
 
@@ -136,7 +139,7 @@ def test_validation_is_built_whatever_its_licence_and_kept_out(packages):
 
 def test_a_validation_picture_that_no_package_has_is_named(packages):
     packages.validation = ["validation one/unicorn"]
-    with pytest.raises(ValueError, match="lack 1 pictures of .*: one/unicorn"):
+    with pytest.raises(ValueError, match="lack 1 pictures that judge: one/unicorn"):
         packages.build()
 
 
@@ -277,7 +280,7 @@ def test_qt_resources(tmp_path):
     ],
 )
 def test_captions_of_emojis(label, caption):
-    assert emoji_caption(label) == caption
+    assert sentence(emoji_caption(label)) == caption
 
 
 def test_articles():
@@ -307,7 +310,8 @@ def test_concepts_leave_out_style_number_and_gender():
 )
 def test_captions_of_clip_art(tmp_path, path, title, expected):
     (tmp_path / "american-english").write_text("big\nred\ndog\ndesign\npart\nof\n")
-    assert clip_art_caption(path, title, tmp_path) == expected
+    caption, concept = clip_art_caption(path, title, tmp_path)
+    assert (sentence(caption), concept_of(concept or caption)) == expected
 
 
 def test_the_repos_own_lists_agree():

@@ -20,7 +20,7 @@ from microvlm.files import ROOT, atomic_path, write_text
 
 from .packages import Package, fetch, read_table
 from .render import render_all
-from .selection import Judges, distinct, with_captions
+from .selection import Judges, distinct, read_lists, with_captions
 from .sources import READERS, Picture
 
 COLUMNS = ("caption", "source", "licence", "id", "concept", "style")
@@ -51,14 +51,8 @@ def attribution(packages: list[Package], parts: dict[str, list[Picture]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def build(
-    out: Path,
-    work: Path,
-    table: Path = TABLE,
-    keep_out: Path = ROOT / "data/keep_out.txt",
-    validation: Path = ROOT / "data/validation_ids.txt",
-) -> None:
-    """Write the sets and whom they are by."""
+def build(out: Path, work: Path, table: Path = TABLE, lists: Path = ROOT / "data") -> None:
+    """Write the sets and whom they are by; `lists` has keep_out.txt and validation_ids.txt."""
     for folder in (out, work / "packages", work / "drawn"):
         folder.mkdir(parents=True, exist_ok=True)
     packages = read_table(table)
@@ -66,7 +60,7 @@ def build(
     pictures = [p for package in packages if package.reader for p in READERS[package.reader](package, folders)]
     pictures = [p for p in pictures if not p.caption or 2 <= len(p.caption.split()) <= 25]
     # who judges, and what is none of them
-    judges = Judges(keep_out, validation, pictures)
+    judges = Judges(read_lists(lists / "keep_out.txt"), read_lists(lists / "validation_ids.txt"), pictures)
     spare = with_captions(list(filter(judges.spare, pictures)))
     print(f"{len(pictures)} pictures, {len(judges.pictures)} judge, {len(spare)} can be learned from", flush=True)
     # draw, and look

@@ -33,7 +33,7 @@ def articled(phrase: str) -> str:
 
 
 def sentence(text: str) -> str:
-    text = re.sub(r"\s+", " ", text).strip(" .,;:-")
+    text = text.strip(" .,;:-")
     return text[:1].upper() + text[1:] + ("" if text[-1:] in '!?.”"' else ".") if text else ""
 
 
@@ -60,7 +60,7 @@ def emoji_caption(label: str) -> str:
     text = rewrite(label, "emoji")
     if ":" in text:
         return ""
-    return sentence(articled(text if re.match("[A-Z]{2}|[A-Z][a-z]+ ", text) else text[0].lower() + text[1:]))
+    return articled(text if re.match("[A-Z]{2}|[A-Z][a-z]+ ", text) else text[0].lower() + text[1:])
 
 
 def clip_art_caption(path: str, title: str, dictionary: Path) -> tuple[str, str]:
@@ -69,13 +69,10 @@ def clip_art_caption(path: str, title: str, dictionary: Path) -> tuple[str, str]
     if "/flags/" in path:
         name = rewrite(name if matches(title, "unnamed") or re.search(r"[^\w ,.'-]", title) else title, "flag")
         country = " ".join(w if w in ("of", "and", "the") else w.capitalize() for w in name.split())
-        return (
-            ("", "") if matches(name, "no_flag") else (sentence(f"the flag of {country}"), concept_of(f"flag {name}"))
-        )
+        return ("", "") if matches(name, "no_flag") else (f"the flag of {country}", f"flag {name}")
     if "aiga-symbols" in path:
         name = rewrite(name, "sign")
-        caption = sentence(f"a black and white symbol for {name}")
-        return (caption, concept_of(caption)) if name and is_english(name, dictionary) else ("", "")
+        return (f"a black and white symbol for {name}" if name and is_english(name, dictionary) else "", "")
     text = rewrite(title, "title").lower()
     words = re.findall("[a-z'-]+", text)
     # one artist's titles name series, unless the file has the name too
@@ -83,8 +80,8 @@ def clip_art_caption(path: str, title: str, dictionary: Path) -> tuple[str, str]
     says_nothing = set(words) <= WORDS["vague"] or len(words) > 12 or max(map(len, words)) < 3 or is_series
     if says_nothing or matches(title, "unnamed") or not is_english(" ".join(words), dictionary):
         return "", ""
-    style = " in black and white" if matches(title.replace("_", " "), "colourless") and "black" not in text else ""
-    return sentence(articled(text) + style), concept_of(text)
+    is_colourless = matches(title.replace("_", " "), "colourless") and "black" not in text
+    return articled(text) + (" in black and white" if is_colourless else ""), text
 
 
 @cache
@@ -93,10 +90,10 @@ def read_dictionary(folder: Path) -> frozenset[str]:
     return frozenset(words) | {"tv", "led", "cd", "dvd", "usb", "pc", "ii", "iii"}
 
 
-def is_english(text: str, folder: Path) -> bool:
+def is_english(text: str, dictionary: Path) -> bool:
     """Tell whether all words, and parts of words with hyphens, are in Debian's word list."""
     parts = [part for word in text.split() for part in word.strip("'’").split("-") if part and not part.isdigit()]
-    return read_dictionary(folder).issuperset(parts)
+    return read_dictionary(dictionary).issuperset(parts)
 
 
 @cache
@@ -108,10 +105,10 @@ def read_things(folder: Path) -> frozenset[str]:
     return frozenset(entry[0] for entry in entries if files[entry[-int(entry[2])]] in WORDS["things"])
 
 
-def names_thing(name: str, folder: Path) -> bool:
-    """Tell whether an icon's name ends in a thing to be seen, and says nothing of user interfaces."""
+def names_thing(name: str, dictionary: Path, wordnet: Path) -> bool:
+    """Tell whether an icon's name ends in a thing to be seen, in English and not of user interfaces."""
     words = name.split()
     ends = {"_".join(words[start:]) for start in range(len(words))}
-    return not WORDS["interface"].intersection(words) and not read_things(folder).isdisjoint(
-        ends | set(map(stem, ends))
-    )
+    is_thing = not read_things(wordnet).isdisjoint(ends | set(map(stem, ends)))
+    is_short = len(words) < 4 and all(len(word) > 2 for word in words)
+    return is_thing and is_short and not WORDS["interface"].intersection(words) and is_english(name, dictionary)

@@ -1,6 +1,7 @@
 """Keep out what judges, and choose what is learned from."""
 
 import hashlib
+import re
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -28,12 +29,12 @@ def read_lists(path: Path) -> dict[str, list[str]]:
 
 
 class Judges:
-    """Pictures and concepts that are never learned from: those of `keep_out.txt`, and the validation sets."""
+    """Pictures and concepts that are never learned from: those whose keys are given, and the validation sets."""
 
-    def __init__(self, keep_out: Path, validation: Path, pictures: list[Picture]):
-        keys, ids, by_id = read_lists(keep_out), read_lists(validation), {picture.id: picture for picture in pictures}
+    def __init__(self, keys: dict[str, list[str]], ids: dict[str, list[str]], pictures: list[Picture]):
+        by_id = {picture.id: picture for picture in pictures}
         missing = sorted({ident for part in ids.values() for ident in part} - by_id.keys())
-        require(not missing, f"the packages lack {len(missing)} pictures of {validation}: {', '.join(missing[:5])}.")
+        require(not missing, f"the packages lack {len(missing)} pictures that judge: {', '.join(missing[:5])}.")
         self.sets = {name: [by_id[ident] for ident in part] for name, part in ids.items()}
         self.concepts = {*keys["concept"], *(key(picture.concept) for picture in self.sets.get("validation", []))}
         rows = set(keys["row"]).union(key(f"{p.source}|{p.id}") for part in self.sets.values() for p in part)
@@ -54,22 +55,22 @@ class Judges:
 
 
 def with_captions(pictures: list[Picture]) -> list[Picture]:
-    """Caption icons: as another picture of the concept, or by their names; leave out or unname the others.
+    """Caption icons as another picture with the name's words, or by the name; leave out or unname the others.
 
     Names of art are trusted; on other icons' names two artists have to agree.
     """
-    captions, artists = {}, defaultdict(set)
+    known, artists = {}, defaultdict(set)
     for picture in pictures:
         artists[picture.concept].add(picture.package.by)
-        if picture.caption and not picture.name:
-            caption = sentence(picture.caption.removeprefix("A 3d model of "))
-            if set(words_of(caption)) - WORDS["style_words"] == set(picture.concept.split()):  # not a scene
-                captions[picture.concept] = min(caption, captions.get(picture.concept, caption), key=len)
+        caption = sentence(picture.caption.removeprefix("A 3d model of "))
+        if caption and not picture.name:
+            words = frozenset(re.findall("[a-z]+", caption.lower())) - WORDS["style_words"]
+            known.setdefault(words, (caption, picture.concept))
     for picture in pictures:
         if picture.name:
             is_agreed = picture.style != "icon" or len(artists[picture.concept]) > 1
-            picture.caption = captions.get(picture.concept) or (picture.caption if is_agreed else "")
-            picture.concept = picture.concept if picture.caption else ""
+            own = (picture.caption, picture.concept) if is_agreed else ("", "")
+            picture.caption, picture.concept = known.get(frozenset(picture.name.split()), own)
     chosen = [picture for picture in pictures if picture.caption or picture.style != "icon"]
     return sorted(chosen, key=lambda picture: not picture.caption)  # those without words last
 

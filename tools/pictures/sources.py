@@ -13,17 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from .captions import (
-    articled,
-    clip_art_caption,
-    concept_of,
-    emoji_caption,
-    is_english,
-    matches,
-    names_thing,
-    sentence,
-    words_of,
-)
+from .captions import articled, clip_art_caption, concept_of, emoji_caption, matches, names_thing, rewrite, sentence
 from .packages import Package
 
 FURNITURE = "BlendSwap-CC-0 BlendSwap-CC-BY KatorLegaz Reallusion Scopia".split()
@@ -39,7 +29,7 @@ class Picture:
     id: str
     read: Callable[[], bytes]  # SVG, or what Pillow opens
     caption: str
-    concept: str
+    concept: str = ""  # made of the caption where empty
     style: str = ""
     licence: str = ""
     author: str = ""
@@ -50,6 +40,7 @@ class Picture:
     def __post_init__(self):
         self.source = self.package.source
         self.id = f"{self.source}/{self.id}"
+        self.caption, self.concept = sentence(self.caption), concept_of(self.concept or self.caption)
         self.style, self.licence = self.style or self.package.style, self.licence or self.package.licence
 
 
@@ -58,9 +49,9 @@ def listed(package: Package, folders: Folders) -> Iterator[Picture]:
     with open(Path(__file__).with_name("captions.csv"), newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == package.source]
     for row in rows:
-        read, concept = partial(read_listed, folders[package.source], row["path"]), row["concept"] or row["caption"]
-        values = {name: row[name] for name in ("style", "licence", "author")}
-        yield Picture(package, row["path"], read, sentence(row["caption"]), concept_of(concept), **values)
+        read = partial(read_listed, folders[package.source], row["path"])
+        values = {name: row[name] for name in ("caption", "concept", "style", "licence", "author")}
+        yield Picture(package, row["path"], read, **values)
 
 
 def read_listed(folder: Path, path: str) -> bytes:
@@ -99,12 +90,9 @@ def stamps(package: Package, folders: Folders) -> Iterator[Picture]:
         name = str(text.relative_to(root).with_suffix(""))
         file = next((f for f in map(text.with_suffix, (".png", ".svg")) if f.exists()), None)
         if file and "/letters" not in name:
-            caption = text.read_text(encoding="utf-8").split("\n")[0].strip().translate(str.maketrans("“”’", '""\''))
-            caption = re.split(r"(?<=[.!?])\s", caption)[0] if len(caption.split()) > 25 else caption
-            caption = re.sub("!+$", ".", caption)
+            caption = rewrite(text.read_text(encoding="utf-8").split("\n")[0].strip(), "stamp")
             is_drawn = file.suffix == ".svg" or "cartoon" in name or "symbols/" in name
-            style = "drawing" if is_drawn else "stamp"
-            yield Picture(package, name, file.read_bytes, caption, concept_of(caption), style)
+            yield Picture(package, name, file.read_bytes, caption, style="drawing" if is_drawn else "stamp")
 
 
 def furniture(package: Package, folders: Folders) -> Iterator[Picture]:
@@ -115,13 +103,10 @@ def furniture(package: Package, folders: Folders) -> Iterator[Picture]:
         lines = archive.read("PluginFurnitureCatalog.properties").decode("latin-1").splitlines()
         values = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
         for number in sorted(key[5:] for key in values if key.startswith("name#")):
-            name, file, author = (values.get(f"{key}#{number}", "").strip() for key in ("name", "icon", "creator"))
-            name = re.sub(r"\s*\(.*?\)|\s*\d+$", "", name.lower())
-            name = re.sub(r"\bfemale$", "woman", re.sub(r"\bmale$", "man", name))
-            if name and file.lstrip("/") in archive.namelist():
-                caption, read = sentence(f"a 3d model of {articled(name)}"), partial(archive.read, file.lstrip("/"))
-                ident = f"{catalogue}/{number}"
-                yield Picture(package, ident, read, caption, concept_of(name), licence=licence, author=author)
+            name, file, author = (values.get(f"{key}#{number}", "").strip(" /") for key in ("name", "icon", "creator"))
+            if (name := rewrite(name.lower(), "model")) and file in archive.namelist():
+                values_of = {"caption": f"a 3d model of {articled(name)}", "licence": licence, "author": author}
+                yield Picture(package, f"{catalogue}/{number}", partial(archive.read, file), concept=name, **values_of)
 
 
 def clip_art(package: Package, folders: Folders) -> Iterator[Picture]:
@@ -192,7 +177,7 @@ def emoji(package: Package, folders: Folders) -> Iterator[Picture]:
     files |= {plain_code(file.stem): file.read_bytes for file in sorted(folder.glob("assets/*.webp"))}
     for code, label in labels.items():
         if code in files and (caption := emoji_caption(label)):
-            yield Picture(package, code, files[code], caption, concept_of(label))
+            yield Picture(package, code, files[code], caption, label)
 
 
 def openmoji(package: Package, folders: Folders) -> Iterator[Picture]:
@@ -203,19 +188,15 @@ def openmoji(package: Package, folders: Folders) -> Iterator[Picture]:
         is_part = entry["skintone"] or entry["group"] == "component" or not file.exists()
         if not is_part and not matches(f"{entry['subgroups']} {label}", "skip_openmoji"):
             if caption := emoji_caption(label):
-                yield Picture(package, entry["hexcode"].lower(), file.read_bytes, caption, concept_of(label))
+                yield Picture(package, entry["hexcode"].lower(), file.read_bytes, caption, label)
 
 
 def icons(package: Package, folders: Folders) -> Iterator[Picture]:
-    """A set of icons named in English; a concept where the name is a phrase, a caption where it is a thing."""
+    """A set of icons; with a caption where the name is of a thing."""
     for name, read in svg_icons(package, folders[package.source]).items():
-        words = [word for word in re.split("[-_ ]", name) if word and not word.isdigit()]
-        phrase = " ".join(words)
-        is_phrase = 0 < len(words) < 4 and min(map(len, words)) > 2 and is_english(phrase, folders["words"])
-        is_thing = is_phrase and names_thing(phrase, folders["wordnet"])
-        caption = sentence(articled(phrase)) if is_thing else ""
-        concept = " ".join(sorted(set(words_of(phrase)))) if is_phrase else ""  # whole: an image-lock is not a lock
-        yield Picture(package, name, read, caption, concept, name=phrase)
+        phrase = " ".join(word for word in re.split("[-_ ]", name) if word and not word.isdigit())
+        is_thing = names_thing(phrase, folders["words"], folders["wordnet"])
+        yield Picture(package, name, read, articled(phrase) if is_thing else "", name=phrase)
 
 
 READERS = {f.__name__: f for f in (listed, stamps, furniture, clip_art, emoji, openmoji, icons)} | {"flags": emoji}
