@@ -122,9 +122,10 @@ def test_no_picture_of_a_concept_that_judges(packages):
     packages.icons(
         "one", {"dog": shape(1), "lamp": shape(2), "dogs": shape(3), "dog-house": shape(4), "dog-xyz": shape(5)}
     )
+    packages.icons("emojis", {"dog": shape(6), "bomb": shape(7)}, reader="emoji", style="emoji")
     packages.keep_out = [f"concept {key('dog')}"]
     sets = packages.build()
-    assert ids(sets["train"]) == ["one/lamp"] and sets["unlabelled"] == []
+    assert ids(sets["train"]) == ["emojis/1f4a3", "one/lamp"] and sets["unlabelled"] == []
 
 
 def test_validation_is_built_whatever_its_licence_and_kept_out(packages):
