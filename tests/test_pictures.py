@@ -9,6 +9,7 @@ import os
 import struct
 import tarfile
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tools.pictures.__main__ import build
 from tools.pictures.captions import articled, clip_art_caption, concept_of, emoji_caption, sentence
 from tools.pictures.packages import Package, fetch
 from tools.pictures.selection import key, read_lists
-from tools.pictures.sources import qt_resources
+from tools.pictures.sources import FURNITURE, READERS, qt_resources
 
 EMOJIS = {"1f415": "dog", "1f34e": "red apple", "1f4a3": "bomb", "1f1eb-1f1f7": "flag: France", "1f511": "key"}
 FIELDS = Package._fields
@@ -109,6 +110,20 @@ def test_what_is_built(packages):
     assert (other["id"], other["caption"], other["concept"]) == ("art/xyz", "", "")
     text = (packages.folder / "out/ATTRIBUTION.md").read_text()
     assert "| art | art 1 | CC-BY-4.0 | 2 | 1 | An artist |" in text and "Words: names 1, MIT, Lexicographers." in text
+
+
+def test_authors_are_named_without_their_addresses(packages):
+    about = (
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'><!-- licenses/publicdomain <dc:title>{}</dc:title>"
+    )
+    about += "<dc:creator><dc:title>{}</dc:title></dc:creator> -->{}</svg>"
+    for number, author in enumerate(["Ann Artist &lt;ann@example.org&gt;", "http://example.org", "unknown"]):
+        text = about.format("Red dog", author, shape(number))
+        packages.file("clip", f"openclipart/svg/dog{number}.svg", text)
+    packages.add("clip", reader="clip_art", style="clipart", licence="Public Domain")
+    captions = [row["caption"] for row in packages.build()["train"]]
+    assert captions == ["A red dog."] * 3
+    assert (packages.folder / "out/ATTRIBUTION.md").read_text().endswith("## Authors that clip names\n\nAnn Artist\n")
 
 
 def test_a_row_that_judges_is_left_out_and_its_concept_is_not(packages):
@@ -258,6 +273,41 @@ def test_qt_resources(tmp_path):
     header = struct.pack(">4s4I", b"qres", 1, 20, 20 + len(tree), 20 + len(tree) + len(data))
     (tmp_path / "x.rcc").write_bytes(header + tree + data + names)
     assert qt_resources(tmp_path / "x.rcc") == {"/a/b.txt": b"hello"}
+
+
+def read(reader: str, folder) -> list[tuple]:
+    package = Package(*(dict.fromkeys(FIELDS, "") | {"source": "source", "style": "style"}).values())
+    pictures = READERS[reader](package, {"source": folder})
+    return [(p.id, p.caption, p.concept, p.style, p.licence, p.author, p.read()) for p in pictures]
+
+
+def test_stamps(tmp_path):
+    sentences = {
+        "animals/dog": "A big dog!",
+        "town/cartoon/long": f"A short sentence. {'Word ' * 25}",
+        "town/letters/a": "A",
+    }
+    for name, text in sentences.items():
+        path = tmp_path / "stamps" / name
+        path.parent.mkdir(parents=True)
+        path.with_suffix(".png").write_text(name)
+        path.with_suffix(".txt").write_text(f"{text}\nde.utf8=Ein Hund")
+    dog = ("source/animals/dog", "A big dog.", "dog", "stamp", "", "", b"animals/dog")
+    short = ("source/town/cartoon/long", "A short sentence.", "sentence short", "drawing", "", "", b"town/cartoon/long")
+    assert read("stamps", tmp_path) == [dog, short]
+
+
+def test_furniture(tmp_path):
+    lines = "name#1=Oak Chair (old) 2\nicon#1=/a.png\ncreator#1=Ann\nname#2=Male\nicon#2=b.png\nname#3=No icon"
+    for catalogue in FURNITURE:
+        with zipfile.ZipFile(tmp_path / f"{catalogue}.sh3f", "w") as archive:
+            archive.writestr("PluginFurnitureCatalog.properties", lines if catalogue == "BlendSwap-CC-0" else "")
+            archive.writestr("a.png", "a")
+            archive.writestr("b.png", "b")
+    chair, man = "A 3d model of an oak chair.", "A 3d model of a man."
+    expected = [("source/BlendSwap-CC-0/1", chair, "chair oak", "style", "CC0-1.0", "Ann", b"a")]
+    expected += [("source/BlendSwap-CC-0/2", man, "man", "style", "CC0-1.0", "", b"b")]
+    assert read("furniture", tmp_path) == expected
 
 
 @pytest.mark.parametrize(

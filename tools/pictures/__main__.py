@@ -10,6 +10,7 @@ Needs the extra `pictures`, Debian 12's apt-get and dpkg (after `apt-get update`
 import argparse
 import hashlib
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -46,7 +47,8 @@ def attribution(packages: list[Package], parts: dict[str, list[Picture]]) -> str
         lines.append(f"| {package.source} | {package.name} {package.version} | {licence} | {numbers} | {package.by} |")
     lines += [f"\nWords: {p.name} {p.version}, {p.licence}, {p.by}." for p in packages if not p.reader]
     for package in packages:
-        authors = {p.author for pictures in parts.values() for p in pictures if p.package == package and p.author}
+        authors = {p.author for pictures in parts.values() for p in pictures if p.package == package}
+        authors = {re.sub(r"\S+(@|://)\S+|none|unknown", "", author).strip(" ;,") for author in authors} - {""}
         lines += [f"\n## Authors that {package.name} names\n\n{'; '.join(sorted(authors))}"] if authors else []
     return "\n".join(lines) + "\n"
 
