@@ -3,11 +3,13 @@
     pseudoinverse   w = k M_ref^T (M_ref M_ref^T + lambda I)^-1, an exact ridge solve by Cholesky
     ben_cohen       w = k M_ref^+, the pseudo-inverse by the iteration of Ben-Israel and Cohen
     gaussian        w = softmax of -|k - m_i|^2 / (2 tau^2)
+    waves           w = cos x + sin x, x = k M_ref^T / tau: random Fourier features of exp(-|k - k'|^2 / 2 tau^2)
 
 The first is the default. Larimar (arXiv 2403.11901) has the second, and an LSTM over an episode (`KeyOrder`).
 An address depends on the key and M_ref alone, never on what was written: that makes forgetting exact.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,6 +49,15 @@ def gaussian_address(keys: torch.Tensor, reference: torch.Tensor, config: MicroV
     return (-distance / (2 * config.address_temperature**2)).softmax(-1)
 
 
+def waves_address(keys: torch.Tensor, reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
+    """Address keys (..., C) by waves whose frequencies are M_ref's rows (K, C), to (..., K).
+
+    Not linear in the key, so that K may exceed C (Rahimi and Recht 2007).
+    """
+    phase = keys @ reference.mT * (math.sqrt(max(reference.shape)) / config.address_temperature)
+    return phase.cos() + phase.sin()
+
+
 class Addressing(NamedTuple):
     """Two steps: `prepare` M_ref, once for the same weights, and `address` keys with what it gives; all float32."""
 
@@ -60,6 +71,7 @@ ADDRESSINGS = {
         lambda reference, config: ben_cohen_inverse(reference, config.ben_cohen_steps), product_address
     ),
     "gaussian": Addressing(lambda reference, config: reference, gaussian_address),
+    "waves": Addressing(lambda reference, config: reference, waves_address),
 }
 
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_microvlm import require
-from .memory_microvlm import MemoryReadout
+from .memory_microvlm import MemoryReadout, MemoryWords
 
 # transformers 5.24 calls the cache `cache`, in calls and in outputs; 5.23 `past_key_values`
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -139,6 +139,7 @@ class MemoryCache(Cache):
         # keys and values (B, heads, S, head_dim) by layer, empty when nothing is attached
         self.memory: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.log_gate: torch.Tensor | None = None  # added to the scores of the memory tokens, (B,): 0 is on, -inf off
+        self.words: MemoryWords | None = None  # for the pointer
         self.hard = True  # no row is between on and off
         if readout is not None:
             self.attach(readout)
@@ -156,7 +157,7 @@ class MemoryCache(Cache):
         on = log_gate > -torch.inf
         if not on.any():
             return
-        self.log_gate = log_gate
+        self.log_gate, self.words = log_gate, readout.words
         self.hard = not log_gate.requires_grad and bool((~on | (log_gate == 0)).all())
         # an off row may hold anything, NaN included: zero times NaN would leak through the mask
         key_values = torch.where(on.view(-1, 1, 1, 1, 1, 1), readout.key_values, 0)
@@ -164,7 +165,7 @@ class MemoryCache(Cache):
 
     def detach(self) -> None:
         """Take the memory off; the text stays."""
-        self.memory, self.log_gate, self.hard = {}, None, True
+        self.memory, self.log_gate, self.words, self.hard = {}, None, None, True
 
     @property
     def is_read_only(self) -> bool:
@@ -203,6 +204,7 @@ class MemoryCache(Cache):
         self.memory = {i: (function(k), function(v)) for i, (k, v) in self.memory.items()}
         if self.log_gate is not None:
             self.log_gate = function(self.log_gate)
+        self.words = self.words and self.words.map(function)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

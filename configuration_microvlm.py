@@ -114,20 +114,22 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
     base_config_key = "memory_config"
 
     num_slots: int = size(default=512)  # K, rows of the memory matrix
-    code_size: int = size(default=896)  # C, width of a key and of a content slot
+    code_size: int = size(default=896)  # C, width of a key
+    content_size: int | None = size(default=None)  # width of a content slot; default C
     num_memory_tokens: int = size(default=7)  # S, memory tokens per decoder layer
-    # content vectors under one address: S (default), or 1 for a single vector
+    # content vectors under one address: S (default), or 1 for a single vector; one a token if S is max_content_tokens
     num_content_slots: int | None = size(default=None)
     max_content_tokens: int = size(default=32)  # longest sentence that can be stored, in tokens with its end
+    copy_size: int | None = size(default=None)  # width of the pointer that says a slot's token; None: no such path
     max_items: int | None = size(default=None)  # most items a memory may hold; default 4 K
     key_hidden_size: int = size(default=512)  # hidden width of the key encoder
     key_dropout: float | int = share(default=0.2)  # on the standardised vision features of a key, training only
     # weight of the image's grey copy in the key under which it is stored; 0 for the image alone
     gray_weight: float | int = not_negative(default=0.5)
-    # ridge by Cholesky, an iteration, or softmax of distances: see addressing_microvlm.py
-    addressing: Literal["pseudoinverse", "ben_cohen", "gaussian"] = "pseudoinverse"
+    # ridge by Cholesky, an iteration, softmax of distances, or waves: see addressing_microvlm.py
+    addressing: Literal["pseudoinverse", "ben_cohen", "gaussian", "waves"] = "pseudoinverse"
     address_ridge: float | int = not_negative(default=1e-3)  # lambda of the pseudo-inverse
-    address_temperature: float | int = positive(default=0.25)  # tau of the Gaussian address
+    address_temperature: float | int = positive(default=0.25)  # tau of the Gaussian address, and of the waves
     ben_cohen_steps: int = count(default=30)  # of the iteration
     # Sherman-Morrison, or all at once; the same posterior
     write_method: Literal["sequential", "direct"] = "sequential"
@@ -149,6 +151,8 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
             self.max_items = 4 * self.num_slots
         if self.num_content_slots is None:
             self.num_content_slots = self.num_memory_tokens
+        if self.content_size is None:
+            self.content_size = self.code_size
         if self.word_threshold is None:
             self.word_threshold = self.scope_threshold
 

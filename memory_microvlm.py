@@ -30,6 +30,7 @@ from .quantization_microvlm import present
 
 NUM_SCOPE_STATISTICS = 9
 WORD_SHARPNESS = 40.0  # of the address of a question in words
+NEAREST = 8  # tokens that a slot may say
 
 
 def in_float32(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -102,16 +103,18 @@ class MemoryKeyEncoder(nn.Module):
 class MemoryContentEncoder(nn.Module):
     """Token embeddings (N, L, D) with mask (N, L) -> content (N, S, C), every slot a mean of unit vectors.
 
-    S learned queries pool the raw embeddings. A bias on the position starts slot s at token s, and the projection
-    starts as the identity where the widths allow: the decoder reads back words it knows.
+    With S = L, slot s is token s. With fewer, S learned queries pool the raw embeddings, and a bias on the position
+    starts slot s at token s. The projection starts as the identity where the widths allow: the decoder reads back words
+    it knows.
     """
 
     def __init__(self, config: MicroVLMMemoryConfig, hidden_size: int):
         super().__init__()
         S, L = config.num_content_slots, config.max_content_tokens
-        self.slot_queries = nn.Parameter(torch.empty(S, hidden_size))
-        self.position_bias = nn.Parameter(torch.empty(S, L))
-        self.v_proj = nn.Linear(hidden_size, config.code_size, bias=False)
+        self.num_slots = S
+        self.slot_queries = None if S == L else nn.Parameter(torch.empty(S, hidden_size))
+        self.position_bias = None if S == L else nn.Parameter(torch.empty(S, L))
+        self.v_proj = nn.Linear(hidden_size, config.content_size, bias=False)
 
     def values(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Map token embeddings (..., D) to unit vectors (..., C): rare words weigh as much as common ones."""
@@ -123,6 +126,8 @@ class MemoryContentEncoder(nn.Module):
         value = self.values(embeddings)
         if mask is None:
             return value
+        if self.slot_queries is None:
+            return F.pad(value * mask.unsqueeze(-1), (0, 0, 0, self.num_slots - value.shape[1]))
         # where each slot looks, then what it sees there
         L, T, x = self.position_bias.shape[1], embeddings.shape[1], embeddings * mask.unsqueeze(-1)
         scores = self.slot_queries @ x.mT / math.sqrt(x.shape[-1])  # (N, S, T)
@@ -253,7 +258,7 @@ class EpisodicMemory(nn.Module):
     def new_state(self, rows: int, fingerprint: str = "", dtype=torch.float64, device=None) -> MemoryState:
         """Make an empty state of this memory's sizes."""
         config = self.config
-        size = config.num_content_slots * config.code_size
+        size = config.num_content_slots * config.content_size
         limits = config.observation_noise, config.max_items, config.max_content_tokens
         return MemoryState.new(rows, config.num_slots, size, *limits, fingerprint, dtype, device)
 
@@ -332,7 +337,7 @@ class MemoryProjection(nn.Module):
         per_token = math.prod(self.shape)
         out = per_token * (self.num_tokens // self.num_slots)
         self.down = None
-        width = config.code_size
+        width = config.content_size
         if config.kv_rank is not None:
             self.down = nn.Linear(width, config.kv_rank, bias=False)
             width = config.kv_rank
@@ -348,6 +353,57 @@ class MemoryProjection(nn.Module):
         x = self.up(x if self.down is None else self.down(x))
         x = x.view(B, self.num_tokens, -1) + self.token_bias
         return x.view(B, self.num_tokens, *self.shape).permute(0, 2, 3, 4, 1, 5)
+
+
+@dataclass
+class MemoryWords:
+    """What the slots of B read-outs say: their contents, and the tokens nearest to each with their probabilities."""
+
+    content: torch.Tensor  # (B, S, C)
+    tokens: torch.LongTensor  # (B, S, NEAREST)
+    log_probs: torch.Tensor  # (B, S, NEAREST)
+    log_gate: torch.Tensor  # as of `MemoryReadout`, (B,)
+
+    def map(self, function) -> "MemoryWords":
+        return MemoryWords(**{name: function(value) for name, value in vars(self).items()})
+
+
+class MemoryCopy(nn.Module):
+    """Say the token of a slot: a pointer from the decoder's state to the slots, mixed with its own words.
+
+        p = (1 - g) p_decoder + g sum_s a_s p_s,    a = softmax of W_q h (W_p z_(s-1) + b_s),    g = sigmoid(w h)
+
+    After the pointer-generator (arXiv 1704.04368). A slot is found by its place and by the token before it, and p_s is
+    over the tokens nearest to its content. So any text comes back, whatever the decoder knows of its words.
+    """
+
+    def __init__(self, config: MicroVLMMemoryConfig, hidden_size: int):
+        super().__init__()
+        S, C, width = config.num_content_slots, config.content_size, config.copy_size
+        self.query = nn.Linear(hidden_size, width)
+        self.previous = nn.Linear(C, width, bias=False)
+        self.place = nn.Parameter(torch.empty(S, width))
+        self.gate = nn.Linear(hidden_size, 1)
+        self.log_sharpness = nn.Parameter(torch.empty(1))  # of p_s
+
+    def words(self, content: torch.Tensor, values: torch.Tensor, log_gate: torch.Tensor) -> MemoryWords:
+        """Find the tokens that contents (B, S, C) say; values (V, C) of all tokens."""
+        cosines, tokens = (F.normalize(content, dim=-1) @ values.mT).topk(NEAREST, dim=-1)
+        return MemoryWords(content, tokens, (cosines * self.log_sharpness.exp()).log_softmax(-1), log_gate)
+
+    def forward(self, hidden, logits, content, tokens, log_probs, log_gate) -> torch.Tensor:
+        """Mix logits (B, T, V) of states (B, T, D) with `MemoryWords`; rows whose gate is off keep theirs."""
+        # which slot
+        place = self.previous(F.pad(content, (0, 0, 1, 0))[:, :-1]) + self.place  # (B, S, width)
+        pointer = (self.query(hidden) @ place.mT / math.sqrt(place.shape[-1])).log_softmax(-1)  # (B, T, S)
+        # its tokens
+        log_probs = (pointer.unsqueeze(-1) + log_probs.unsqueeze(1)).flatten(2)  # (B, T, S x NEAREST)
+        tokens = tokens.flatten(1).unsqueeze(1).expand_as(log_probs)
+        copied = torch.zeros_like(logits).scatter_add(-1, tokens, log_probs.exp())
+        # or the decoder's
+        gate = self.gate(hidden).sigmoid() * log_gate.exp().view(-1, 1, 1)  # (B, T, 1)
+        mixed = ((1 - gate) * logits.softmax(-1) + gate * copied).clamp(min=1e-30).log()
+        return torch.where((log_gate > -torch.inf).view(-1, 1, 1), mixed, logits)
 
 
 class ScopeNet(nn.Module):
@@ -401,9 +457,11 @@ class MemoryReadout:
     scope_logits: torch.Tensor  # of ScopeNet, (B,)
     content: torch.Tensor  # (B, S, C)
     address: torch.Tensor  # of the query, (B, K)
+    words: MemoryWords | None = None  # for the pointer, if the model has one
     memory_kl: torch.Tensor | None = None  # means over rows, ()
     address_kl: torch.Tensor | None = None
 
     def repeat_interleave(self, repeats: int) -> "MemoryReadout":
         fields = ("key_values", "log_gate", "scope_logits", "content", "address")
-        return replace(self, **{name: getattr(self, name).repeat_interleave(repeats, 0) for name in fields})
+        words = self.words and self.words.map(lambda t: t.repeat_interleave(repeats, 0))
+        return replace(self, words=words, **{n: getattr(self, n).repeat_interleave(repeats, 0) for n in fields})

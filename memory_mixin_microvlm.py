@@ -23,9 +23,11 @@ from .configuration_microvlm import require
 from .memory_microvlm import (
     EpisodicMemory,
     MemoryContentEncoder,
+    MemoryCopy,
     MemoryProjection,
     MemoryQuery,
     MemoryReadout,
+    MemoryWords,
     in_float32,
     scope_threshold,
 )
@@ -51,14 +53,19 @@ def init_memory_weights(module: nn.Module, std: float) -> None:
         for linear in (module.key_encoder.image_skip, module.key_encoder.image_fc1):
             init.xavier_uniform_(linear.weight)
     elif isinstance(module, MemoryContentEncoder):
-        S, L = module.position_bias.shape
-        init.normal_(module.slot_queries, std=std)
-        distance = (torch.arange(S).view(-1, 1) - torch.arange(L)).abs().clamp(max=1)  # (S, L)
-        init.copy_(module.position_bias, -6.0 * distance)
+        if module.slot_queries is not None:
+            S, L = module.position_bias.shape
+            init.normal_(module.slot_queries, std=std)
+            distance = (torch.arange(S).view(-1, 1) - torch.arange(L)).abs().clamp(max=1)  # (S, L)
+            init.copy_(module.position_bias, -6.0 * distance)
         init.copy_(module.v_proj.weight, torch.eye(*module.v_proj.weight.shape))
     elif isinstance(module, MemoryProjection):
         init.normal_(module.token_bias, std=0.2)
         init.xavier_uniform_(module.up.weight)
+    elif isinstance(module, MemoryCopy):
+        init.normal_(module.place, std=0.5)
+        init.constant_(module.log_sharpness, 3.0)
+        init.zeros_(module.gate.weight)
     elif isinstance(module, nn.LSTM):
         for parameter in module.parameters():
             init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
@@ -185,17 +192,32 @@ class MemoryReader:
         scope = in_float32(self.scope, query.keys, read.statistics.flatten(0, 1))  # (B,)
         log_gate = self._log_gate(memory, query, scope, gate)
         content = read.content.flatten(0, 1)  # (B, S x C)
+        content_slots = content.view(len(scope), self.config.memory_config.num_content_slots, -1)
         with present(self.memory):
             return MemoryReadout(
                 key_values=self.memory_projection(content.to(self.memory_projection.token_bias.dtype)),
                 layers=self.config.full_attention_layers,
                 log_gate=log_gate,
                 scope_logits=scope,
-                content=content.view(len(scope), self.config.memory_config.num_content_slots, -1),
+                content=content_slots,
+                words=None if self.memory_copy is None else self._words(content_slots, log_gate),
                 address=addresses.flatten(0, 1),
                 memory_kl=memory.kl().mean().float().to(scope.device) if kl else None,
                 address_kl=address_kl(addresses, self.memory.address_log_variance.float()).mean() if kl else None,
             )
+
+    def _words(self, content: torch.Tensor, log_gate: torch.Tensor) -> MemoryWords:
+        """Find the tokens that contents (B, S, C) say among the whole vocabulary."""
+        embeddings, encoder = self.get_input_embeddings(), self.memory.content_encoder
+
+        def values() -> torch.Tensor:
+            vocabulary = torch.arange(self.config.text_config.vocab_size, device=content.device)
+            return self.memory.words(embeddings(vocabulary))
+
+        if torch.is_grad_enabled():
+            return self.memory_copy.words(content, values(), log_gate)
+        made_of = (*embeddings.parameters(), *embeddings.buffers(), *encoder.parameters(), *encoder.buffers())
+        return self.memory_copy.words(content, self._vocabulary.get(made_of, values), log_gate)
 
     def _log_gate(self, memory: MemoryState, query: MemoryQuery, scope: torch.Tensor, gate) -> torch.Tensor:
         """Log of the gate (B,), from 0 for on to -inf for off; scope logits (B,)."""

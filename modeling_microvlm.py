@@ -34,7 +34,7 @@ from .configuration_microvlm import MicroVLMAdapterConfig, MicroVLMConfig, namin
 from .decoder_microvlm import PackedDecoder
 from .generation_microvlm import MicroVLMGenerationMixin
 from .llvm_microvlm import BUILDING
-from .memory_microvlm import EpisodicMemory, MemoryProjection, MemoryReadout, ScopeNet
+from .memory_microvlm import EpisodicMemory, MemoryCopy, MemoryProjection, MemoryReadout, ScopeNet, in_float32
 from .memory_mixin_microvlm import (
     MemoryMixin,
     MemoryReader,
@@ -51,7 +51,7 @@ from .outputs_microvlm import (
     MicroVLMImageFeatures,
     MicroVLMModelOutputWithPast,
 )
-from .quantization_microvlm import PackedEmbedding, PackedWeight, present, register_quantizer, replace_with_ternary
+from .quantization_microvlm import Derived, PackedEmbedding, PackedWeight, present, register_quantizer, replace_with_ternary
 
 # What `forward` hands on to the language model and the loss. With transformers' own attention and caches any other name
 # is a mistake, and is refused; a paged cache, and the attention of vLLM or SGLang, take names of their own.
@@ -240,7 +240,8 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         check_parts(self)
         # the shared space, the memory
         self.alignment = MicroVLMAlignment(hidden_size, alignment.projection_size)
-        self.fusion = self.memory = self.memory_projection = self.scope = None
+        self.fusion = self.memory = self.memory_projection = self.memory_copy = self.scope = None
+        self._vocabulary = Derived()
         if config.use_fusion:
             heads = alignment.fusion_num_attention_heads
             self.fusion = MicroVLMFusion(hidden_size, alignment.fusion_num_layers, heads)
@@ -251,6 +252,8 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
             self.memory = EpisodicMemory(config.memory_config, vision_width, hidden_size, text.vocab_size)
             layers = len(config.full_attention_layers)
             self.memory_projection = MemoryProjection(config.memory_config, layers, kv_heads, head_dim)
+            if config.memory_config.copy_size:
+                self.memory_copy = MemoryCopy(config.memory_config, hidden_size)
             self.scope = ScopeNet(config.memory_config)
         # layers that train for packing
         if config.qat_config.ternary_modules:
@@ -469,7 +472,9 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_decoder"}  # a copy makes its own
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_decoder", "_vocabulary")
+        }  # a copy makes its own
 
 
 class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, MicroVLMPreTrainedModel):
@@ -564,8 +569,12 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             return_dict=True,
             **kwargs,
         )
-        # logits, loss and the shared space
+        # logits, with what the memory says; loss and the shared space
         logits, loss, alignment = self.logits(outputs.last_hidden_state, logits_to_keep), None, {}
+        words = getattr(one_cache(past_key_values, cache) if memory_readout is None else memory_readout, "words", None)
+        if words is not None:
+            hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            logits = in_float32(self.model.memory_copy, hidden, logits, *vars(words).values())
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
             loss = self.model.reaching_all(loss)
