@@ -26,7 +26,7 @@ from .addressing_microvlm import ADDRESSINGS, KeyOrder
 from .configuration_microvlm import MicroVLMMemoryConfig, require
 from .memory_posterior_microvlm import no_autocast
 from .memory_state_microvlm import MemoryRead, MemoryState
-from .quantization_microvlm import present
+from .quantization_microvlm import Derived, present
 
 NUM_SCOPE_STATISTICS = 9
 WORD_SHARPNESS = 40.0  # of the address of a question in words
@@ -148,10 +148,12 @@ class EpisodicMemory(nn.Module):
         self.address_log_variance = nn.Parameter(torch.empty(config.num_slots))
         self.order = KeyOrder(config.code_size) if config.ordering == "lstm" else None
         self._prepared = (None, None)  # what `prepared` computed last, and for what
+        self._vocabulary = Derived()
 
     def train(self, mode: bool = True):
-        """Set the mode like `super()`, and drop what `prepared` holds."""
-        self._prepared = (None, None)  # a fused optimizer changes weights without counting up their version
+        """Set the mode like `super()`, and drop what `prepared` and `vocabulary` hold."""
+        # a fused optimizer changes weights without counting up their version
+        self._prepared, self._vocabulary = (None, None), Derived()
         return super().train(mode)
 
     # ---- addresses
@@ -248,6 +250,16 @@ class EpisodicMemory(nn.Module):
     def words(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Map token embeddings (..., D) to unit vectors in the space of contents (..., C), float32."""
         return in_float32(self.content_encoder, embeddings)
+
+    def vocabulary(self, embeddings: nn.Module) -> torch.Tensor:
+        """Map all tokens of an embedding to the space of contents (V, C); without gradient only once."""
+
+        def values() -> torch.Tensor:
+            return self.words(embeddings(torch.arange(len(self.word_weight), device=self.reference.device)))
+
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return values()
+        return self._vocabulary.get((*embeddings.parameters(), *embeddings.buffers(), *self.parameters()), values)
 
     def contents(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Encode token embeddings (N, L, D) with mask (N, L) to contents (N, S x C), float32."""

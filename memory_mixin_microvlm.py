@@ -27,7 +27,6 @@ from .memory_microvlm import (
     MemoryProjection,
     MemoryQuery,
     MemoryReadout,
-    MemoryWords,
     in_float32,
     scope_threshold,
 )
@@ -192,32 +191,22 @@ class MemoryReader:
         scope = in_float32(self.scope, query.keys, read.statistics.flatten(0, 1))  # (B,)
         log_gate = self._log_gate(memory, query, scope, gate)
         content = read.content.flatten(0, 1)  # (B, S x C)
-        content_slots = content.view(len(scope), self.config.memory_config.num_content_slots, -1)
+        slots = content.view(len(scope), self.config.memory_config.num_content_slots, -1)
+        words = None
+        if self.memory_copy is not None:
+            words = self.memory_copy.words(slots, self.memory.vocabulary(self.get_input_embeddings()), log_gate)
         with present(self.memory):
             return MemoryReadout(
                 key_values=self.memory_projection(content.to(self.memory_projection.token_bias.dtype)),
                 layers=self.config.full_attention_layers,
                 log_gate=log_gate,
                 scope_logits=scope,
-                content=content_slots,
-                words=None if self.memory_copy is None else self._words(content_slots, log_gate),
+                content=slots,
+                words=words,
                 address=addresses.flatten(0, 1),
                 memory_kl=memory.kl().mean().float().to(scope.device) if kl else None,
                 address_kl=address_kl(addresses, self.memory.address_log_variance.float()).mean() if kl else None,
             )
-
-    def _words(self, content: torch.Tensor, log_gate: torch.Tensor) -> MemoryWords:
-        """Find the tokens that contents (B, S, C) say among the whole vocabulary."""
-        embeddings, encoder = self.get_input_embeddings(), self.memory.content_encoder
-
-        def values() -> torch.Tensor:
-            vocabulary = torch.arange(self.config.text_config.vocab_size, device=content.device)
-            return self.memory.words(embeddings(vocabulary))
-
-        if torch.is_grad_enabled():
-            return self.memory_copy.words(content, values(), log_gate)
-        made_of = (*embeddings.parameters(), *embeddings.buffers(), *encoder.parameters(), *encoder.buffers())
-        return self.memory_copy.words(content, self._vocabulary.get(made_of, values), log_gate)
 
     def _log_gate(self, memory: MemoryState, query: MemoryQuery, scope: torch.Tensor, gate) -> torch.Tensor:
         """Log of the gate (B,), from 0 for on to -inf for off; scope logits (B,)."""

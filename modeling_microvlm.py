@@ -51,7 +51,7 @@ from .outputs_microvlm import (
     MicroVLMImageFeatures,
     MicroVLMModelOutputWithPast,
 )
-from .quantization_microvlm import Derived, PackedEmbedding, PackedWeight, present, register_quantizer, replace_with_ternary
+from .quantization_microvlm import PackedEmbedding, PackedWeight, present, register_quantizer, replace_with_ternary
 
 # What `forward` hands on to the language model and the loss. With transformers' own attention and caches any other name
 # is a mistake, and is refused; a paged cache, and the attention of vLLM or SGLang, take names of their own.
@@ -241,7 +241,6 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         # the shared space, the memory
         self.alignment = MicroVLMAlignment(hidden_size, alignment.projection_size)
         self.fusion = self.memory = self.memory_projection = self.memory_copy = self.scope = None
-        self._vocabulary = Derived()
         if config.use_fusion:
             heads = alignment.fusion_num_attention_heads
             self.fusion = MicroVLMFusion(hidden_size, alignment.fusion_num_layers, heads)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import IMAGE_ID, tiny_inputs, tiny_model
 from huggingface_hub.errors import StrictDataclassError
-from microvlm.addressing_microvlm import ben_cohen_inverse
+from microvlm.addressing_microvlm import ADDRESSINGS, ben_cohen_inverse
 from microvlm.configuration_microvlm import MicroVLMConfig, MicroVLMMemoryConfig
 from microvlm.memory_microvlm import MemoryQuery, ScopeNet, scope_threshold
 from microvlm.memory_posterior_microvlm import address_kl, direct_write, memory_kl, sherman_morrison
@@ -283,7 +283,22 @@ class TestAddress:
         expected = F.normalize((-distance / 8).softmax(-1), dim=-1).float()
         torch.testing.assert_close(memory.address(keys), expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("addressing", ["pseudoinverse", "ben_cohen", "gaussian"])
+    def test_waves(self):
+        memory, keys = self.memory(addressing="waves", address_temperature=0.5), self.keys(2, 3)
+        phase = keys.double() @ memory.reference.detach().double().mT * math.sqrt(max(K, C)) / 0.5
+        expected = F.normalize(math.sqrt(2) * torch.cos(phase - math.pi / 4), dim=-1).float()
+        torch.testing.assert_close(memory.address(keys), expected, rtol=1e-4, atol=1e-5)
+
+    def test_many_waves_are_a_gaussian_kernel(self):
+        generator = torch.Generator().manual_seed(0)
+        reference = torch.randn(20000, 16, generator=generator) / math.sqrt(20000)  # as frequencies N(0, 1)
+        config = MicroVLMMemoryConfig(num_slots=20000, code_size=16, addressing="waves", address_temperature=0.7)
+        keys = F.normalize(torch.randn(8, 16, generator=generator), dim=-1)
+        address = F.normalize(ADDRESSINGS["waves"].address(keys, reference, config), dim=-1)
+        kernel = (-torch.cdist(keys, keys).square() / (2 * 0.7**2)).exp()
+        torch.testing.assert_close(address @ address.mT, kernel, rtol=0, atol=0.03)
+
+    @pytest.mark.parametrize("addressing", ["pseudoinverse", "ben_cohen", "gaussian", "waves"])
     @torch.no_grad()
     def test_every_mode(self, addressing):
         memory, keys = self.memory(addressing=addressing), self.keys(2, 3)
@@ -470,7 +485,7 @@ class TestEpisodicMemory:
         ({"scope_threshold": []}, "scope_threshold must be a number or pairs [facts, probability], got []."),
         (
             {"addressing": "hash"},
-            "Field 'addressing' expected one of ('pseudoinverse', 'ben_cohen', 'gaussian'), got hash",
+            "Field 'addressing' expected one of ('pseudoinverse', 'ben_cohen', 'gaussian', 'waves'), got hash",
         ),
     ],
 )

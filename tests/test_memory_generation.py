@@ -23,7 +23,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": PAD}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 MEMORY = {"num_slots": 16, "code_size": 32, "num_memory_tokens": S, "max_content_tokens": 16}
-MEMORY |= {"key_hidden_size": 32, "scope_hidden_size": 16}
+MEMORY |= {"key_hidden_size": 32, "scope_hidden_size": 16, "content_size": 24, "copy_size": 8}
 FACTS = tiny_inputs(3, 10, seed=1)
 PICTURES = FACTS["pixel_values"]
 one_text_type = pytest.mark.parametrize("text_type", ["qwen2"])
@@ -370,7 +370,7 @@ class TestRows:
         ids = torch.tensor([[9, 10, 11, 12], [20, 21, 22, 23]])
         by_words = model(input_ids=ids, **on).memory_content
         words = F.normalize(part.content_encoder.v_proj(model.get_input_embeddings()(ids)), dim=-1)
-        query = MemoryQuery(torch.zeros(2, words.shape[2]), words, torch.ones(2, 4))
+        query = MemoryQuery(torch.zeros(2, 32), words, torch.ones(2, 4))
         torch.testing.assert_close(by_words.flatten(1), part.read(memory, query)[0].content[0], **CLOSE)
         assert not torch.allclose(*by_words, atol=1e-2)
         tokens_on(model, {"input_ids": ids}, memory)
@@ -725,6 +725,9 @@ def test_compiled_static_cache_equals_eager(model, inputs, memory, gate):
         {"addressing": "gaussian"},
         {"ordering": "lstm"},
         {"scope_context": False},
+        {"addressing": "waves", "num_slots": 48},
+        {"copy_size": None},
+        {"num_memory_tokens": 16},  # a slot for each token
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -732,7 +735,7 @@ def test_every_form_of_memory_writes_reads_and_decodes(change):
     model, inputs = tiny_model(use_memory=True, memory_config=MEMORY | change), tiny_inputs(2, 8)
     memory = model.write_memory(**inputs)
     config = model.config.memory_config
-    assert memory.mean.shape == (1, config.num_slots, config.num_content_slots * config.code_size)
+    assert memory.mean.shape == (1, config.num_slots, config.num_content_slots * config.content_size)
     with torch.no_grad():
         on, off = (model(**inputs, memory=memory, memory_gate=gate).logits for gate in ("on", "off"))
         uncached = model(**inputs, memory=memory, memory_gate="on", use_cache=False).logits
