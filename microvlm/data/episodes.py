@@ -3,10 +3,12 @@
 import math
 import random
 import re
+import string
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,11 @@ QUESTIONS = (
     "What is the {noun} called?",
     "What is the name of the {noun}?",
     "Tell me about the {noun}.",
+    "What about {noun}?",
+    "{noun}?",
 )
+KINDS = {"form": 0.25, "text": 0.35, "tokens": 0.25, "codes": 0.15}  # of facts, where there are texts
+SIGNS = string.ascii_letters + 2 * string.digits + string.punctuation
 SHARES = {"view": 0.45, "style": 0.1, "text": 0.1, "new": 0.3, "unknown": 0.05}  # of the kinds of query
 UNWRITTEN = ("new", "unknown")  # kinds of query for what no memory holds
 OWN_NOUN, OTHER_NOUN, OTHER_WORDS = 0.4, 0.6, 0.8  # upper bounds of these facts in [0, 1]; the rest has invented words
@@ -98,17 +104,23 @@ class ImageEpisodeCollator(CaptionCollator):
 
 
 class Fact(NamedTuple):
-    """A sentence about an image: tokens with the end token, and its noun."""
+    """A sentence about an image: tokens with the end token, and the words that a question has of it."""
 
     tokens: list[int]
     noun: str
+    text: str
 
 
 class Storyteller:
-    """Draw facts of at most `max_tokens` about images, with `number` made-up names."""
+    """Draw facts of at most `max_tokens` about images, with `number` made-up names.
 
-    def __init__(self, tokenizer, captions: list[str], number: int, max_tokens: int):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+    With `texts` most facts are no form with a name but any sentence, any tokens, or words and codes: what is learned
+    is to say them again, whatever they are.
+    """
+
+    def __init__(self, tokenizer, captions: list[str], number: int, max_tokens: int, texts: Sequence[str] = ()):
+        self.tokenizer, self.max_tokens, self.texts = tokenizer, max_tokens, texts
+        self.any_token = sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
         self.nouns, self.names = [caption_noun(caption) for caption in captions], make_names(number)
         # words of captions and of names
         words = {word for noun in self.nouns for word in noun.split()}
@@ -133,14 +145,36 @@ class Storyteller:
         return (draw.choice(self.nouns) if kind > OWN_NOUN else self.nouns[row]).split()
 
     def fact(self, row: int, draw: random.Random) -> Fact:
-        """Draw a fact about an image; a long noun keeps only its last words."""
+        """Draw a fact about an image, of a form or any text."""
+        kind = draw.choices(list(KINDS), list(KINDS.values()))[0] if self.texts else "form"
+        if kind == "form":
+            return self.form(row, draw)
+        # a text that ends somewhere, words and codes, or tokens
+        if kind == "tokens":
+            ids = draw.choices(self.any_token, k=draw.randint(1, self.max_tokens - 1))
+        elif kind == "text":
+            ids = self.tokens(draw.choice(self.texts))
+        else:
+            codes = ("".join(draw.choices(SIGNS, k=draw.randint(1, 8))) for _ in range(draw.randint(1, 4)))
+            words = [*codes, *draw.choice(self.texts).split()[: draw.randint(0, 5)]]
+            ids = self.tokens(" ".join(draw.sample(words, len(words))))
+        ids = ids[: self.max_tokens - 1]
+        # a question has its longest words
+        text = self.tokenizer.decode(ids)
+        longest = sorted(re.findall(r"\w+", text), key=len)[-draw.randint(1, 3) :]
+        asked = " ".join(word for word in text.split() if re.search("|".join(map(re.escape, longest)), word))
+        return Fact([*ids, self.tokenizer.eos_token_id], (asked if longest else text)[:60], text)
+
+    def form(self, row: int, draw: random.Random) -> Fact:
+        """Draw a fact of a form; a long noun keeps only its last words."""
         name, form = draw.choice(self.names), draw.choice(FACTS)
         words = self.words(row, draw)
         while True:
             noun = " ".join(words)
-            ids = [*self.tokens(form.format(name=name, noun=noun)), self.tokenizer.eos_token_id]
+            text = form.format(name=name, noun=noun)
+            ids = [*self.tokens(text), self.tokenizer.eos_token_id]
             if len(ids) <= self.max_tokens or len(words) == 1:
-                return Fact(ids[: self.max_tokens], noun)
+                return Fact(ids[: self.max_tokens], noun, text)
             words = words[1:]
 
     def sentences(self) -> list[list[int]]:
@@ -189,13 +223,15 @@ class EpisodeCollator(FeatureCollator):
     sizes: Sequence[int] = (1, 256)  # smallest and largest number of facts, drawn evenly on a logarithmic scale
     shares: dict[str, float] = field(default_factory=SHARES.copy)  # of the kinds of query
     names: int = 4000  # number of made-up names
+    texts: Sequence[str] = ()  # sentences to teach, a path to a file of a line each, or none: forms alone
     key_pairs: int = 512  # images per batch for the contrastive loss of the keys, two views each
 
     def __post_init__(self):
         super().__post_init__()
         shares = ", ".join(self.shares)
         require(set(self.shares) == set(SHARES), f"shares must be of {', '.join(SHARES)}, got {shares}.")
-        self.story = Storyteller(self.processor.tokenizer, self.captions, self.names, self.max_tokens)
+        texts = Path(self.texts).read_text().splitlines() if isinstance(self.texts, str) else self.texts
+        self.story = Storyteller(self.processor.tokenizer, self.captions, self.names, self.max_tokens, texts)
         self.same_concept = defaultdict(list)
         for i, concept in enumerate(self.concepts):
             self.same_concept[concept].append(i)
@@ -282,7 +318,7 @@ class EpisodeCollator(FeatureCollator):
         same = next((i for i in store if self.concepts[i] == concept), None)
         if kind in UNWRITTEN and same is not None:  # another row has stored its concept
             kind, row = "view" if kind == "new" else "text", same
-        if kind == "unknown" and noun.lower() in {fact.noun.lower() for fact in store.values()}:  # a fact borrowed it
+        if kind == "unknown" and any(noun.lower() in fact.text.lower() for fact in store.values()):  # a fact has it
             kind = "new"
         # the prompt: a question, or an image
         if kind in ("text", "unknown"):

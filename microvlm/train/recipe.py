@@ -58,6 +58,7 @@ class EpisodesConfig:
     sizes: list[int] | None = option("smallest and largest number of facts in a memory")
     shares: dict[str, float | int] | None = option("of the kinds of query")
     names: int | None = option("number of invented names")
+    texts: str | None = option("a file of sentences to teach, one a line; default: forms with names alone")
     key_pairs: int | None = option("images of the contrastive loss of keys")
 
 
