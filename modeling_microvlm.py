@@ -471,9 +471,7 @@ class MicroVLMModel(AlignmentMixin, MemoryReader, MicroVLMPreTrainedModel):
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        return {
-            key: value for key, value in self.__dict__.items() if key not in ("_decoder", "_vocabulary")
-        }  # a copy makes its own
+        return {key: value for key, value in self.__dict__.items() if key != "_decoder"}  # a copy makes its own
 
 
 class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, MicroVLMPreTrainedModel):
