@@ -110,7 +110,8 @@ def main() -> None:
             print(rows[-1], file=sys.stderr, flush=True)
     print(f"Share right in {options.draws} draws (most that two differ), {Path(options.data).name}\n")
     print(markdown_table(["facts are", "facts", *WAYS, "wrong, most of the three"], rows))
-    by_kind = [[k, n, kinds[k.removesuffix(", asked")] / n] for k, n in kinds.items() if k.endswith(", asked")]
+    asked = {k.removesuffix(", asked"): n for k, n in kinds.items() if k.endswith(", asked")}
+    by_kind = [[k, n, kinds[k] / n] for k, n in asked.items()]
     print(f"\nBy kind, {sizes[0]} fact, same image\n")
     print(markdown_table(["kind", "asked", "right"], by_kind))
 
