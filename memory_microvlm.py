@@ -369,12 +369,18 @@ class MemoryProjection(nn.Module):
 
 @dataclass
 class MemoryWords:
-    """What the slots of B read-outs say: their contents, and the tokens nearest to each with their probabilities."""
+    """What the slots of B read-outs say: their contents, and the tokens nearest to each."""
 
     content: torch.Tensor  # (B, S, C)
     tokens: torch.LongTensor  # (B, S, NEAREST)
-    log_probs: torch.Tensor  # (B, S, NEAREST)
-    log_gate: torch.Tensor  # as of `MemoryReadout`, (B,)
+    cosines: torch.Tensor  # (B, S, NEAREST)
+
+    @classmethod
+    def of(cls, content: torch.Tensor, values: torch.Tensor) -> "MemoryWords":
+        """Find the tokens nearest to contents (B, S, C); values (V, C) of all tokens."""
+        with no_autocast(content):
+            cosines, tokens = (F.normalize(content, dim=-1) @ values.mT).topk(NEAREST, dim=-1)
+        return cls(content, tokens, cosines)
 
     def map(self, function) -> "MemoryWords":
         return MemoryWords(**{name: function(value) for name, value in vars(self).items()})
@@ -398,17 +404,13 @@ class MemoryCopy(nn.Module):
         self.gate = nn.Linear(hidden_size, 1)
         self.log_sharpness = nn.Parameter(torch.empty(1))  # of p_s
 
-    def words(self, content: torch.Tensor, values: torch.Tensor, log_gate: torch.Tensor) -> MemoryWords:
-        """Find the tokens that contents (B, S, C) say; values (V, C) of all tokens."""
-        cosines, tokens = (F.normalize(content, dim=-1) @ values.mT).topk(NEAREST, dim=-1)
-        return MemoryWords(content, tokens, (cosines * self.log_sharpness.exp()).log_softmax(-1), log_gate)
-
-    def forward(self, hidden, logits, content, tokens, log_probs, log_gate) -> torch.Tensor:
+    def forward(self, hidden, logits, log_gate, content, tokens, cosines) -> torch.Tensor:
         """Mix logits (B, T, V) of states (B, T, D) with `MemoryWords`; rows whose gate is off keep theirs."""
         # which slot
         place = self.previous(F.pad(content, (0, 0, 1, 0))[:, :-1]) + self.place  # (B, S, width)
         pointer = (self.query(hidden) @ place.mT / math.sqrt(place.shape[-1])).log_softmax(-1)  # (B, T, S)
         # its tokens
+        log_probs = (cosines * self.log_sharpness.exp()).log_softmax(-1)  # (B, S, NEAREST)
         log_probs = (pointer.unsqueeze(-1) + log_probs.unsqueeze(1)).flatten(2)  # (B, T, S x NEAREST)
         tokens = tokens.flatten(1).unsqueeze(1).expand_as(log_probs)
         copied = torch.zeros_like(logits).scatter_add(-1, tokens, log_probs.exp())

@@ -27,6 +27,7 @@ from .memory_microvlm import (
     MemoryProjection,
     MemoryQuery,
     MemoryReadout,
+    MemoryWords,
     in_float32,
     scope_threshold,
 )
@@ -194,7 +195,7 @@ class MemoryReader:
         slots = content.view(len(scope), self.config.memory_config.num_content_slots, -1)
         words = None
         if self.memory_copy is not None:
-            words = self.memory_copy.words(slots, self.memory.vocabulary(self.get_input_embeddings()), log_gate)
+            words = MemoryWords.of(slots, self.memory.vocabulary(self.get_input_embeddings()))
         with present(self.memory):
             return MemoryReadout(
                 key_values=self.memory_projection(content.to(self.memory_projection.token_bias.dtype)),

@@ -554,6 +554,7 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
         if return_alignment == "only":
             return self._align_only(input_ids, pixel_values, mm_encoder_outputs, labels, attention_mask, use_fusion)
         # one pass of the language model
+        cache = one_cache(past_key_values, cache)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -562,16 +563,16 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             memory_readout=memory_readout,
-            **{CACHE_NAME: one_cache(past_key_values, cache)},
+            **{CACHE_NAME: cache},
             return_dict=True,
             **kwargs,
         )
-        # logits, with what the memory says; loss and the shared space
-        logits, loss, alignment = self.logits(outputs.last_hidden_state, logits_to_keep), None, {}
-        words = getattr(one_cache(past_key_values, cache) if memory_readout is None else memory_readout, "words", None)
-        if words is not None:
-            hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-            logits = in_float32(self.model.memory_copy, hidden, logits, *vars(words).values())
+        # logits, loss and the shared space
+        logits, loss, alignment = (
+            self.logits(outputs.last_hidden_state, logits_to_keep, memory_readout or cache),
+            None,
+            {},
+        )
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
             loss = self.model.reaching_all(loss)
@@ -583,15 +584,25 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             loss=loss, logits=logits, **rest, **alignment, **memory_outputs(memory_readout)
         )
 
-    def logits(self, hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor = 0) -> torch.FloatTensor:
-        """Compute logits (B, T or logits_to_keep, V) of hidden states (B, T, D) of the language model."""
+    def logits(
+        self,
+        hidden_states: torch.FloatTensor,
+        logits_to_keep: int | torch.Tensor = 0,
+        read: MemoryReadout | Cache | None = None,
+    ) -> torch.FloatTensor:
+        """Compute logits (B, T or logits_to_keep, V) of hidden states (B, T, D), mixed with words that were read."""
         # contiguous: a slice goes through a batched product, five times slower into a large vocabulary on a CPU
         hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep).contiguous()
+        states = hidden_states
         if isinstance(self.lm_head, nn.Linear):
-            hidden_states = hidden_states.to(self.lm_head.weight.dtype)  # a packed decoder gives float32
+            states = states.to(self.lm_head.weight.dtype)  # a packed decoder gives float32
         if self.scales_logits:
-            return DecodedText(self.config.text_config, hidden_states, self.lm_head).logits()
-        return self.lm_head(hidden_states)
+            logits = DecodedText(self.config.text_config, states, self.lm_head).logits()
+        else:
+            logits = self.lm_head(states)
+        if (words := getattr(read, "words", None)) is None:
+            return logits
+        return in_float32(self.model.memory_copy, hidden_states, logits, read.log_gate, *vars(words).values())
 
     def _align_only(self, input_ids, pixel_values, mm_encoder_outputs, labels, attention_mask, use_fusion):
         """Align images and texts without running the language model."""

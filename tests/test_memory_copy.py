@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from conftest import VOCAB, tiny_inputs, tiny_model
 from microvlm.configuration_microvlm import MicroVLMMemoryConfig
-from microvlm.memory_microvlm import NEAREST, MemoryContentEncoder, MemoryCopy
+from microvlm.memory_microvlm import NEAREST, MemoryContentEncoder, MemoryCopy, MemoryWords
 
 S, C, D, V = 5, 6, 8, 40
 CONFIG = MicroVLMMemoryConfig(num_memory_tokens=S, max_content_tokens=S, code_size=16, content_size=C, copy_size=4)
@@ -26,8 +26,8 @@ def pointer() -> MemoryCopy:
 def test_against_float64():
     copy, hidden, logits = pointer(), randn(2, 3, D), randn(2, 3, V, seed=1)
     content, values = randn(2, S, C, seed=2), F.normalize(randn(V, C, seed=3), dim=-1)
-    words = copy.words(content, values, torch.tensor([0.5, 1.0]).log())
-    got = copy(hidden, logits, *vars(words).values())
+    words = MemoryWords.of(content, values)
+    got = copy(hidden, logits, torch.tensor([0.5, 1.0]).log(), *vars(words).values())
     # every step by hand, one row and position at a time
     own = {name: p.double() for name, p in copy.named_parameters()}
     for b in range(2):
@@ -48,8 +48,8 @@ def test_against_float64():
 @torch.no_grad()
 def test_a_row_that_is_off_keeps_its_logits():
     copy, logits = pointer(), randn(2, 3, V)
-    words = copy.words(randn(2, S, C), F.normalize(randn(V, C), dim=-1), torch.tensor([0.0, -torch.inf]))
-    got = copy(randn(2, 3, D), logits, *vars(words).values())
+    words = MemoryWords.of(randn(2, S, C), F.normalize(randn(V, C), dim=-1))
+    got = copy(randn(2, 3, D), logits, torch.tensor([0.0, -torch.inf]), *vars(words).values())
     assert got[1].equal(logits[1]) and not got[0].equal(logits[0])
 
 
@@ -88,6 +88,18 @@ def test_the_vocabulary_is_mapped_once_and_again_after_a_change():
         changed = memory.vocabulary(embeddings)
     assert (changed != kept).any(1).nonzero().flatten().tolist() == [3]
     assert memory.vocabulary(embeddings).requires_grad
+
+
+@torch.no_grad()
+def test_a_gate_that_is_changed_after_the_read_counts():
+    model, inputs = tiny_model(use_memory=True, memory_config=SLOTS).eval(), tiny_inputs(2, 12)
+    image = model.model.encode_images(inputs["pixel_values"])
+    readout = model.ask_memory(model.write_memory(**inputs), "on", inputs["input_ids"], None, image)
+    plain, on = model(**inputs).logits, model(**inputs, memory_readout=readout, use_cache=False).logits
+    readout.log_gate = torch.tensor([0.0, -torch.inf])
+    got = model(**inputs, memory_readout=readout, use_cache=False).logits
+    torch.testing.assert_close(got[0], on[0])
+    torch.testing.assert_close(got[1], plain[1])
 
 
 def test_gradients_reach_all_of_it():
