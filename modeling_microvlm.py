@@ -568,11 +568,8 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             **kwargs,
         )
         # logits, loss and the shared space
-        logits, loss, alignment = (
-            self.logits(outputs.last_hidden_state, logits_to_keep, memory_readout or cache),
-            None,
-            {},
-        )
+        logits = self.logits(outputs.last_hidden_state, logits_to_keep, memory_readout or cache)
+        loss, alignment = None, {}
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
             loss = self.model.reaching_all(loss)
@@ -580,9 +577,8 @@ class MicroVLMForConditionalGeneration(MemoryMixin, MicroVLMGenerationMixin, Mic
             prefix = outputs.image_hidden_states
             alignment = self.model.get_alignment(input_ids, prefix, labels, attention_mask, use_fusion)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return MicroVLMCausalLMOutputWithPast(
-            loss=loss, logits=logits, **rest, **alignment, **memory_outputs(memory_readout)
-        )
+        rest |= alignment | memory_outputs(memory_readout)
+        return MicroVLMCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     def logits(
         self,

@@ -34,9 +34,8 @@ QUESTIONS = (
     "What is the {noun} called?",
     "What is the name of the {noun}?",
     "Tell me about the {noun}.",
-    "What about {noun}?",
-    "{noun}?",
 )
+TEXT_QUESTIONS = (*QUESTIONS, "What about {noun}?", "{noun}?")  # where facts are any text
 KINDS = {"form": 0.25, "text": 0.35, "tokens": 0.25, "codes": 0.15}  # of facts, where there are texts
 SIGNS = string.ascii_letters + 2 * string.digits + string.punctuation
 SHARES = {"view": 0.45, "style": 0.1, "text": 0.1, "new": 0.3, "unknown": 0.05}  # of the kinds of query
@@ -322,7 +321,9 @@ class EpisodeCollator(FeatureCollator):
             kind = "new"
         # the prompt: a question, or an image
         if kind in ("text", "unknown"):
-            question = draw.choice(QUESTIONS).format(noun=store[row].noun if kind == "text" else noun)
+            question = draw.choice(TEXT_QUESTIONS if self.story.texts else QUESTIONS).format(
+                noun=store[row].noun if kind == "text" else noun
+            )
             prompt, image = [self.prompt_ids[0], *self.story.tokens(question), self.prompt_ids[-1]], None
         else:
             others = [i for i in self.same_concept[concept] if i != row and i not in store] if kind == "style" else []
