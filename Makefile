@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow contract compat release lint bench clean
+.PHONY: demo test test-slow contract compat nano release lint bench clean
 
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
@@ -36,6 +36,10 @@ contract: $(VENV)/.test  ## transformers' own test mixins on this model; TRANSFO
 
 compat: $(VENV)/.test  ## the fast tests with the lowest and the newest supported transformers, where they differ from the installed
 	$(PY) tools/compat.py
+
+nano: $(VENV)/.ready  ## the shipped model from nothing, in recipes/nano/README.md's hours; goes on where it was stopped
+	$(PY) -m pip install --quiet --editable ".[train,pictures]"
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/nano/run.sh
 
 release: $(VENV)/.ready  ## what a Hub repo receives, checked and loaded, in dist/microvlm; RELEASE="--tag v1.0.1 ...": more options
 	$(PY) tools/release.py dist/microvlm $(RELEASE)

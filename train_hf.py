@@ -24,7 +24,6 @@ from microvlm.recipes import check_types, read_recipe
 from microvlm.train import distill_vision, pretrain_text
 from microvlm.train.callbacks import EpochCallback
 from microvlm.train.checkpoints import card_values
-from microvlm.train.curves import plot_curves
 from microvlm.train.data import TrainingData
 from microvlm.train.recipe import Recipe, check_recipe
 from microvlm.train.setup import (
@@ -109,7 +108,7 @@ def train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, name
 
 
 def finish(trainer: MicroVLMTrainer) -> None:
-    """Write log and curves, then save or push the model; exit 143 after SIGTERM."""
+    """Write the log, then save or push the model; exit 143 after SIGTERM."""
     state, collator, clock, output = trainer.state, trainer.data_collator, trainer.clock, Path(trainer.args.output_dir)
     stopped = trainer.guard.stop_agreed and state.global_step < state.max_steps
     if trainer.is_world_process_zero():
@@ -119,9 +118,6 @@ def finish(trainer: MicroVLMTrainer) -> None:
         if clock.total_time:
             print(f"waiting for data: {clock.total_wait / clock.total_time:.1%} of the training time", flush=True)
         write_json(output / "log.json", state.log_history)
-        # a run that ends before its first log has no curves
-        if any({"loss", "eval_loss"} & set(entry) for entry in state.log_history):
-            plot_curves(state.log_history, output / "curves.png")
     if stopped:
         print(f"stopped by SIGTERM at step {state.global_step}: --resume goes on from there", flush=True)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks as soon as one has ended

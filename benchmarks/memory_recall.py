@@ -50,6 +50,7 @@ BY_FACTS = {
     "After forgetting half, augmented views.": HALF,
     "Bytes.": {name: f"bytes.{name}" for name in ("posterior", "receipts", "retrieval")},
 }
+NAMES = ["facts", "asked with", "positive (= recall)", "negative", "mean", "precision", "F1"]
 # three plots: title, and curves: label -> (figure, format of matplotlib)
 PLOTS = {
     "taught name said": {
@@ -129,6 +130,20 @@ def figure(result: dict, path: str) -> float | None:
     return reduce(lambda value, key: (value or {}).get(key), path.split("."), result)
 
 
+def name_scores(recall: float, false_recall: float) -> list[float]:
+    """Score names as one-shot personalisation does.
+
+    There are as many images of the subject as of others. Another stored name counts as not recalled.
+
+    Returns:
+        positive and negative accuracy, their mean (Yo'LLaVA, arXiv 2406.09400); precision and F1, with the recall that
+        positive accuracy is (RAP, arXiv 2410.13360).
+    """
+    precision = recall / (recall + false_recall) if recall else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if recall else 0.0
+    return [recall, 1 - false_recall, (recall + 1 - false_recall) / 2, precision, f1]
+
+
 def report(results: list[dict], times: dict[str, float]) -> str:
     """Write all results as Markdown tables."""
     recall = [
@@ -141,6 +156,13 @@ def report(results: list[dict], times: dict[str, float]) -> str:
     for title, columns in BY_FACTS.items():
         rows = [[r["facts"], *(figure(r, path) for path in columns.values())] for r in results]
         tables[title] = ["facts", *columns], rows
+    scores = [
+        [r["facts"], image, *name_scores(r["seen"][key], r["unrelated"]["false_recall"])]
+        for r in results
+        for image, key in (("augmented view", "view"), ("other style", "style"))
+        if key in r["seen"] and "false_recall" in r["unrelated"]
+    ]
+    tables["Names, as personalisation work counts them; others are unrelated images."] = NAMES, scores
     title = "Milliseconds for one fact (median); all but forgetting encode the image, writing its grey copy too."
     tables[title] = list(times), [list(times.values())]
     return "\n\n".join(f"{title}\n\n{markdown_table(*table)}" for title, table in tables.items())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from microvlm.data.rows import load_rows
+from microvlm.data.rows import load_rows, ordinary_tokens
 from microvlm.evaluate.bench import Bench
 from microvlm.files import ROOT
 from microvlm.model import load
@@ -31,8 +31,8 @@ def read_sets(tokenizer, suffix: str = "") -> dict[str, list[tuple[str, str]]]:
     """Read facts and their kinds: sentences, names, strings of tokens; `suffix`: `_dev` for the sets to choose by."""
     sentences = (FOLDER / f"sentences{suffix}.tsv").read_text().splitlines()
     names = (FOLDER / f"names{suffix}.txt").read_text().splitlines()
-    # numbers stand for the tokens that are no control tokens, in their order
-    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
+    # numbers stand for places in the list of ordinary tokens
+    ordinary = ordinary_tokens(tokenizer)
     rows = [[ordinary[int(n) % len(ordinary)] for n in line.split()] for line in (FOLDER / "tokens.txt").open()]
     return {
         "sentences": [tuple(line.split("\t")) for line in sentences],

@@ -16,7 +16,7 @@ EMBEDDINGS = "language model embeddings"
 LAYERS = "language model layers"
 PARTS = {"vision_tower": "vision tower", "adapter": "adapter", "language_model": LAYERS}  # module of the model -> part
 PARTS |= {"alignment": "alignment", "fusion": "alignment"}
-PARTS |= {"memory": "memory", "memory_projection": "memory", "scope": "memory"}
+PARTS |= {"memory": "memory", "memory_projection": "memory", "memory_copy": "memory", "scope": "memory"}
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -58,7 +58,7 @@ def shapes(model: PreTrainedModel) -> dict[str, str]:
         "tied embeddings": "yes" if config.tie_word_embeddings else "no",
         "shared space": f"(R, {config.alignment_config.projection_size})",
         "reference memory": f"({memory.num_slots}, {memory.code_size})",
-        "memory mean": f"(R, {memory.num_slots}, {memory.num_content_slots} x {memory.code_size})",
+        "memory mean": f"(R, {memory.num_slots}, {memory.num_content_slots} x {memory.content_size})",
         "memory covariance": f"(R, {memory.num_slots}, {memory.num_slots})",
         "memory keys, per layer": f"(B, {text.num_key_value_heads}, {memory.num_memory_tokens}, {head_dim})",
         "memory KV numbers, all layers": f"{kv_numbers:,}",

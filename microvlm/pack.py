@@ -35,7 +35,7 @@ PARTS = (
     ("adapter", r"model\.adapter\."),
     ("decoder layers", r"model\.language_model\.layers\."),
     ("vocabulary", r"model\.language_model\.embed_tokens\.|lm_head\."),
-    ("memory", r"model\.(memory|memory_projection|scope)\."),
+    ("memory", r"model\.(memory|memory_projection|memory_copy|scope)\."),
 )
 
 

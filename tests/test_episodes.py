@@ -434,6 +434,14 @@ def test_the_benchmark_runs_and_counts(tmp_path):
     assert mean(draws) == {"facts": 1, "seen": {"view": 0.75, "style": 0.25}, "in_prompt": None}
 
 
+def test_names_are_scored_as_personalisation_does():
+    """9 of 10 images of the subject get its name, and 1 of 10 others."""
+    assert memory_recall.name_scores(0.9, 0.1) == pytest.approx([0.9, 0.9, 0.9, 9 / 10, 0.9])
+    # 6 right, 2 wrong of 10 and 10
+    assert memory_recall.name_scores(0.6, 0.2) == pytest.approx([0.6, 0.8, 0.7, 6 / 8, 2 * 6 / (2 * 6 + 4 + 2)])
+    assert memory_recall.name_scores(0.0, 0.0) == [0, 1, 0.5, 0, 0]
+
+
 @pytest.fixture
 def shop(tmp_path):
     """A checkpoint with a memory and two pictures."""

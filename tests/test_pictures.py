@@ -219,10 +219,10 @@ def test_flags_are_named_by_countries(packages):
     assert (row["id"], row["caption"], row["concept"]) == ("flags/1f1eb-1f1f7", "The flag of France.", "flag france")
 
 
-def test_a_file_that_cannot_be_drawn_is_left_out(packages, capsys):
+def test_a_file_that_cannot_be_drawn_is_left_out(packages, capfd):
     packages.icons("one", {"dog": shape(1), "house": "<polygon", "lamp": ""})
     assert ids(packages.build()["train"]) == ["one/dog"]
-    assert "one/house cannot be drawn" in capsys.readouterr().out
+    assert "one/house cannot be drawn" in capfd.readouterr().out
 
 
 def test_what_was_drawn_before_a_kill_is_not_drawn_again(packages):

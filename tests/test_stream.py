@@ -241,3 +241,25 @@ def test_picture_episodes(tmp_path):
         assert asks.tolist() == [True] * readable + [False] * (4 - readable)
     with pytest.raises(RuntimeError, match="^none of the 1 rows of a batch can be read"):
         collator(broken[:1])
+
+
+def test_picture_episodes_teach_any_text():
+    """What is stored is what has to be said; a row that nobody stored says its caption."""
+    model, processor = toy_model(), toy_processor()
+    prompt, eos = model.default_prompt(1)[0].tolist(), processor.tokenizer.eos_token_id
+    collator = ImageEpisodeCollator(processor, prompt, size=4, max_tokens=12, texts=["a blue circle", "red"])
+    captions = collator.answers(CAPTIONS)
+    said = []
+    for epoch in range(20):
+        collator.set_epoch(epoch)
+        batch = collator(pairs())
+        for i, known in enumerate(batch["known"].tolist()):
+            answer = batch["labels"][i][batch["labels"][i] != -100].tolist()
+            stored = batch["support_tokens"][i // 4, i % 4]
+            assert answer[-1] == eos and stored[stored >= 0].tolist() == answer[:12]
+            assert (batch["target_tokens"][i].max() >= 0) == known
+            if known:
+                said.append(answer == captions[i])
+            else:
+                assert answer == captions[i]
+    assert len(said) > 40 and 0.1 < sum(said) / len(said) < 0.5  # a quarter

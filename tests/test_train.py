@@ -41,6 +41,7 @@ from microvlm.data.collators import CaptionCollator, FeatureCollator
 from microvlm.data.feature_cache import cache_vision_features
 from microvlm.data.rows import load_rows
 from microvlm.files import locked
+from microvlm.train.data import TrainingData
 from microvlm.train.gradcache import embedded_pairs
 from microvlm.train.losses import Alignment, labelled_logits
 from microvlm.train.recipe import DataConfig, Recipe, load_recipe, to_dict
@@ -48,8 +49,10 @@ from microvlm.train.setup import (
     calibrate_adapter,
     change_config,
     check_patterns,
+    load_model,
     set_trainable,
     trainable_table,
+    training_arguments,
     unquantized_modules,
 )
 from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
@@ -247,7 +250,8 @@ def test_groups_of_similar_length_are_the_same_after_a_resume(tmp_path, monkeypa
         (
             {"data": {"train": "d", "validate": "v"}},
             "unknown key in data: validate. Known: augmentation, episodes, exclude_copyleft, limit, "
-            "max_caption_tokens, max_unreadable_share, revision, stream, train, validation, validation_limit, vision_cache.",
+            "max_caption_tokens, max_unreadable_share, replay, replay_share, revision, stream, train, validation, "
+            "validation_limit, vision_cache.",
         ),
         (
             {"optimizer": "sgd"},
@@ -421,9 +425,9 @@ def test_recipes_of_other_kinds_go_to_their_own_training(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(KINDS["distill"], "main", calls.append)
     path, out = ROOT / "recipes" / "nano" / "vision.yaml", str(tmp_path / "out")
-    main([str(path), "--set", "seed=1", "--set", f"output_dir={out}", "--set", "compile="])
-    recipe = yaml.safe_load(path.read_text()) | {"seed": 1, "output_dir": out, "learning_rate": 8e-4}
-    del recipe["compile"]
+    main([str(path), "--set", "style=0.2", "--set", f"training.output_dir={out}"])
+    recipe = yaml.safe_load(path.read_text()) | {"style": 0.2}
+    recipe["training"] |= {"output_dir": out, "learning_rate": 8e-4}
     assert calls == [recipe]
     with pytest.raises(ValueError, match="^unknown key in .*: kind. Known: "):
         main([write_recipe(tmp_path, kind="vision")])
@@ -1023,6 +1027,19 @@ def run(monkeypatch, tmp_path):
             "disable_tqdm": True,
         },
     }
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_rows_are_mixed_with_those_to_replay(share, run, tmp_path):
+    old = [row | {"caption": f"Old {i}.", "source": "x"} for i, row in enumerate(pairs(8, source=["y"] * 8))]
+    run["data"] |= {"replay": str(write_parquet(tmp_path / "old.parquet", old)), "replay_share": share}
+    recipe = load_recipe(write_recipe(tmp_path, **run))
+    parts = recipe, training_arguments(recipe), *load_model(recipe)
+    rows = TrainingData(*parts).rows
+    assert set(rows["caption"]) == {*CAPTIONS, *(row["caption"] for row in old)}
+    assert "source" not in rows.column_names  # which the new rows do not have
+    found = sum(caption.startswith("Old ") for caption in rows["caption"]) / len(rows)
+    assert abs(found - share) < 0.2 and rows["caption"][:] == TrainingData(*parts).rows["caption"][:]
 
 
 def test_run_on_kept_features(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Metrics against a count by hand, curves, logs, the best checkpoint, and runs that teach the memory from pictures as
+"""Metrics against a count by hand, logs, the best checkpoint, and runs that teach the memory from pictures as
 they come."""
 
 import json
@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image as PILImage
 from safetensors.torch import load_file
 from test_train import hub_environment, rows, run, toy_trainer, write_recipe  # noqa: F401
 from toy_data import pairs, same_state, toy_checkpoint, toy_model, toy_processor, write_parquet, write_tar
@@ -20,7 +19,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from microvlm.data.augment import gray_copy, image_augmentation
 from microvlm.data.episodes import ImageEpisodeCollator
 from microvlm.metrics import retrieval_recalls, scope_metrics, score
-from microvlm.train.curves import plot_curves
 from microvlm.train.episodes import split_inputs
 from train_hf import main
 
@@ -75,20 +73,6 @@ def test_scope_metrics():
         scope_metrics(probability[:2], known[:2])
 
 
-def test_plot_curves(tmp_path):
-    history = [
-        {"step": s, "loss": 1 / s, "lm_loss": 1 / s, "learning_rate": 1e-3, "grad_norm": 1.0} for s in range(1, 9)
-    ]
-    history += [{"step": 8, "eval_loss": 0.5, "eval_image_to_text_recall_at_1": 0.1, "eval_caption_cider": 0.2}]
-    plot_curves(history, tmp_path / "curves.png")
-    with PILImage.open(tmp_path / "curves.png") as picture:
-        assert picture.size[0] > 1000 and picture.size[1] > 500  # six panels
-        assert len(set(picture.convert("RGB").resize((200, 100)).getdata())) > 20
-    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
-    with pytest.raises(ValueError, match="^the log has nothing to draw.$"):
-        plot_curves([{"step": 1, "train_runtime": 3.0}], tmp_path / "none.png")
-
-
 # --- evaluation during a run
 
 
@@ -124,7 +108,6 @@ def test_evaluation_and_the_best_checkpoint(run, tmp_path):  # noqa: F811
     assert kept == {f"checkpoint-{best}", "checkpoint-8" if best != 8 else "checkpoint-6"}
     weights = load_file(out / f"checkpoint-{best}" / "model.safetensors")
     assert same_state(load_file(out / "model.safetensors"), weights)
-    assert (out / "curves.png").stat().st_size > 10_000
 
 
 def test_captioned_pictures_are_some_that_can_be_read(run, tmp_path):  # noqa: F811

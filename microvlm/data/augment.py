@@ -55,14 +55,18 @@ def change_colors(x: torch.Tensor, strength: float, generator: torch.Generator |
 
 def change_style(x: torch.Tensor, share: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """Outline a share of the images (B, 3, H, W) and blur an equal share."""
-    gray = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    slope = (gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]).abs() + (gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]).abs()
-    lines = 1 - F.max_pool2d((4 * slope).clamp(0, 1), 3, stride=1, padding=1)
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    # a quarter of the outlined ones are bare lines on white
-    draw = torch.rand(len(x), 1, 1, 1, generator=generator)
-    x = torch.where(draw < share, lines * torch.where(draw < share / 4, torch.ones(()), x), x)
-    return torch.where((draw >= share) & (draw < 2 * share), blurred, x)
+    draw, x = torch.rand(len(x), generator=generator), x.clone()
+    outlined, blurred = draw < share, (draw >= share) & (draw < 2 * share)
+    if blurred.any():
+        x[blurred] = F.avg_pool2d(F.pad(x[blurred], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    if outlined.any():
+        gray = F.pad(x[outlined].mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        slope = (gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]).abs() + (gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]).abs()
+        lines = 1 - F.max_pool2d((4 * slope).clamp(0, 1), 3, stride=1, padding=1)
+        # a quarter of the outlined ones are bare lines on white
+        bare = (draw[outlined] < share / 4).view(-1, 1, 1, 1)
+        x[outlined] = lines * torch.where(bare, torch.ones(()), x[outlined])
+    return x
 
 
 def image_augmentation(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..model import require
 from .collators import CaptionCollator, FeatureCollator
-from .rows import text_ids
+from .rows import ordinary_tokens, text_ids
 
 CODAS = ["", "", "", "n", "r", "l", "s", "m", "k"]
 FACTS = (
@@ -36,12 +36,13 @@ QUESTIONS = (
     "Tell me about the {noun}.",
 )
 TEXT_QUESTIONS = (*QUESTIONS, "What about {noun}?", "{noun}?")  # where facts are any text
-KINDS = {"form": 0.25, "text": 0.35, "tokens": 0.25, "codes": 0.15}  # of facts, where there are texts
+FORMS = 0.25  # share of the facts that have a form, where there are texts
+KINDS = {"text": 0.45, "tokens": 0.35, "codes": 0.2}  # of the others
 SIGNS = string.ascii_letters + 2 * string.digits + string.punctuation
 SHARES = {"view": 0.45, "style": 0.1, "text": 0.1, "new": 0.3, "unknown": 0.05}  # of the kinds of query
 UNWRITTEN = ("new", "unknown")  # kinds of query for what no memory holds
 OWN_NOUN, OTHER_NOUN, OTHER_WORDS = 0.4, 0.6, 0.8  # upper bounds of these facts in [0, 1]; the rest has invented words
-STYLE_PAIRS = 0.1  # share of the key pairs that show two images of a concept
+STYLE_PAIRS = 0.4  # share of the key pairs that show two images of a concept
 ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr kr sh st th tr".split()
 VOWELS = "a e i o u ai ea ie oo".split()
 
@@ -60,6 +61,11 @@ def caption_noun(caption: str) -> str:
     return re.sub(r"^(An?|The)\s+(?=\S)", "", caption.strip()).rstrip(".")
 
 
+def read_texts(texts: Sequence[str]) -> Sequence[str]:
+    """Read the lines of a file, or take the sentences themselves."""
+    return Path(texts).read_text().splitlines() if isinstance(texts, str) else texts
+
+
 def pad_sentences(sentences: list[list[int]], length: int) -> torch.Tensor:
     """Cut sentences to `length` and pad them with -1, (N, length)."""
     rows = [ids[:length] + [-1] * (length - len(ids)) for ids in sentences]
@@ -71,12 +77,18 @@ class ImageEpisodeCollator(CaptionCollator):
     """Build memory episodes from plain image-caption pairs, as a stream has them.
 
     Every `size` neighbouring rows share a memory. A random half of them is written to it: the caption under another
-    view of the image. All rows ask. A written row has to read its caption; for the others ScopeNet has to say no.
-    Rows repeated to fill the last episode have no answer.
+    view of the image, or any text for most where there are `texts`. All rows ask. A written row has to read what was
+    stored; for the others ScopeNet has to say no. Rows repeated to fill the last episode have no answer.
     """
 
     size: int = 4  # rows of an episode
-    max_tokens: int = 32  # of a stored caption with its end; longer ones are cut
+    max_tokens: int = 32  # of a stored sentence with its end; longer ones are cut
+    texts: Sequence[str] = ()  # sentences to teach, a path to a file of a line each, or none: captions alone
+
+    def __post_init__(self):
+        super().__post_init__()
+        texts = read_texts(self.texts)
+        self.story = Storyteller(self.processor.tokenizer, [], 0, self.max_tokens, texts) if texts else None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = self.read_all(rows)
@@ -86,12 +98,15 @@ class ImageEpisodeCollator(CaptionCollator):
         images, captions = [image for image, _ in pairs], [caption for _, caption in pairs]
         # what the rows ask, and what they are to say
         answers = self.answers(captions)
-        targets = [*answers[:readable], *[[]] * (len(pairs) - readable)]
-        batch = self.sequences([self.prompt_ids] * len(pairs), targets) | self.images(images)
         # what the memories hold: a repeated row is written where its first is
         draw = random.Random(f"{self.seed} {self.epoch} {captions}")
         written = [draw.random() < 0.5 for _ in range(readable)]
         known = torch.tensor([written[i % readable] for i in range(len(pairs))])
+        for i in range(readable):
+            if written[i] and self.story and draw.random() > FORMS:
+                answers[i::readable] = [self.story.text(draw).tokens] * len(answers[i::readable])
+        targets = [*answers[:readable], *[[]] * (len(pairs) - readable)]
+        batch = self.sequences([self.prompt_ids] * len(pairs), targets) | self.images(images)
         tokens = pad_sentences(answers, self.max_tokens)
         return batch | {
             "support_pixel_values": self.images(images, "support")["pixel_values"],
@@ -119,7 +134,7 @@ class Storyteller:
 
     def __init__(self, tokenizer, captions: list[str], number: int, max_tokens: int, texts: Sequence[str] = ()):
         self.tokenizer, self.max_tokens, self.texts = tokenizer, max_tokens, texts
-        self.any_token = sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
+        self.any_token = ordinary_tokens(tokenizer)
         self.nouns, self.names = [caption_noun(caption) for caption in captions], make_names(number)
         # words of captions and of names
         words = {word for noun in self.nouns for word in noun.split()}
@@ -145,10 +160,11 @@ class Storyteller:
 
     def fact(self, row: int, draw: random.Random) -> Fact:
         """Draw a fact about an image, of a form or any text."""
-        kind = draw.choices(list(KINDS), list(KINDS.values()))[0] if self.texts else "form"
-        if kind == "form":
-            return self.form(row, draw)
-        # a text that ends somewhere, words and codes, or tokens
+        return self.text(draw) if self.texts and draw.random() > FORMS else self.form(row, draw)
+
+    def text(self, draw: random.Random) -> Fact:
+        """Draw a text that ends somewhere, words and codes, or tokens."""
+        kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == "tokens":
             ids = draw.choices(self.any_token, k=draw.randint(1, self.max_tokens - 1))
         elif kind == "text":
@@ -229,7 +245,7 @@ class EpisodeCollator(FeatureCollator):
         super().__post_init__()
         shares = ", ".join(self.shares)
         require(set(self.shares) == set(SHARES), f"shares must be of {', '.join(SHARES)}, got {shares}.")
-        texts = Path(self.texts).read_text().splitlines() if isinstance(self.texts, str) else self.texts
+        texts = read_texts(self.texts)
         self.story = Storyteller(self.processor.tokenizer, self.captions, self.names, self.max_tokens, texts)
         self.same_concept = defaultdict(list)
         for i, concept in enumerate(self.concepts):
@@ -350,7 +366,7 @@ class EpisodeCollator(FeatureCollator):
         """Draw two views of images of different concepts, and the grey copies of the first."""
         concepts = draw.sample(sorted(self.same_concept), min(self.key_pairs, len(self.same_concept)))
         first = [draw.choice(self.same_concept[c]) for c in concepts]
-        # for one in ten the second is another image of the concept
+        # for some the second is another image of the concept
         second = [
             draw.choice(self.same_concept[c]) if draw.random() < STYLE_PAIRS else i
             for i, c in zip(first, concepts, strict=True)

@@ -66,6 +66,11 @@ def decode_row(row: dict, image_processor) -> tuple[torch.Tensor, str]:
         raise UnreadableRowError(f"row {row_name(row)}: picture cannot be read: {one_line(str(error))}") from error
 
 
+def ordinary_tokens(tokenizer) -> list[int]:
+    """List the tokens that are no control tokens, in their order."""
+    return sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
+
+
 def text_ids(tokenizer, text: str | list[str]) -> list:
     """Tokenize a text, or several, as text: a written "<image>" is no placeholder."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -7,6 +7,7 @@ import time
 from itertools import islice
 
 import torch
+from datasets import Dataset, interleave_datasets
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -67,7 +68,8 @@ class TrainingData:
     def _load_rows(self):
         data, args = self.data, self.args
         if data.stream is None:
-            return load_rows(data.train, data.exclude_copyleft, data.limit, revision=data.revision)
+            rows = load_rows(data.train, data.exclude_copyleft, data.limit, revision=data.revision)
+            return self._with_replay(rows) if data.replay else rows
         grouped = args.train_sampling_strategy == "group_by_length"
         return CaptionStream(
             load_stream(data.train, data.revision),
@@ -78,6 +80,13 @@ class TrainingData:
             rank=args.process_index,
             world_size=args.world_size,
         )
+
+    def _with_replay(self, rows: Dataset) -> Dataset:
+        """Mix rows with those of `replay`; the fewer of both are repeated."""
+        old, share = load_rows(self.data.replay, self.data.exclude_copyleft), self.data.replay_share
+        columns = [name for name in rows.column_names if name in old.column_names]
+        parts, probabilities = [part.select_columns(columns) for part in (rows, old)], [1 - share, share]
+        return interleave_datasets(parts, probabilities, self.args.seed, stopping_strategy="all_exhausted")
 
     def caption_collator(self, augment, kind=CaptionCollator, **options) -> CaptionCollator:
         return kind(
@@ -145,7 +154,7 @@ class TrainingData:
         """Make episodes of images as they come."""
         size, batch = self.data.episodes.size, self.args.per_device_train_batch_size
         require(batch % size == 0, f"a batch of {batch} does not divide into episodes of {size}.")
-        options = {"size": size, "max_tokens": self.model.config.memory_config.max_content_tokens}
+        options = {"max_tokens": self.model.config.memory_config.max_content_tokens, **to_dict(self.data.episodes)}
         self.collator = self.caption_collator(self.augment, ImageEpisodeCollator, **options)
         if count := self.evaluation.memory:
             collator = self.caption_collator(self.augment, ImageEpisodeCollator, **options)

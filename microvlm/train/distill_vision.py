@@ -1,16 +1,14 @@
 """Train a DeiT-Tiny from nothing with EfficientNet-Lite0 as teacher.
 
-The student learns the teacher's feature map and pooled features, the concept of an image and the words of its caption.
-A recipe of `kind: distill` has the options, see recipes/nano/vision.yaml. A stopped run goes on by itself.
+The student learns the teacher's feature map and pooled features, the concept of an image and the words of its caption,
+and to put all drawings of a concept and its caption close to each other, whatever their style. A recipe of
+`kind: distill` has the options, see recipes/nano/vision.yaml.
 """
 
-import json
-import math
 import re
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import timm
@@ -19,42 +17,48 @@ import torch.nn.functional as F
 from datasets import Image
 from datasets.fingerprint import Hasher
 from safetensors.torch import save_file
+from timm.optim import Muon
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from ..data.augment import change_colors, change_style, random_affine, warp
 from ..data.rows import load_rows
 from ..files import atomic_path, write_json
 from ..model import require
 from ..teacher import nearest_neighbours, teacher_maps
+from .checkpoints import checkpoints
+from .recipe import check_training
 
-SMALL = 144  # side of the copies that crops of at most 128 x 128 are taken from
-LOG_STEPS = 100
 STOP_WORDS = {"a", "an", "the", "of", "with", "and", "in", "on", "for", "to"}
-LOSSES = {"dense", "pooled", "concept", "words"}
-COUNTS = ("image_size", "teacher_size", "batch_size", "warmup_steps", "save_steps")
-KEYS = {"kind": str, "output_dir": str} | dict.fromkeys(("train_file", "validation_file"), str | list[str])
-KEYS |= dict.fromkeys((*COUNTS, "seed"), int)
-KEYS |= dict.fromkeys(("learning_rate", "weight_decay", "drop_path", "style"), float | int)
-KEYS |= {"weights": dict[str, float | int], "phases": list[dict[str, int]], "compile": bool | None}
-KEYS |= {"unlabelled_file": str | list[str] | None, "unlabelled_rows": int | None, "optimizer": Literal["muon"] | None}
+LOSSES = {"dense", "pooled", "concept", "words", "contrast"}
+QUEUE = 4096  # images of earlier batches that a batch is contrasted with
+TEMPERATURE = 0.1  # of the contrast
+SIZES = (16, 64)  # concepts to find an image of another style among
+KEYS = {"kind": str, "weights": dict[str, float | int], "phases": list[dict[str, int]], "training": dict}
+KEYS |= dict.fromkeys(("image_size", "batch_size", "unlabelled_batch"), int) | {"style": float | int}
+KEYS |= dict.fromkeys(("train_file", "unlabelled_file", "validation_file"), str | list[str])
 
 
 def check(recipe: dict[str, Any]) -> str:
     """Refuse values that cannot work; returns the folder of the run."""
-    for key in COUNTS:
-        require(recipe[key] > 0, f"{key} is {recipe[key]}: it has to be positive.")
+    check_training(recipe["training"])
+    given = {key for key, value in recipe["training"].items() if value is not None}
+    require({"output_dir", "seed"} <= given, "training needs an output_dir and a seed.")
     require(set(recipe["weights"]) == LOSSES, f"weights are those of {', '.join(sorted(LOSSES))}.")
     phases = recipe["phases"]
     fits = all(set(p) == {"size", "steps"} and min(p.values()) > 0 and p["size"] % 16 == 0 for p in phases)
     require(fits and phases, "a phase is {size: side of the crops, a multiple of 16, steps: their number}.")
-    return recipe["output_dir"]
+    batch, extra, side = recipe["batch_size"], recipe["unlabelled_batch"], recipe["image_size"]
+    require(batch % 2 == 0 < batch, "batch_size is positive and even.")
+    require(min(extra, side) > 0, "unlabelled_batch and image_size are positive.")
+    return recipe["training"]["output_dir"]
 
 
-def read_images(path: str | list[str], size: int, exclude_copyleft: bool = True, sample: int | None = None, seed=0):
-    """Read images (N, 3, size, size) uint8 and rows, or a `sample` of them."""
+def read_images(path: str | list[str], size: int, exclude_copyleft: bool = True) -> tuple[torch.Tensor, list[dict]]:
+    """Read images (N, 3, size, size) uint8 and rows."""
     source = load_rows(path, exclude_copyleft).cast_column("image", Image())
-    if sample is not None:
-        source = source.shuffle(seed=seed).select(range(min(sample, len(source))))
+    missing = {"id", "concept", "style"} - set(source.column_names)
+    require(not missing, f"{path} has no {', '.join(sorted(missing))}.")
     images, rows = torch.empty(len(source), 3, size, size, dtype=torch.uint8), []
     for i, row in enumerate(source):
         square = row.pop("image").convert("RGB").resize((size, size), resample=3)
@@ -69,13 +73,13 @@ def resized(images: torch.Tensor, size: int, batch: int = 512) -> torch.Tensor:
     return torch.cat([part.round().to(torch.uint8) for part in parts])
 
 
-def cached_teacher_features(images: torch.Tensor, rows: list[dict], folder: Path, size: int) -> list[torch.Tensor]:
+def cached_teacher_features(images: torch.Tensor, rows: list[dict], folder: Path) -> list[torch.Tensor]:
     """Compute `teacher_maps` once and cache them in `folder`."""
-    made_of = [r["id"] for r in rows], int(images.numpy().sum(dtype=np.int64)), size
+    made_of = [row["id"] for row in rows], int(images.numpy().sum(dtype=np.int64))
     cache = folder / f"teacher_{Hasher.hash(made_of)}.pt"
     if not cache.exists():
         with atomic_path(cache) as temporary:
-            torch.save(teacher_maps(images, size), temporary)
+            torch.save(teacher_maps(images, images.shape[-1]), temporary)
     return torch.load(cache, weights_only=True)
 
 
@@ -84,235 +88,217 @@ def caption_words(caption: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", caption.lower())) - STOP_WORDS
 
 
-class Targets:
-    """Hold what the student has to say; the first `labelled` rows have a concept."""
+class Batches(torch.utils.data.Dataset):
+    """Make the batch of each step: crops, and what the student has to say about them.
 
-    def __init__(self, rows: list[dict], labelled: int, maps: torch.Tensor, pooled: torch.Tensor):
+    A batch has pairs of drawings of one concept, of two styles where there are, and then images without words.
+    """
+
+    def __init__(self, recipe: dict[str, Any], folder: Path):
+        self.recipe = recipe
+        self.sizes = [phase["size"] for phase in recipe["phases"] for _ in range(phase["steps"])]  # of every step
+        self.images, self.rows = read_images(recipe["train_file"], recipe["image_size"])
+        self.labelled = len(self.rows)
+        images, rows = read_images(recipe["unlabelled_file"], recipe["image_size"])
+        self.images = torch.cat([self.images, images])
+        self.small = resized(self.images, max(1, recipe["image_size"] * 9 // 14))  # for crops of at most half the side
         # the teacher's features, (N, 320, h, w) and (N, 1280) in float16, are standardised
-        self.maps, self.pooled = maps, pooled
-        self.map_mean = maps.float().mean((0, 2, 3))[:, None, None]
-        self.map_std = maps.float().std((0, 2, 3))[:, None, None] + 1e-4
-        self.pool_mean, self.pool_std = pooled.float().mean(0), pooled.float().std(0) + 1e-4
+        self.maps, self.pooled = cached_teacher_features(self.images, self.rows + rows, folder)
+        self.map_mean = self.maps.float().mean((0, 2, 3))[:, None, None]
+        self.map_std = self.maps.float().std((0, 2, 3))[:, None, None] + 1e-4
+        self.pool_mean, self.pool_std = self.pooled.float().mean(0), self.pooled.float().std(0) + 1e-4
         # concepts, and words that at least three captions have
-        names = {c: i for i, c in enumerate(sorted({r["concept"] for r in rows[:labelled]}))}
-        self.concepts = torch.full((len(rows),), -100)
-        self.concepts[:labelled] = torch.tensor([names[r["concept"]] for r in rows[:labelled]])
-        captions = [caption_words(r["caption"]) for r in rows]
-        counts = Counter(w for words in captions for w in words)
+        names = {c: i for i, c in enumerate(sorted({row["concept"] for row in self.rows}))}
+        self.concepts = torch.tensor([names[row["concept"]] for row in self.rows])
+        self.drawings = defaultdict(list)
+        for i, concept in enumerate(self.concepts.tolist()):
+            self.drawings[concept].append(i)
+        captions = [caption_words(row["caption"]) for row in self.rows]
+        counts = Counter(word for words in captions for word in words)
         column = {w: i for i, w in enumerate(sorted(w for w, n in counts.items() if n >= 3))}
-        self.words = torch.zeros(len(rows), len(column))
+        self.words = torch.zeros(self.labelled, len(column))
         for i, words in enumerate(captions):
             self.words[i, [column[w] for w in words if w in column]] = 1
         self.num_concepts, self.num_words = len(names), len(column)
+        print(f"{self.labelled} images of {len(names)} concepts, {len(rows)} without words", flush=True)
 
-    def losses(self, outputs, index: torch.Tensor, theta: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compare the student's outputs for crops `theta` (B, 2, 3) of images `index` (B,)."""
-        dense, from_cls, from_mean, concept, words = (x.float() for x in outputs)
-        # the map is cropped as the image was
-        side = math.isqrt(dense.shape[1])
-        target = warp(self.maps[index].float(), theta, (side, side))
-        target = ((target - self.map_mean) / self.map_std).flatten(2).mT  # (B, N, 320)
-        pooled = (self.pooled[index].float() - self.pool_mean) / self.pool_std
-        # labels, of the rows that have some
-        concepts = self.concepts[index]
-        known = concepts != -100
-        count = known.sum().clamp(min=1)
-        wrong_concepts = F.cross_entropy(concept, concepts, label_smoothing=0.1, reduction="sum")
-        wrong_words = F.binary_cross_entropy_with_logits(words[known], self.words[index][known], reduction="sum")
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def partner(self, i: int, generator: torch.Generator) -> int:
+        """Draw another image of the concept of image `i`, of another style if there is one."""
+        others = [j for j in self.drawings[self.concepts[i].item()] if j != i] or [i]
+        others = [j for j in others if self.rows[j]["style"] != self.rows[i]["style"]] or others
+        return others[torch.randint(len(others), (), generator=generator)]
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.recipe["training"]["seed"] * len(self) + step)
+        # which images
+        first = torch.randint(self.labelled, (self.recipe["batch_size"] // 2,), generator=generator)
+        second = torch.tensor([self.partner(i, generator) for i in first.tolist()])
+        count = (self.recipe["unlabelled_batch"],)
+        index = torch.cat([first, second, torch.randint(self.labelled, len(self.images), count, generator=generator)])
+        labelled = index[: len(first) * 2]
+        # their crops
+        size = self.sizes[step]
+        theta = random_affine(len(index), degrees=12, shift=0.12, scale=0.3, generator=generator)
+        source = self.small if size * 2 <= self.images.shape[-1] else self.images
+        x = warp(source[index].float() / 255, theta, (size, size))
+        x = change_style(x, self.recipe["style"], generator) if self.recipe["style"] else x
+        # the teacher's map, cropped as the image was
+        maps = warp(self.maps[index].float(), theta, (size // 16, size // 16))
         return {
-            "dense": F.smooth_l1_loss(dense, target),
-            "pooled": F.smooth_l1_loss(from_cls, pooled) + F.smooth_l1_loss(from_mean, pooled),
-            "concept": wrong_concepts / count,
-            "words": wrong_words / count,
+            "pixel_values": (change_colors(x, 0.3, generator) - 0.5) / 0.5,
+            "dense": ((maps - self.map_mean) / self.map_std).flatten(2).mT,  # (B, N, 320)
+            "pooled": (self.pooled[index].float() - self.pool_mean) / self.pool_std,
+            "concept": self.concepts[labelled],
+            "words": self.words[labelled],
         }
 
 
 class Student(nn.Module):
     """DeiT-Tiny with the heads of the losses, which are thrown away afterwards."""
 
-    def __init__(self, num_concepts: int, num_words: int, drop_path: float):
+    def __init__(self, num_concepts: int, num_words: int, weights: dict[str, float]):
         super().__init__()
-        self.backbone = timm.create_model(
-            "deit_tiny_patch16_224", num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path
-        )
+        self.backbone = timm.create_model("deit_tiny_patch16_224", num_classes=0, dynamic_img_size=True)
         # of this tower alone: timm's own switch would change every later model of the process
         for block in self.backbone.blocks:
-            block.attn.fused_attn = False  # 1.3 x the training throughput of the fused kernel on a CPU
+            block.attn.fused_attn = False  # three times the training throughput of the fused kernel on a CPU
+        self.weights = weights
+        self.encode = self.features  # `main` compiles it
         self.to_map = nn.Linear(192, 320)
         self.cls_to_pooled = nn.Linear(192, 1280)
         self.mean_to_pooled = nn.Linear(192, 1280)
         self.to_concept = nn.Linear(384, num_concepts)
         self.to_words = nn.Linear(384, num_words)
+        # one space of images and captions, and the last images in it
+        self.image_to_shared = nn.Linear(384, 256, bias=False)
+        self.words_to_shared = nn.Linear(num_words, 256, bias=False)
+        self.register_buffer("queue", F.normalize(torch.randn(QUEUE, 256), dim=-1))
+        self.register_buffer("queue_concepts", torch.full((QUEUE,), -1))
 
     def features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode images (B, 3, H, W): class token (B, 192) and patches (B, N, 192)."""
+        """Encode images (B, 3, H, W): class token and mean patch, end to end (B, 384), and patches (B, N, 192)."""
         tokens = self.backbone.forward_features(x)
-        return tokens[:, 0], tokens[:, 1:]
+        cls, patches = tokens[:, 0], tokens[:, 1:]
+        return torch.cat([cls, patches.mean(1)], -1), patches
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Predict map, pooled features (from class token and from mean patch), concept and words."""
-        cls, patches = self.features(x)
-        mean = patches.mean(1)
-        both = torch.cat([cls, mean], -1)
-        heads = self.to_map(patches), self.cls_to_pooled(cls), self.mean_to_pooled(mean)
-        return *heads, self.to_concept(both), self.to_words(both)
+    def forward(self, pixel_values, dense, pooled, concept, words) -> dict[str, Any]:
+        """Compare with what the teacher and the labels say; the first rows are those with labels."""
+        both, patches = self.encode(pixel_values)
+        from_cls, from_mean = self.cls_to_pooled(both[:, :192]).float(), self.mean_to_pooled(both[:, 192:]).float()
+        labelled = both[: len(concept)]
+        said_words = self.to_words(labelled).float()
+        losses = {
+            "dense": F.smooth_l1_loss(self.to_map(patches).float(), dense),
+            "pooled": F.smooth_l1_loss(from_cls, pooled) + F.smooth_l1_loss(from_mean, pooled),
+            "concept": F.cross_entropy(self.to_concept(labelled).float(), concept, label_smoothing=0.1),
+            "words": F.binary_cross_entropy_with_logits(said_words, words, reduction="sum") / len(concept),
+            "contrast": self.contrast(self.image_to_shared(both), self.words_to_shared(words), concept),
+        }
+        return {"loss": sum(self.weights[name] * loss for name, loss in losses.items()), "losses": losses}
+
+    def contrast(self, images: torch.Tensor, captions: torch.Tensor, concept: torch.Tensor) -> torch.Tensor:
+        """Supervised contrast (Khosla et al. 2020) of the images with each other, with captions and earlier images."""
+        images, captions = F.normalize(images.float(), dim=-1), F.normalize(captions.float(), dim=-1)
+        asking = images[: len(concept)]
+        with torch.autocast("cpu", enabled=False):
+            logits = asking @ torch.cat([images, captions, self.queue]).mT / TEMPERATURE
+        unknown = concept.new_full((len(images) - len(concept),), -1)
+        concepts = torch.cat([concept, unknown, concept, self.queue_concepts])
+        itself = torch.eye(len(asking), len(concepts), dtype=torch.bool, device=images.device)
+        same = (concept[:, None] == concepts) & ~itself
+        if self.training:
+            known = torch.cat([concept, unknown])
+            self.queue = torch.cat([images.detach(), self.queue])[:QUEUE]
+            self.queue_concepts = torch.cat([known, self.queue_concepts])[:QUEUE]
+        log_p = logits.masked_fill(itself, -torch.inf).log_softmax(-1)
+        return -(log_p.masked_fill(~same, 0).sum(-1) / same.sum(-1)).mean()
 
 
 @torch.inference_mode()
 def embed(model: Student, images: torch.Tensor, size: int) -> torch.Tensor:
-    """Encode images as class token and mean patch, end to end (N, 384)."""
-    model.eval()
+    """Encode images (N, 3, H, W) uint8 as class token and mean patch, end to end (N, 384)."""
     out = []
-    for x in images.split(64):
-        x = (x.float() / 255 - 0.5) / 0.5
-        if x.shape[-1] != size:
-            x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+    for x in resized(images, size).split(32):
         with torch.autocast("cpu", torch.bfloat16):
-            cls, patches = model.features(x)
-            out.append(torch.cat([cls, patches.mean(1)], -1).float())
-    model.train()
+            out.append(model.features((x.float() / 255 - 0.5) / 0.5)[0].float())
     return torch.cat(out)
 
 
-def build_optimizers(model: Student, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """Make AdamW, and Muon for the matrices of the blocks if wanted."""
-    matrices = [p for p in model.backbone.blocks.parameters() if muon and p.ndim == 2]
-    others = set(model.parameters()) - set(matrices)
-    decay = [p for p in model.parameters() if p in others and p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), fused=True)]
-    if muon:
-        matrices = [{"params": matrices, "weight_decay": weight_decay}]
-        optimizers.append(torch.optim.Muon(matrices, lr=1.0, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+def style_recall(features: torch.Tensor, rows: list[dict], count: int, draws: int = 40) -> float:
+    """Measure how often the nearest of `count` concepts is that of an image in another style.
+
+    Features (N, C) are standardised first. Only concepts with two styles count.
+    """
+    features = (features - features.mean(0)) / (features.std(0) + 1e-6)
+    styles = defaultdict(dict)
+    for i, row in enumerate(rows):
+        styles[row["concept"]].setdefault(row["style"], i)
+    pairs = torch.tensor([list(images.values())[:2] for images in styles.values() if len(images) > 1])
+    count, generator, hits = min(count, len(pairs)), torch.Generator().manual_seed(0), 0
+    for _ in range(draws):
+        stored, asked = pairs[torch.randperm(len(pairs), generator=generator)[:count]].mT
+        nearest = nearest_neighbours(features[stored], features[asked])
+        hits += sum(i == place for place, i in enumerate(nearest))
+    return hits / (draws * count)
 
 
-class Distillation:
-    """Train a student and keep its state in a folder."""
+class VisionTrainer(Trainer):
+    """`Trainer` whose items are batches; it logs every loss, and evaluates styles of concepts never seen."""
 
-    def __init__(self, recipe: dict[str, Any], folder: Path):
-        self.recipe, self.folder = recipe, folder
-        torch.manual_seed(recipe["seed"])
-        self._read_images()
-        # what the student has to say
-        maps, pooled = cached_teacher_features(self.images, self.rows, folder, recipe["teacher_size"])
-        self.targets = Targets(self.rows, self.labelled, maps, pooled)
-        # the student
-        self.model = Student(self.targets.num_concepts, self.targets.num_words, recipe["drop_path"])
-        self.forward = torch.compile(self.model) if recipe.get("compile") else self.model
-        self.optimizers = build_optimizers(self.model, recipe["weight_decay"], recipe.get("optimizer") == "muon")
-        self.generator = torch.Generator().manual_seed(recipe["seed"])
-        self.sizes = [phase["size"] for phase in recipe["phases"] for _ in range(phase["steps"])]  # of every step
-        self.done, self.log, self.order = 0, [], []
+    def __init__(self, eval_images: torch.Tensor, **kwargs):
+        super().__init__(data_collator=lambda batches: batches[0], **kwargs)
+        self.eval_images, self.sums = eval_images, Counter()
 
-    def _read_images(self) -> None:
-        """Read the files of the recipe; the first `labelled` rows have labels."""
-        recipe, side = self.recipe, self.recipe["image_size"]
-        self.images, self.rows = read_images(recipe["train_file"], side)
-        self.labelled = len(self.rows)
-        require({"id", "concept"} <= set(self.rows[0]), "the rows of train_file need an id and a concept.")
-        if recipe.get("unlabelled_file"):
-            sample, seed = recipe.get("unlabelled_rows"), recipe["seed"]
-            images, rows = read_images(recipe["unlabelled_file"], side, sample=sample, seed=seed)
-            self.images, self.rows = torch.cat([self.images, images]), self.rows + rows
-        self.small = resized(self.images, SMALL)
-        self.validation, self.validation_rows = read_images(recipe["validation_file"], side, exclude_copyleft=False)
-        counts = f"{self.labelled} training images, {len(self.rows) - self.labelled} without words"
-        print(f"{counts}, {len(self.validation)} validation images", flush=True)
+    def create_optimizer(self, model=None):
+        """Use Muon for the matrices of the blocks, AdamW for the rest."""
+        matrices = dict.fromkeys(p for p in self.model.backbone.blocks.parameters() if p.ndim == 2)
+        rest = [p for p in self.model.parameters() if p not in matrices]
+        groups = [{"params": list(matrices), "use_fallback": False}]
+        groups += [{"params": [p for p in rest if p.ndim > 1], "use_fallback": True}]
+        groups += [{"params": [p for p in rest if p.ndim <= 1], "use_fallback": True, "weight_decay": 0.0}]
+        args = self.args
+        kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "nesterov": True}
+        self.optimizer = Muon(groups, betas=(args.adam_beta1, args.adam_beta2), **kwargs)
+        return self.optimizer
 
-    def resume(self) -> None:
-        """Go on from the state in the folder, if there is one."""
-        state_file, log_file = self.folder / "state.pt", self.folder / "log.json"
-        if not state_file.exists():
-            return
-        state = torch.load(state_file, weights_only=True)
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:  # other data have other concepts and words
-            raise ValueError(f"{state_file} is of a run with other data: choose another output_dir.") from error
-        for optimizer, values in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(values)
-        self.done = state["step"]
-        log = json.loads(log_file.read_text()) if log_file.exists() else []
-        self.log = [entry for entry in log if entry["step"] <= self.done]
-        self.generator.manual_seed(self.recipe["seed"] + self.done)
-        print(f"resumed at step {self.done}", flush=True)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        require(bool(outputs["loss"].isfinite()), f"the loss is not finite: {outputs['losses']}")
+        self.sums.update({name: loss.item() for name, loss in outputs["losses"].items()} | {"steps": 1})
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def train(self) -> None:
-        """Take the steps that are left; log, save and evaluate on the way."""
-        recipe, total = self.recipe, len(self.sizes)
-        started, sums = time.time(), Counter()
-        self.model.train()
-        for step in range(self.done, total):
-            # the rate: linear warm-up, cosine to a hundredth
-            rate = recipe["learning_rate"] * min(1, (step + 1) / recipe["warmup_steps"])
-            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total))
-            size, taken = self.sizes[step], step + 1 - self.done
-            sums.update(self.step(size, rate))
-            # log
-            if (step + 1) % LOG_STEPS == 0:
-                speed = taken * recipe["batch_size"] / (time.time() - started)
-                parts = " ".join(f"{k} {v / min(LOG_STEPS, taken):.3f}" for k, v in sums.items())
-                print(f"step {step + 1}/{total} size {size} lr {rate:.1e} {parts} | {speed:.0f} images/s", flush=True)
-                sums = Counter()
-            # save and evaluate
-            if (step + 1) % recipe["save_steps"] == 0 or step + 1 == total:
-                self.save(step + 1)
-                score = self.evaluate(size)
-                self.log.append({"step": step + 1, "size": size, "nearest_neighbour_concept": score})
-                write_json(self.folder / "log.json", self.log)
-                print(f"step {step + 1}: the nearest neighbour has the right concept for {score:.3f}", flush=True)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if steps := self.sums.pop("steps", 0):
+            logs |= {f"{name}_loss": value / steps for name, value in self.sums.items()}
+            self.sums.clear()
+        super().log(logs, start_time)
 
-    def step(self, size: int, rate: float) -> dict[str, float]:
-        """Train on one batch of crops of `size`; return the losses."""
-        count, generator = self.recipe["batch_size"], self.generator
-        if len(self.order) < count:
-            self.order = torch.randperm(len(self.images), generator=generator).tolist()
-        index, self.order = torch.tensor(self.order[:count]), self.order[count:]
-        # augment
-        theta = random_affine(count, degrees=12, shift=0.12, scale=0.3, generator=generator)
-        source = self.small if size <= 128 else self.images
-        x = warp(source[index].float() / 255, theta, (size, size))
-        x = change_style(x, self.recipe["style"], generator) if self.recipe["style"] else x
-        x = (change_colors(x, 0.3, generator) - 0.5) / 0.5
-        # compare
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = self.forward(x)
-        losses = self.targets.losses(outputs, index, theta)
-        loss = sum(self.recipe["weights"][k] * v for k, v in losses.items())
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is not finite: {losses}")
-        # learn
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        return {k: v.item() for k, v in losses.items()}
-
-    def save(self, step: int) -> None:
-        """Write the state to go on from, and the tower alone."""
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
-        with atomic_path(self.folder / "state.pt") as temporary:
-            torch.save({"model": self.model.state_dict(), "optimizers": states, "step": step}, temporary)
-        weights = {k: v.contiguous() for k, v in self.model.backbone.state_dict().items()}
-        with atomic_path(self.folder / "model.safetensors") as temporary:
-            save_file(weights, temporary, metadata={"format": "pt"})
-
-    def evaluate(self, size: int) -> float:
-        """Measure how often the nearest training image of a validation image has its concept."""
-        train, validation = (embed(self.model, x, size) for x in (self.images[: self.labelled], self.validation))
-        mean, std = train.mean(0), train.std(0) + 1e-6
-        nearest = nearest_neighbours((train - mean) / std, (validation - mean) / std)
-        pairs = zip(nearest, self.validation_rows)
-        return float(np.mean([self.rows[i]["concept"] == row["concept"] for i, row in pairs]))
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        self.model.eval()
+        features = embed(self.model, self.eval_images, self.train_dataset.sizes[max(0, self.state.global_step - 1)])
+        metrics = {f"eval_style_{count}": style_recall(features, self.eval_dataset, count) for count in SIZES}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def main(recipe: dict[str, Any]) -> None:
-    """Train the vision tower of a recipe."""
-    run = Distillation(recipe, Path(recipe["output_dir"]))
-    run.resume()
-    run.train()
+    """Train the vision tower of a recipe; a stopped run goes on by itself."""
+    folder = Path(recipe["training"]["output_dir"])
+    torch.manual_seed(recipe["training"]["seed"])
+    batches = Batches(recipe, folder)
+    model = Student(batches.num_concepts, batches.num_words, recipe["weights"])
+    model.encode = torch.compile(model.features)
+    order = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "max_steps": len(batches)}
+    args = TrainingArguments(**recipe["training"] | order)
+    images, rows = read_images(recipe["validation_file"], recipe["image_size"], exclude_copyleft=False)
+    trainer = VisionTrainer(images, model=model, args=args, train_dataset=batches, eval_dataset=rows)
+    complete = [str(c) for c in checkpoints(folder) if (c / "trainer_state.json").exists()]  # it is written last
+    trainer.train(resume_from_checkpoint=complete[-1] if complete else None)
+    write_json(folder / "log.json", trainer.state.log_history)
+    weights = {k: v.contiguous() for k, v in model.backbone.state_dict().items()}
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})

@@ -14,13 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, BitNetConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from ..data.rows import load_rows
-from ..files import ROOT
+from ..files import ROOT, write_text
 from ..model import replace_with_ternary, require
 from ..recipes import check_keys
 from .recipe import check_training
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"]
 HELD_OUT = 1000  # glosses to evaluate on
+SENTENCES = "sentences.txt"  # what a memory can be taught, for `data.episodes.texts`
 KEYS = dict.fromkeys(("caption_repeats", "vocab_size", "block_size"), int) | dict.fromkeys(("model", "training"), dict)
 KEYS |= {"kind": str, "wordnet_dir": str, "captions_file": str | list[str]}
 
@@ -41,16 +42,16 @@ def check(recipe: dict[str, Any]) -> str:
     return recipe["training"]["output_dir"]
 
 
-def wordnet_documents(folder: str) -> list[str]:
-    """Read one text per synset: lemmas, gloss and examples."""
+def wordnet_documents(folder: str) -> list[list[str]]:
+    """Read the sentences of every synset: lemmas, gloss and examples."""
     documents = []
     for part in ("noun", "verb", "adj", "adv"):
         lines = (Path(folder) / f"data.{part}").read_text().splitlines()
-        documents += [synset_text(line, part) for line in lines if not line.startswith("  ")]  # the licence header
+        documents += [synset_sentences(line, part) for line in lines if not line.startswith("  ")]  # no licence header
     return documents
 
 
-def synset_text(line: str, part: str) -> str:
+def synset_sentences(line: str, part: str) -> list[str]:
     """Write a line of WordNet's data files as sentences."""
     fields, _, gloss = line.partition(" | ")
     fields = fields.split(" ")
@@ -59,17 +60,18 @@ def synset_text(line: str, part: str) -> str:
     head = lemmas[0].capitalize()
     if part == "noun" and lemmas[0].islower():
         head = f"{'An' if lemmas[0][0] in 'aeiou' else 'A'} {lemmas[0]}"
-    sentences = [f"{head}. {definition.strip().capitalize()}."]
+    sentences = [f"{head}.", f"{definition.strip().capitalize()}."]
     if len(lemmas) > 1:
         sentences.append(f"Also: {', '.join(lemmas[1:])}.")
     examples = [example.strip('" ') for example in examples]
-    return " ".join(sentences + [f"{example[0].upper()}{example[1:]}." for example in examples if example])
+    return sentences + [f"{example[0].upper()}{example[1:]}." for example in examples if example]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE; padding on the left, as generation wants it."""
+    """Train byte-level BPE with every digit a token; padding on the left, as generation wants it."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -97,10 +99,16 @@ def blocks(tokenizer: PreTrainedTokenizerFast, documents: list[str], size: int) 
     return [{"input_ids": block, "labels": block} for block in ids]
 
 
-def read_texts(recipe: dict[str, Any]) -> tuple[PreTrainedTokenizerFast, list, list]:
-    """Train a tokenizer on a recipe's texts and cut them into blocks."""
+def tokenized_texts(recipe: dict[str, Any]) -> tuple[PreTrainedTokenizerFast, list, list]:
+    """Train a tokenizer on a recipe's texts, and cut them into blocks.
+
+    The sentences are written to a file, for the memory to learn.
+    """
     draw, repeats, size = random.Random(recipe["training"]["seed"]), recipe["caption_repeats"], recipe["block_size"]
-    glosses = wordnet_documents(recipe["wordnet_dir"])
+    synsets = wordnet_documents(recipe["wordnet_dir"])
+    sentences = dict.fromkeys(sentence for synset in synsets for sentence in synset[1:])
+    write_text(Path(recipe["training"]["output_dir"]) / SENTENCES, "\n".join(sentences) + "\n")
+    glosses = [" ".join(synset) for synset in synsets]
     captions = list(load_rows(recipe["captions_file"], exclude_copyleft=True)["caption"])
     # hold some glosses out
     draw.shuffle(glosses)
@@ -126,7 +134,7 @@ def build_model(size: int, end: int, pad: int, sizes: dict[str, Any]):
 
 def main(recipe: dict[str, Any]) -> None:
     """Train tokenizer and decoder of a recipe."""
-    tokenizer, train, validation = read_texts(recipe)
+    tokenizer, train, validation = tokenized_texts(recipe)
     torch.manual_seed(recipe["training"]["seed"])
     end, pad = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>"])
     model = build_model(len(tokenizer), end, pad, recipe["model"])

@@ -51,14 +51,14 @@ class VisionCacheConfig:
 @strict
 @dataclass(kw_only=True)
 class EpisodesConfig:
-    """`data.episodes`: teach the memory. `size` is for images as they come, the rest for `data.vision_cache`."""
+    """`data.episodes`: teach the memory. `size` is for images as they come, `texts` for both, the rest for features."""
 
     size: int | None = option("rows of an episode, of ImageEpisodeCollator")
     groups: int | None = option("memories of a batch, as the rest of EpisodeCollator")
     sizes: list[int] | None = option("smallest and largest number of facts in a memory")
     shares: dict[str, float | int] | None = option("of the kinds of query")
     names: int | None = option("number of invented names")
-    texts: str | None = option("a file of sentences to teach, one a line; default: forms with names alone")
+    texts: str | None = option("a file of sentences to teach, one a line; default: captions, forms with names")
     key_pairs: int | None = option("images of the contrastive loss of keys")
 
 
@@ -76,6 +76,8 @@ class DataConfig:
     max_caption_tokens: int | None = option("longer captions are cut")
     limit: int | None = option("rows of the training data")
     validation_limit: int | None = option("rows of the validation data")
+    replay: str | list[str] | None = option("images of what the model knows, mixed in so that it is not forgotten")
+    replay_share: float | int = option("their share of the rows", 0.5)
     stream: StreamConfig | None = option("read shards as they come")
     vision_cache: VisionCacheConfig | None = option("store the features of a frozen vision tower")
     episodes: EpisodesConfig | None = option("teach the memory")
@@ -86,6 +88,8 @@ class DataConfig:
         remote, limited = is_remote(self.validation or ""), self.validation_limit is not None
         problems = {
             "vision_cache stores features of a data set, data.stream stores nothing: choose one.": stream and cache,
+            "replay needs all rows at once: not with data.stream.": stream and self.replay,
+            "replay_share is between 0 and 1.": not 0 < self.replay_share < 1,
             "exclude_copyleft needs all rows at once: not with data.stream.": stream and self.exclude_copyleft,
             "train on the Hub is read as a stream: set data.stream, or download its files first.": (
                 is_remote(self.train) and not stream
@@ -99,7 +103,7 @@ class DataConfig:
             require(not found, f"data.{problem}")
         if episodes:
             names = {option.name for option in fields(EpisodesConfig)}
-            check_keys("data.episodes", to_dict(episodes), names - {"size"} if cache else {"size"})
+            check_keys("data.episodes", to_dict(episodes), names - {"size"} if cache else {"size", "texts"})
 
 
 @strict

@@ -31,7 +31,8 @@ from .data import TrainingData
 from .recipe import Recipe, load_recipe, to_dict
 
 # what the order of the rows, the parameters and the optimizer's state in a checkpoint depend on
-FIXED = "train revision limit exclude_copyleft seed data_seed learning_rate learning_rates trainable config optimizer"
+FIXED = "train replay replay_share revision limit exclude_copyleft seed data_seed learning_rate learning_rates "
+FIXED += "trainable config optimizer"
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

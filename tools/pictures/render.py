@@ -4,6 +4,8 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -62,27 +64,33 @@ def render(content: bytes) -> bytes:
     return file.getvalue()
 
 
+def draw(content: bytes, folder: Path, name: str) -> tuple[bytes, tuple[np.ndarray, np.ndarray] | None]:
+    """Draw a file unless it is in `folder`; returns WebP, empty if unusable, and looks."""
+    file = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.webp"
+    if not file.exists():
+        try:
+            webp = render(content)
+        except (ValueError, OSError) as error:
+            print(f"{name} cannot be drawn: {error}", flush=True)
+            webp = b""
+        with atomic_file(file, "wb") as out:
+            out.write(webp)
+    webp = file.read_bytes()
+    return webp, look(webp) if webp else None
+
+
 def render_all(pictures: Iterable[Picture], folder: Path) -> list[Picture]:
-    """Draw what is not yet in `folder`; returns the usable pictures, with their files and looks."""
-    drawn = []
-    for count, picture in enumerate(pictures, 1):
-        content = picture.read()
-        file = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.webp"
-        if not file.exists():
-            try:
-                webp = render(content)
-            except (ValueError, OSError) as error:
-                print(f"{picture.id} cannot be drawn: {error}", flush=True)
-                webp = b""
-            with atomic_file(file, "wb") as out:
-                out.write(webp)
-        picture.webp = file.read_bytes()
-        if picture.webp:
-            picture.look = look(picture.webp)
-            drawn.append(picture)
-        if count % 1000 == 0:
-            print(f"{count} pictures drawn", flush=True)
-    return drawn
+    """Draw what is not in `folder`, on all cores; returns the usable pictures."""
+    pictures = list(pictures)
+    with ProcessPoolExecutor() as pool:
+        for start in range(0, len(pictures), 1000):
+            part = pictures[start : start + 1000]
+            files, names = [picture.read() for picture in part], [picture.id for picture in part]
+            drawn = pool.map(draw, files, repeat(folder), names, chunksize=8)
+            for picture, (webp, looks) in zip(part, drawn):
+                picture.webp, picture.look = webp, looks
+            print(f"{start + len(part)} of {len(pictures)} pictures drawn", flush=True)
+    return [picture for picture in pictures if picture.webp]
 
 
 # --- near-duplicates
