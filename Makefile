@@ -37,7 +37,7 @@ contract: $(VENV)/.test  ## transformers' own test mixins on this model; TRANSFO
 compat: $(VENV)/.test  ## the fast tests with the lowest and the newest supported transformers, where they differ from the installed
 	$(PY) tools/compat.py
 
-nano: $(VENV)/.ready  ## the shipped model from nothing, in recipes/nano/README.md's hours; goes on where it was stopped
+nano: $(VENV)/.ready  ## the shipped kind of model from nothing, in hours: recipes/nano/README.md; goes on where it was stopped
 	$(PY) -m pip install --quiet --editable ".[train,pictures]"
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/nano/run.sh
 

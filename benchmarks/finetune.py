@@ -55,14 +55,13 @@ def figures(checkpoint: str, new: Dataset, old: Dataset, taught: Path) -> list:
     model, processor = load_plain(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
     bench = Bench(model, processor, old.select(range(FACTS)))
     images, names = list(range(FACTS)), bench.names["new"][:FACTS]
-    memory, read = bench.teach([images], [bench.facts(names, images)]), "written"
-    if taught.exists():
-        try:
-            memory, read = model.load_memory(taught), "read"
-        except ValueError as error:
-            read = f"refused: {error}"
-    else:
+    try:
+        memory, read = model.load_memory(taught), "read"
+    except (FileNotFoundError, ValueError) as error:
+        memory, read = bench.teach([images], [bench.facts(names, images)]), f"refused: {error}"
+    if not taught.exists():
         memory.save(taught)
+        read = "written"
     said = name_share(names, bench.answers(1, images, memory=memory))
     return [exact(model, processor, new), exact(model, processor, old), f"{said * FACTS:.0f} of {FACTS}", read]
 

@@ -61,11 +61,6 @@ def caption_noun(caption: str) -> str:
     return re.sub(r"^(An?|The)\s+(?=\S)", "", caption.strip()).rstrip(".")
 
 
-def read_texts(texts: Sequence[str]) -> Sequence[str]:
-    """Read the lines of a file, or take the sentences themselves."""
-    return Path(texts).read_text().splitlines() if isinstance(texts, str) else texts
-
-
 def pad_sentences(sentences: list[list[int]], length: int) -> torch.Tensor:
     """Cut sentences to `length` and pad them with -1, (N, length)."""
     rows = [ids[:length] + [-1] * (length - len(ids)) for ids in sentences]
@@ -87,8 +82,8 @@ class ImageEpisodeCollator(CaptionCollator):
 
     def __post_init__(self):
         super().__post_init__()
-        texts = read_texts(self.texts)
-        self.story = Storyteller(self.processor.tokenizer, [], 0, self.max_tokens, texts) if texts else None
+        tokenizer = self.processor.tokenizer
+        self.story = Storyteller(tokenizer, [], 0, self.max_tokens, self.texts) if self.texts else None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = self.read_all(rows)
@@ -128,12 +123,13 @@ class Fact(NamedTuple):
 class Storyteller:
     """Draw facts of at most `max_tokens` about images, with `number` made-up names.
 
-    With `texts` most facts are no form with a name but any sentence, any tokens, or words and codes: what is learned
-    is to say them again, whatever they are.
+    With `texts`, sentences or a file of them, most facts are no form with a name but any sentence, any tokens, or words
+    and codes: what is learned is to say them again, whatever they are.
     """
 
     def __init__(self, tokenizer, captions: list[str], number: int, max_tokens: int, texts: Sequence[str] = ()):
-        self.tokenizer, self.max_tokens, self.texts = tokenizer, max_tokens, texts
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.texts = Path(texts).read_text().splitlines() if isinstance(texts, str) else texts
         self.any_token = ordinary_tokens(tokenizer)
         self.nouns, self.names = [caption_noun(caption) for caption in captions], make_names(number)
         # words of captions and of names
@@ -245,8 +241,7 @@ class EpisodeCollator(FeatureCollator):
         super().__post_init__()
         shares = ", ".join(self.shares)
         require(set(self.shares) == set(SHARES), f"shares must be of {', '.join(SHARES)}, got {shares}.")
-        texts = read_texts(self.texts)
-        self.story = Storyteller(self.processor.tokenizer, self.captions, self.names, self.max_tokens, texts)
+        self.story = Storyteller(self.processor.tokenizer, self.captions, self.names, self.max_tokens, self.texts)
         self.same_concept = defaultdict(list)
         for i, concept in enumerate(self.concepts):
             self.same_concept[concept].append(i)

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from datasets import Image
 from datasets.fingerprint import Hasher
 from safetensors.torch import save_file
-from timm.optim import Muon
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -28,6 +27,7 @@ from ..model import require
 from ..teacher import nearest_neighbours, teacher_maps
 from .checkpoints import checkpoints
 from .recipe import check_training
+from .setup import build_optimizer
 
 STOP_WORDS = {"a", "an", "the", "of", "with", "and", "in", "on", "for", "to"}
 LOSSES = {"dense", "pooled", "concept", "words", "contrast"}
@@ -104,9 +104,9 @@ class Batches(torch.utils.data.Dataset):
         self.small = resized(self.images, max(1, recipe["image_size"] * 9 // 14))  # for crops of at most half the side
         # the teacher's features, (N, 320, h, w) and (N, 1280) in float16, are standardised
         self.maps, self.pooled = cached_teacher_features(self.images, self.rows + rows, folder)
-        self.map_mean = self.maps.float().mean((0, 2, 3))[:, None, None]
-        self.map_std = self.maps.float().std((0, 2, 3))[:, None, None] + 1e-4
-        self.pool_mean, self.pool_std = self.pooled.float().mean(0), self.pooled.float().std(0) + 1e-4
+        maps, pooled = self.maps.float(), self.pooled.float()
+        self.map_mean, self.map_std = (x[:, None, None] for x in (maps.mean((0, 2, 3)), maps.std((0, 2, 3)) + 1e-4))
+        self.pool_mean, self.pool_std = pooled.mean(0), pooled.std(0) + 1e-4
         # concepts, and words that at least three captions have
         names = {c: i for i, c in enumerate(sorted({row["concept"] for row in self.rows}))}
         self.concepts = torch.tensor([names[row["concept"]] for row in self.rows])
@@ -254,14 +254,8 @@ class VisionTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         """Use Muon for the matrices of the blocks, AdamW for the rest."""
-        matrices = dict.fromkeys(p for p in self.model.backbone.blocks.parameters() if p.ndim == 2)
-        rest = [p for p in self.model.parameters() if p not in matrices]
-        groups = [{"params": list(matrices), "use_fallback": False}]
-        groups += [{"params": [p for p in rest if p.ndim > 1], "use_fallback": True}]
-        groups += [{"params": [p for p in rest if p.ndim <= 1], "use_fallback": True, "weight_decay": 0.0}]
-        args = self.args
-        kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "nesterov": True}
-        self.optimizer = Muon(groups, betas=(args.adam_beta1, args.adam_beta2), **kwargs)
+        matrices = {p for p in self.model.backbone.blocks.parameters() if p.ndim == 2}
+        self.optimizer = build_optimizer(self, {}, matrices)
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

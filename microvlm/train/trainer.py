@@ -17,7 +17,7 @@ from .episodes import memory_losses, split_inputs
 from .evaluation import Evaluation, EvaluationMixin, Means
 from .gradcache import embed_step, embedded_pairs, replayed_randomness
 from .losses import EPISODE_LOSSES, Step, Term, labelled_logits, loss_terms
-from .setup import build_optimizer, check_patterns
+from .setup import build_optimizer, check_patterns, muon_matrices
 
 
 @dataclass(kw_only=True)
@@ -220,5 +220,6 @@ class MicroVLMTrainer(CheckpointMixin, EvaluationMixin, Trainer):
     def create_optimizer(self, model=None):
         """Build the optimizer, with a group per learning rate."""
         if self.optimizer is None and (self.options.learning_rates or self.options.muon):
-            self.optimizer = build_optimizer(self, self.options.learning_rates or {}, self.options.muon)
+            matrices = muon_matrices(self.model) if self.options.muon else set()
+            self.optimizer = build_optimizer(self, self.options.learning_rates or {}, matrices)
         return super().create_optimizer(model)

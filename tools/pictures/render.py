@@ -86,9 +86,8 @@ def render_all(pictures: Iterable[Picture], folder: Path) -> list[Picture]:
         for start in range(0, len(pictures), 1000):
             part = pictures[start : start + 1000]
             files, names = [picture.read() for picture in part], [picture.id for picture in part]
-            drawn = pool.map(draw, files, repeat(folder), names, chunksize=8)
-            for picture, (webp, looks) in zip(part, drawn):
-                picture.webp, picture.look = webp, looks
+            for picture, drawn in zip(part, pool.map(draw, files, repeat(folder), names, chunksize=8)):
+                picture.webp, picture.look = drawn
             print(f"{start + len(part)} of {len(pictures)} pictures drawn", flush=True)
     return [picture for picture in pictures if picture.webp]
 
