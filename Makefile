@@ -37,8 +37,8 @@ contract: $(VENV)/.test  ## transformers' own test mixins on this model; TRANSFO
 compat: $(VENV)/.test  ## the fast tests with the lowest and the newest supported transformers, where they differ from the installed
 	$(PY) tools/compat.py
 
-nano: $(VENV)/.ready  ## the shipped kind of model from nothing, in hours: recipes/nano/README.md; goes on where it was stopped
-	$(PY) -m pip install --quiet --editable ".[train,pictures]"
+nano: $(VENV)/.ready  ## the shipped model from nothing, in hours, in place of the one here: recipes/nano/README.md; goes on where it was stopped
+	$(PY) -m pip install --quiet --editable ".[train,pictures,eval]"
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/nano/run.sh
 
 release: $(VENV)/.ready  ## what a Hub repo receives, checked and loaded, in dist/microvlm; RELEASE="--tag v1.0.1 ...": more options

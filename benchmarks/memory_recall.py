@@ -39,10 +39,23 @@ RECALL = {
     "nearest (view)": "view_nearest",
     "nearest (style)": "style_nearest",
 }
+SUMMARY = {
+    "same image": "seen.same",
+    "augmented view": "seen.view",
+    "other style": "seen.style",
+    "in words": "seen.words",
+    "word F1": "seen.word_f1",
+    "false recalls, unrelated": "unrelated.false_recall",
+    "... look-alikes": "lookalike.false_recall",
+    "AUROC": "unrelated.auroc",
+    "nearest neighbour, view": "seen.view_nearest",
+    "... other style": "seen.style_nearest",
+}
 UNWRITTEN = {"images": "pictures", "false recall": "false_recall", "unchanged": "unchanged"}
 UNWRITTEN |= {"AUROC": "auroc", "EER": "eer", "accuracy": "accuracy"}
 HALF = {"forgotten": "forget.forgotten", "kept": "forget.kept", "kept, before": "forget.kept_before"}
 BY_FACTS = {
+    "Summary.": SUMMARY,
     "All facts in the prompt, augmented views.": {"recall": "in_prompt"},
     "Unrelated images.": {column: f"unrelated.{key}" for column, key in UNWRITTEN.items()}
     | {"false recall, in words": "unrelated.words_false_recall"},

@@ -5,7 +5,7 @@
 Facts are the sentences, names ("This is NAME.") and strings of 12 tokens in data/memory, which no training reads, about
 images of concepts outside training. They are asked by free greedy generation with the stored image, a changed view of
 it and in words, gate on auto. Right is an answer that has every letter; white space is folded. Wrong is one that is
-neither the fact nor what the model says of the image without a memory.
+neither a taught fact nor what the model says of the image without a memory.
 """
 
 import argparse
@@ -69,13 +69,13 @@ def measure(bench: Bench, facts: list[tuple[str, str]], size: int, queries: int,
             "view": bench.answers(1, asked, memory=memory),
             "in words": bench.answers(None, asked, prompts, memory=memory),
         }
-        plain = bench.without_memory(asked)
+        plain, taught = bench.without_memory(asked), {fold(text) for _, text in chosen}
         counts["asked"] += len(places)
         for way, said in answers.items():
             for n, answer, text, caption in zip(places, said, texts, plain):
                 right = fold(answer) == fold(text)
                 counts[way] += right
-                counts[f"wrong, {way}"] += not right and fold(answer) != fold(caption)
+                counts[f"wrong, {way}"] += fold(answer) not in {*taught, fold(caption)}
                 if way == "same image":
                     counts[f"{chosen[n][0]}, asked"] += 1
                     counts[chosen[n][0]] += right

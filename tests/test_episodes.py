@@ -15,6 +15,7 @@ from conftest import microvlm
 from safetensors.torch import load_file
 from toy_data import pairs, png, toy_checkpoint, toy_model, toy_processor, use_cache, write_parquet
 from transformers import AutoConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import train_hf
 from benchmarks import memory_recall
@@ -32,7 +33,8 @@ from microvlm.metrics import auroc, equal_error_rate
 from microvlm.model import load
 from microvlm.train import calibrate
 from microvlm.train.calibrate import lowest_threshold
-from microvlm.train.episodes import EPISODE_INPUTS, Episodes, memory_losses
+from microvlm.train.episodes import EPISODE_INPUTS, Episodes, captioned_rows, memory_losses, split_inputs
+from microvlm.train.gradcache import embedded_pairs
 
 MEMORY = {
     "num_slots": 16,
@@ -342,7 +344,21 @@ def test_memory_losses_against_their_definition():
     soft = torch.nn.functional.logsigmoid(readout.scope_logits)
     hard = torch.where(known, 0.0, -math.inf)
     assert ((readout.log_gate == soft) | (readout.log_gate == hard)).all()
-    readout.log_gate[readout.log_gate > -math.inf].sum().backward()
+    assert not readout.log_gate.requires_grad and readout.scope_logits.requires_grad  # words do not train the gate
+
+
+def test_captions_align_and_facts_do_not():
+    """The pairs of images and texts are those of the rows that say their caption, as if the others were not there."""
+    model = toy_model(use_memory=True, memory_config=MEMORY)
+    batch = collator(shares={"view": 0.4, "style": 0.0, "text": 0.2, "new": 0.4, "unknown": 0.0})(batch_rows())
+    inputs, episodes = split_inputs(model, batch)
+    pairs = embedded_pairs(model(**inputs, return_alignment=True), captioned_rows(model, inputs, episodes))
+    shown = (inputs["input_ids"] == model.config.image_token_id).any(1)
+    alone, features = shown & ~episodes.known, inputs.pop("mm_encoder_outputs")["image"].last_hidden_state
+    assert 0 < len(pairs) == int(alone.sum()) < int(shown.sum())
+    rows = {name: value[alone] for name, value in inputs.items()}
+    rows["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(last_hidden_state=features[alone[shown]])}
+    torch.testing.assert_close(pairs, embedded_pairs(model(**rows, return_alignment=True)))
 
 
 def test_scores_of_the_benchmark():

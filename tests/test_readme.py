@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from toy_data import use_cache
 
 from microvlm.cli import app
+from tools.figures import with_figures
 
 PAGES = sorted([*ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md"), ROOT / "README.md"])
 # .ci/run runs the first three; the last is a page that waits for visitors (tests/test_app.py)
@@ -164,6 +165,14 @@ def test_what_these_tests_find():
         "microvlm app",
     ]
     assert sum(len(commands(page.read_text())) for page in PAGES) > 40
+
+
+def test_tables_take_printed_figures():
+    """A table takes the rows of the first printed one that has its columns, in its own order; others stay."""
+    page = "# a\n\n| c | x |\n| ---: | --- |\n| 1 | old |\n\n| other |\n| --- |\n| 2 |\nend\n"
+    printed = "| x | b | c |\n| --- | ---: | ---: |\n| new | 3 | 4 |\n| a \\| b | 5 | 6 |\n"
+    expected = page.replace("| 1 | old |\n", "| 4 | new |\n| 6 | a \\| b |\n")
+    assert with_figures(page, [printed]) == expected and with_figures(expected, []) == expected
 
 
 @pytest.fixture(scope="module")

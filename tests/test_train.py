@@ -1028,13 +1028,22 @@ def run(monkeypatch, tmp_path):
     }
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("share", [0.25, 0.75])
-def test_rows_are_mixed_with_those_to_replay(share, run, tmp_path):
+def test_rows_are_mixed_with_those_to_replay(share, cached, run, tmp_path):
+    if cached:
+        run["data"]["vision_cache"] = {"views": 1, "folder": str(tmp_path / "features")}
     old = [row | {"caption": f"Old {i}.", "source": "x"} for i, row in enumerate(pairs(8, source=["y"] * 8))]
     run["data"] |= {"replay": str(write_parquet(tmp_path / "old.parquet", old)), "replay_share": share}
     recipe = load_recipe(write_recipe(tmp_path, **run))
     parts = recipe, training_arguments(recipe), *load_model(recipe)
-    rows = TrainingData(*parts).rows
+    data = TrainingData(*parts)
+    rows = data.rows
+    if cached:  # every image once
+        assert data.collator.features.shape[1] == len(pairs()) + 8
+        assert {row["feature_row"]: row["caption"] for row in rows} == dict(
+            enumerate([*CAPTIONS, *(r["caption"] for r in old)])
+        )
     assert set(rows["caption"]) == {*CAPTIONS, *(row["caption"] for row in old)}
     assert "source" not in rows.column_names  # which the new rows do not have
     found = sum(caption.startswith("Old ") for caption in rows["caption"]) / len(rows)

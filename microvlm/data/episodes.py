@@ -162,7 +162,10 @@ class Storyteller:
         """Draw a text that ends somewhere, words and codes, or tokens."""
         kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == "tokens":
-            ids = draw.choices(self.any_token, k=draw.randint(1, self.max_tokens - 1))
+            # a few that come again and again, or any
+            few = draw.random() < 0.5
+            tokens = draw.sample(self.any_token, draw.choice((2, 4, 8))) if few else self.any_token
+            ids = draw.choices(tokens, k=draw.randint(1, self.max_tokens - 1))
         elif kind == "text":
             ids = self.tokens(draw.choice(self.texts))
         else:

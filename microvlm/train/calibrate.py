@@ -66,7 +66,6 @@ def scores(bench: Bench, size: int, memories: int) -> dict[str, tuple[torch.Tens
             for part, view, indices in zip(parts[kind], views, queries):
                 if indices:
                     part.append(bench.scope(view, indices, memory))
-    require(bool(parts["images"][1]), f"no picture is unrelated to {size} facts: give more pictures.")
     return {k: tuple(torch.cat(part) if part else torch.empty(0) for part in v) for k, v in parts.items()}
 
 
@@ -81,8 +80,11 @@ def calibrate_scope(model, processor, rows: Dataset, false_alarms: float, look_a
     """Set the thresholds of ScopeNet for several sizes of memory, in the model's config."""
     bench = Bench(model, processor, rows)
     slots = model.config.memory_config.num_slots
-    sizes = [size for size in sorted({1, 4, 16, 64, slots}) if size <= slots and size < len(bench.captions)]
+    sizes = [size for size in sorted({1, 4, 16, 64, 128, slots}) if size <= slots and size < len(bench.captions)]
     by_size = {size: scores(bench, size, max(16, 256 // size)) for size in sizes}
+    # sizes at which an image is related to no fact
+    sizes = [size for size in sizes if len(by_size[size]["images"][1])]
+    require(bool(sizes), "no picture is unrelated to the others: give more pictures.")
     for kind, name in (("images", "scope_threshold"), ("words", "word_threshold")):
         lines = []
         for size in sizes:

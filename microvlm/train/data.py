@@ -7,7 +7,7 @@ import time
 from itertools import islice
 
 import torch
-from datasets import Dataset, interleave_datasets
+from datasets import Dataset, concatenate_datasets, interleave_datasets
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -50,7 +50,8 @@ class TrainingData:
         # rows: a `Dataset` or a `CaptionStream`; with cached features without `images`
         source, options = self.data.validation, {"limit": self.data.validation_limit, "revision": self.data.revision}
         self.validation = load_rows(source, split="validation", **options) if source else None
-        self.rows = self.images = self._load_rows()
+        self.images = self._load_rows()
+        self.rows = self._mixed(self.images)
         # batches
         augmentation = self.data.augmentation
         self.augment = None if augmentation is None else image_augmentation(**augmentation)
@@ -82,11 +83,21 @@ class TrainingData:
         )
 
     def _with_replay(self, rows: Dataset) -> Dataset:
-        """Mix rows with those of `replay`; the fewer of both are repeated."""
-        old, share = load_rows(self.data.replay, self.data.exclude_copyleft), self.data.replay_share
+        """Add the rows of `replay`; `replayed` says which they are."""
+        old = load_rows(self.data.replay, self.data.exclude_copyleft)
         columns = [name for name in rows.column_names if name in old.column_names]
-        parts, probabilities = [part.select_columns(columns) for part in (rows, old)], [1 - share, share]
-        return interleave_datasets(parts, probabilities, self.args.seed, stopping_strategy="all_exhausted")
+        parts = [
+            part.select_columns(columns).add_column("replayed", [i] * len(part)) for i, part in enumerate((rows, old))
+        ]
+        return concatenate_datasets(parts)
+
+    def _mixed(self, rows):
+        """Mix new and replayed rows by `replay_share`; the fewer of both are repeated."""
+        if not self.data.replay:
+            return rows
+        share, replayed = self.data.replay_share, torch.tensor(rows["replayed"][:])
+        parts = [rows.select((replayed == i).nonzero().flatten().tolist()) for i in (0, 1)]
+        return interleave_datasets(parts, [1 - share, share], self.args.seed, stopping_strategy="all_exhausted")
 
     def caption_collator(self, augment, kind=CaptionCollator, **options) -> CaptionCollator:
         return kind(
@@ -109,13 +120,14 @@ class TrainingData:
         """Train on cached features of a frozen vision tower."""
         trains = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
         require(not trains, "data.vision_cache needs a frozen vision tower, but `trainable` matches its parameters.")
-        features, self.rows = self._features(self.images, self.data.vision_cache.views)
-        if skipped := len(self.images) - len(self.rows):
+        features, rows = self._features(self.images, self.data.vision_cache.views)
+        if skipped := len(self.images) - len(rows):
             print(f"{skipped} of {len(self.images)} training rows could not be read: skipped", flush=True)
+        self.rows = self._mixed(rows)  # an image that is repeated is encoded once
         if self.data.episodes is None:
             self.collator = self.caption_collator(None, FeatureCollator, features=features)
             return
-        self.collator = self._episode_collator(self.images, features, self.rows)
+        self.collator = self._episode_collator(self.images, features, rows)
         if count := self.evaluation.memory:
             features, rows = self._features(self.validation, 2)
             self.memory_batches = self._batches(self._episode_collator(self.validation, features, rows), rows, count)

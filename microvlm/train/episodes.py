@@ -48,6 +48,12 @@ def split_inputs(model, batch: dict[str, Any]) -> tuple[dict[str, Any], Episodes
     return inputs, episodes or None
 
 
+def captioned_rows(model, inputs: dict[str, Any], episodes: Episodes) -> torch.BoolTensor:
+    """Tell which of the R rows with an image and a text have its caption and not a fact, (R,)."""
+    pairs = (inputs["input_ids"] == model.config.image_token_id).any(1) & (inputs["labels"] != -100).any(1)
+    return ~episodes.known[pairs]
+
+
 def encode_images(model, queries: torch.Tensor, supports: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Encode images (B, 3, H, W) in one pass: the queries' features, and keys and pairs of keys as in `Episodes`."""
     images = [queries, supports]
@@ -71,11 +77,11 @@ def memory_losses(model, episodes: Episodes) -> tuple[Any, dict[str, torch.Tenso
     keys = memory.written_keys(keys, gray[0] if gray else None)
     state = memory.write(state, keys, supports, active=episodes.support_active, method="direct")
     # read them: half of the rows see the memory through ScopeNet's soft gate, the other half as in inference: on where
-    # the query was written, off where it was not
+    # the query was written, off where it was not; ScopeNet learns from what was written alone, not from the words
     query = model.model.get_memory_query(episodes.input_ids, episodes.attention_mask, episodes.vision_features)
     readout = model.model.read_memory(state, query)
     hard = torch.zeros_like(readout.log_gate).masked_fill(~known, -torch.inf)
-    readout.log_gate = torch.where(torch.rand_like(hard) < 0.5, hard, readout.log_gate)
+    readout.log_gate = torch.where(torch.rand_like(hard) < 0.5, hard, readout.log_gate.detach())
     return readout, {
         "scope": scope_loss(readout.scope_logits, known),
         "reconstruction": reconstruction_loss(readout.content.flatten(1), targets, known),

@@ -24,20 +24,22 @@ class PairCache:
         return torch.cat([self.pairs[: self.first], own, self.pairs[self.first + len(own) :]])
 
 
-def embedded_pairs(outputs) -> torch.Tensor:
-    """Images and texts in the shared space, (R, 2, C) float32."""
-    return torch.stack([outputs.image_embeds, outputs.text_embeds], 1).float()
+def embedded_pairs(outputs, captioned: torch.BoolTensor | None = None) -> torch.Tensor:
+    """Images and texts in the shared space, (R, 2, C) float32; of episodes only those whose text is the caption."""
+    pairs = torch.stack([outputs.image_embeds, outputs.text_embeds], 1).float()
+    return pairs if captioned is None else pairs[captioned]
 
 
 @torch.no_grad()
-def embed_step(trainer, micro_batches: Iterable[dict]) -> list[PairCache]:
+def embed_step(trainer, micro_batches: Iterable[tuple[dict, torch.Tensor | None]]) -> list[PairCache]:
     """Embed the pairs of a step's micro-batches without gradient; a cache for each."""
     trainer.model_wrapped.train()
     own, states = [], []
-    for inputs in micro_batches:
+    for inputs, captioned in micro_batches:
         states.append(random_state(trainer.args.device))
         with trainer.compute_loss_context_manager():
-            own.append(embedded_pairs(trainer.model_wrapped(**inputs, return_alignment="only", use_fusion=False)))
+            outputs = trainer.model_wrapped(**inputs, return_alignment="only", use_fusion=False)
+        own.append(embedded_pairs(outputs, captioned))
     return gather_pairs(trainer.accelerator, own, states)
 
 

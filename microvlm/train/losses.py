@@ -35,6 +35,9 @@ class Step:
     ranks: int = 1  # their number, where gradients of sums over tokens are averaged over them
     pairs: PairCache | None = None  # embeddings of the step's pairs from a pass before this one
     episode_losses: dict[str, torch.Tensor] = field(default_factory=dict)  # of `memory_losses`
+    captioned: torch.BoolTensor | None = (
+        None  # of episodes: which of the rows with an image and a text have its caption
+    )
     outputs: Any = None  # of `forward`; None where no term with a weight needs it
 
 
@@ -110,7 +113,7 @@ class Alignment(Term):
     def __call__(self, step: Step) -> torch.Tensor | None:
         if step.outputs.image_embeds is None:
             return None
-        pairs = embedded_pairs(step.outputs)
+        pairs = embedded_pairs(step.outputs, step.captioned)
         if step.model.training:
             cache = step.pairs or gather_pairs(step.accelerator, [pairs.detach()])[0]
             pairs = cache.replace(pairs)

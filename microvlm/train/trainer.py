@@ -13,7 +13,7 @@ from ..model import require
 from .callbacks import StepGuard, StreamEpoch
 from .checkpoints import CheckpointMixin, StreamPosition
 from .data import SeededLengthGroupedSampler, TrackedCollator, WaitClock
-from .episodes import memory_losses, split_inputs
+from .episodes import captioned_rows, memory_losses, split_inputs
 from .evaluation import Evaluation, EvaluationMixin, Means
 from .gradcache import embed_step, embedded_pairs, replayed_randomness
 from .losses import EPISODE_LOSSES, Step, Term, labelled_logits, loss_terms
@@ -138,8 +138,10 @@ class MicroVLMTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             inputs = inputs | {"pairs": self.step_pairs[index]}
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _forward_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return split_inputs(self.accelerator.unwrap_model(self.model_wrapped), self._prepare_inputs(batch))[0]
+    def _forward_inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.BoolTensor | None]:
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        inputs, episodes = split_inputs(model, self._prepare_inputs(batch))
+        return inputs, episodes and captioned_rows(model, inputs, episodes)
 
     def start_step(self, model, batch: dict[str, Any], num_items: torch.Tensor | int | None) -> Step:
         """Prepare a forward pass: arguments, episodes, and its part of the optimizer step."""
@@ -170,6 +172,7 @@ class MicroVLMTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             ranks=self.accelerator.num_processes if summed and self.args.average_tokens_across_devices else 1,
             pairs=batch.get("pairs"),
             episode_losses=losses,
+            captioned=episodes and captioned_rows(inner, inputs, episodes),
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -202,7 +205,7 @@ class MicroVLMTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             else:
                 seen.means.add(term.name, term.mean(value, step), 0 if seen.repeated else term.count(step))
         if not step.model.training and not seen.repeated and self.options.loss_weights.get("align"):
-            seen.pairs.append(embedded_pairs(step.outputs).detach())
+            seen.pairs.append(embedded_pairs(step.outputs, step.captioned).detach())
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

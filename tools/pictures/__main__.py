@@ -1,6 +1,6 @@
 """Build the picture set from public packages: what is learned from, what judges, and whom to thank.
 
-    python -m tools.pictures data/pictures --work build/pictures
+    python -m tools.pictures data/pictures --work runs/nano/pictures
 
 Writes train.parquet (with words), unlabelled.parquet (without), validation.parquet and validation_seen.parquet, and
 ATTRIBUTION.md of what was taken. Goes on where it was stopped: what is downloaded or drawn is in `--work`.
