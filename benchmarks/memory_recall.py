@@ -49,7 +49,6 @@ SUMMARY = {
     "... look-alikes": "lookalike.false_recall",
     "AUROC": "unrelated.auroc",
     "nearest neighbour, view": "seen.view_nearest",
-    "... other style": "seen.style_nearest",
 }
 UNWRITTEN = {"images": "pictures", "false recall": "false_recall", "unchanged": "unchanged"}
 UNWRITTEN |= {"AUROC": "auroc", "EER": "eer", "accuracy": "accuracy"}

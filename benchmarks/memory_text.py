@@ -73,9 +73,10 @@ def measure(bench: Bench, facts: list[tuple[str, str]], size: int, queries: int,
         counts["asked"] += len(places)
         for way, said in answers.items():
             for n, answer, text, caption in zip(places, said, texts, plain):
-                right = fold(answer) == fold(text)
+                answer = fold(answer)
+                right = answer == fold(text)
                 counts[way] += right
-                counts[f"wrong, {way}"] += fold(answer) not in {*taught, fold(caption)}
+                counts[f"wrong, {way}"] += answer not in taught and answer != fold(caption)
                 if way == "same image":
                     counts[f"{chosen[n][0]}, asked"] += 1
                     counts[chosen[n][0]] += right

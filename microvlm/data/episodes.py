@@ -163,9 +163,8 @@ class Storyteller:
         kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == "tokens":
             # a few that come again and again, or any
-            few = draw.random() < 0.5
-            tokens = draw.sample(self.any_token, draw.choice((2, 4, 8))) if few else self.any_token
-            ids = draw.choices(tokens, k=draw.randint(1, self.max_tokens - 1))
+            few = draw.sample(self.any_token, draw.choice((2, 4, 8))) if draw.random() < 0.5 else None
+            ids = draw.choices(few or self.any_token, k=draw.randint(1, self.max_tokens - 1))
         elif kind == "text":
             ids = self.tokens(draw.choice(self.texts))
         else:

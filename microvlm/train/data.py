@@ -47,11 +47,10 @@ class TrainingData:
         if self.data.episodes is not None:
             memory = model.model.memory
             require(memory is not None, "data.episodes teach a memory: set config: {use_memory: true}.")
-        # rows: a `Dataset` or a `CaptionStream`; with cached features without `images`
+        # images: a `Dataset` or a `CaptionStream`; `rows` are mixed from them, with cached features without pixels
         source, options = self.data.validation, {"limit": self.data.validation_limit, "revision": self.data.revision}
         self.validation = load_rows(source, split="validation", **options) if source else None
         self.images = self._load_rows()
-        self.rows = self._mixed(self.images)
         # batches
         augmentation = self.data.augmentation
         self.augment = None if augmentation is None else image_augmentation(**augmentation)
@@ -59,8 +58,10 @@ class TrainingData:
         self.memory_batches = self.caption_rows = None  # what every evaluation asks and captions
         if self.data.vision_cache is not None:
             self._use_features()
-        elif self.data.episodes is not None:
-            self._use_image_episodes()
+        else:
+            self.rows = self._mixed(self.images)
+            if self.data.episodes is not None:
+                self._use_image_episodes()
         # images to caption
         if count := self.evaluation.captions:
             rows = self.validation.shuffle(seed=args.seed)

@@ -35,9 +35,7 @@ class Step:
     ranks: int = 1  # their number, where gradients of sums over tokens are averaged over them
     pairs: PairCache | None = None  # embeddings of the step's pairs from a pass before this one
     episode_losses: dict[str, torch.Tensor] = field(default_factory=dict)  # of `memory_losses`
-    captioned: torch.BoolTensor | None = (
-        None  # of episodes: which of the rows with an image and a text have its caption
-    )
+    captioned: torch.BoolTensor | None = None  # of `captioned_rows`; None: no episodes
     outputs: Any = None  # of `forward`; None where no term with a weight needs it
 
 

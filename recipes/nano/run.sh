@@ -22,7 +22,7 @@ train() {
     compgen -G "$runs/$1/checkpoint-*/complete.json" > /dev/null && resume=--resume
     python -m microvlm train $recipes/$1.yaml $resume
 }
-# print_to FILE COMMAND...: a file that is there is whole
+# print_to FILE MODULE...: a file that is there is whole
 print_to() {
     python -m "${@:2}" > "$1.part"
     mv "$1.part" "$1"
