@@ -311,6 +311,7 @@ def calibrate(
     checkpoint: Checkpoint,
     out: Annotated[str, Argument(metavar="OUT", help="a folder that does not exist")],
     data: Annotated[str, Option(help="images with captions that the model was not trained on")],
+    filler: Annotated[str | None, Option(help="images for memories that DATA cannot fill; also of training")] = None,
     false_alarms: Annotated[float, Option(min=0, max=1, help="share of the unrelated images that may pass")] = 0.015,
     look_alikes: Annotated[float, Option(min=0, max=1, help="share of the look-alikes that may pass")] = 1.0,
     only: Annotated[Literal["temperature", "scope"] | None, Option(help="default: both")] = None,

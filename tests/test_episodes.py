@@ -391,7 +391,8 @@ def test_thresholds_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     found = []
     before = load_file(tmp_path / "model/model.safetensors")
     for shares in ("11", "01", "10"):
-        calibrate.main(str(tmp_path / "model"), tmp_path / shares, data, *map(float, shares), only="scope")
+        passing = dict(zip(("false_alarms", "look_alikes"), map(float, shares)))
+        calibrate.main(str(tmp_path / "model"), tmp_path / shares, data, only="scope", **passing)
         found.append(json.loads((tmp_path / shares / "config.json").read_text())["memory_config"]["scope_threshold"])
         after = load_file(tmp_path / shares / "model.safetensors")
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -402,14 +403,16 @@ def test_thresholds_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert found[0] == [[1, 1e-4], [4, 1e-4]] and found[1] != found[0] != found[2]
 
 
-@pytest.mark.parametrize("slots", [2, 4])
-def test_thresholds_of_a_small_memory(tmp_path, monkeypatch, slots):
+@pytest.mark.parametrize("slots, images", [(2, 8), (4, 8), (4, 3)])
+def test_thresholds_of_a_small_memory(tmp_path, monkeypatch, slots, images):
+    """A size that the data cannot fill is measured on the filler."""
     toy_model(use_memory=True, memory_config=MEMORY | {"num_slots": slots}).save_pretrained(tmp_path / "model")
     toy_processor().save_pretrained(tmp_path / "model")
     things = ["cat", "dog", "bell", "hat", "cart", "house", "tower", "box"]
     rows = pairs(concept=things, caption=[f"A {thing}." for thing in things])
-    data = str(write_parquet(tmp_path / "rows.parquet", rows))
-    calibrate.main(str(tmp_path / "model"), tmp_path / "out", data)
+    filler = str(write_parquet(tmp_path / "filler.parquet", rows))
+    data = str(write_parquet(tmp_path / "rows.parquet", rows[:images]))
+    calibrate.main(str(tmp_path / "model"), tmp_path / "out", data, filler)
     config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert [size for size, _ in config.memory_config.scope_threshold] == [1, slots]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))

@@ -17,6 +17,7 @@ from ..tables import markdown_table
 from .setup import change_config
 
 MOST_SCORES = 5000  # for the equal error rate
+FILLER = 1500  # images for memories that the data cannot fill
 COLUMNS = ("facts", "threshold", "unrelated", "AUROC", "EER", "written: on", "unrelated: on", "look-alikes: on")
 
 
@@ -76,18 +77,23 @@ def lowest_threshold(negative: torch.Tensor, false_alarms: float) -> float:
     return round(min(max(value + 1e-4, 1e-4), 1 - 1e-4), 4)
 
 
-def calibrate_scope(model, processor, rows: Dataset, false_alarms: float, look_alikes: float) -> None:
-    """Set the thresholds of ScopeNet for several sizes of memory, in the model's config."""
-    bench = Bench(model, processor, rows)
+def calibrate_scope(model, processor, data: list[Dataset], false_alarms: float, look_alikes: float) -> None:
+    """Set the thresholds of ScopeNet for several sizes of memory, in the model's config.
+
+    A size is measured on the first images that fill it and leave some that are related to no fact.
+    """
+    benches = [Bench(model, processor, rows) for rows in data]
     slots = model.config.memory_config.num_slots
-    sizes = [size for size in sorted({1, 4, 16, 64, 128, slots}) if size <= slots and size < len(bench.captions)]
-    by_size = {size: scores(bench, size, max(16, 256 // size)) for size in sizes}
-    # sizes at which an image is related to no fact
-    sizes = [size for size in sizes if len(by_size[size]["images"][1])]
-    require(bool(sizes), "no picture is unrelated to the others: give more pictures.")
+    by_size = {}
+    for size in sorted({size for size in (1, 4, 16, 64, 128, 256) if size < slots} | {slots}):
+        found = (scores(bench, size, max(16, 256 // size)) for bench in benches if size < len(bench.captions))
+        enough = next((parts for parts in found if len(parts["images"][1])), None)
+        if enough:
+            by_size[size] = enough
+    require(bool(by_size), "no picture is unrelated to the others: give more pictures.")
     for kind, name in (("images", "scope_threshold"), ("words", "word_threshold")):
         lines = []
-        for size in sizes:
+        for size in by_size:
             positive, *negatives = by_size[size][kind]
             # no more of either sort of negatives may pass
             shares = [(x, share) for x, share in zip(negatives, (false_alarms, look_alikes)) if len(x)]
@@ -99,16 +105,18 @@ def calibrate_scope(model, processor, rows: Dataset, false_alarms: float, look_a
         model.config = change_config(model.config, {f"memory_config.{name}": [line[:2] for line in lines]})
 
 
-def main(checkpoint: str, out: str, data: str, false_alarms=0.015, look_alikes=1.0, only: str | None = None) -> None:
+def main(checkpoint: str, out: str, data: str, filler=None, false_alarms=0.015, look_alikes=1.0, only=None) -> None:
     """Write a copy of a checkpoint, unpacked in float32, with its temperature and thresholds chosen."""
     out = Path(out)
     check_out(out, False, [checkpoint])
     model, rows = load_plain(checkpoint).eval(), load_rows(data, split="validation")
+    fillers = [load_rows(filler, split="train").shuffle(seed=0)] if filler else []
+    fillers = [rows.select(range(min(FILLER, len(rows)))) for rows in fillers]
     processor = AutoProcessor.from_pretrained(checkpoint)
     if only != "scope":
         calibrate_temperature(model, processor, rows)
     if only != "temperature" and (model.model.memory is not None or only == "scope"):
-        calibrate_scope(model, processor, rows, false_alarms, look_alikes)
+        calibrate_scope(model, processor, [rows, *fillers], false_alarms, look_alikes)
     # written whole or not at all
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)

@@ -48,7 +48,7 @@ step $runs/text/tokenizer.json python -m microvlm train $recipes/text.yaml
 step $runs/start python -m microvlm compose --vision $runs/vision/model.safetensors --text $runs/text --variant nano --out $runs/start
 step $runs/captions/README.md train captions
 step $runs/memory/README.md train memory
-step $runs/calibrated python -m microvlm calibrate $runs/memory $runs/calibrated --data $seen --look-alikes 0.05
+step $runs/calibrated python -m microvlm calibrate $runs/memory $runs/calibrated --data $seen --filler data/pictures/train.parquet --look-alikes 0.06
 step $runs/packed print_to $runs/pack.txt microvlm pack $runs/calibrated $runs/packed --recipe $recipes/pack.yaml --data data/mini/validation.parquet
 step $runs/captions.md evaluate
 step $runs/recall.md print_to $runs/recall.md benchmarks.memory_recall --model $runs/packed --draws 4 --sizes 1 4 16 64 256 512 --data $unseen --plot $runs/memory_recall.png
