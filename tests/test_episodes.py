@@ -215,7 +215,7 @@ def test_unknown_questions_are_about_nothing_that_is_stored():
         for row in torch.nonzero(questions).flatten().tolist():
             assert (batch["labels"][row] == -100).all()
             prompt = prompt_of(batch, row)
-            asked = {caption_noun(c) for c in collate.captions if prompt in questions_about(collate, caption_noun(c))}
+            asked = {noun for noun in nouns.values() if prompt in questions_about(collate, noun)}
             assert asked
             group = zip(batch["support_tokens"][row // 4], batch["support_active"][row // 4])
             stored = [nouns[tuple(sentence(tokens))].lower() for tokens, on in group if on]

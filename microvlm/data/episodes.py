@@ -326,17 +326,16 @@ class EpisodeCollator(FeatureCollator):
 
     def _query(self, kind: str, row: int, store: dict[int, Fact], draw: random.Random) -> Query:
         """Build the query for an image; the finished memory may change its kind."""
-        concept, noun = self.concepts[row], self.story.nouns[row]
+        concept = self.concepts[row]
         same = next((i for i in store if self.concepts[i] == concept), None)
         if kind in UNWRITTEN and same is not None:  # another row has stored its concept
             kind, row = "view" if kind == "new" else "text", same
-        if kind == "unknown" and any(noun.lower() in fact.text.lower() for fact in store.values()):  # a fact has it
-            kind = "new"
+        fact = store[row] if kind == "text" else self.story.fact(row, draw)
+        if kind == "unknown" and any(fact.noun.lower() in other.text.lower() for other in store.values()):
+            kind = "new"  # a stored fact has the words
         # the prompt: a question, or an image
         if kind in ("text", "unknown"):
-            question = draw.choice(TEXT_QUESTIONS if self.story.texts else QUESTIONS).format(
-                noun=store[row].noun if kind == "text" else noun
-            )
+            question = draw.choice(TEXT_QUESTIONS if self.story.texts else QUESTIONS).format(noun=fact.noun)
             prompt, image = [self.prompt_ids[0], *self.story.tokens(question), self.prompt_ids[-1]], None
         else:
             others = [i for i in self.same_concept[concept] if i != row and i not in store] if kind == "style" else []
