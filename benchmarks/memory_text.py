@@ -45,8 +45,10 @@ def fold(text: str) -> str:
     return " ".join(text.split())
 
 
-def question(text: str, draw: random.Random) -> str:
-    """Ask for a text by its two longest words."""
+def question(kind: str, text: str, draw: random.Random) -> str:
+    """Ask for a name, or for a text by its two longest words."""
+    if kind == "name":
+        return f"Who is {text.removeprefix('This is ').removesuffix('.')}?"
     longest = sorted(re.findall(r"\w+", text), key=len)[-2:] or [text]
     return f"What about {' '.join(draw.sample(longest, len(longest)))}?"
 
@@ -62,8 +64,9 @@ def measure(bench: Bench, facts: list[tuple[str, str]], size: int, queries: int,
         memory = bench.teach([images], [[text for _, text in chosen]])
         places = draw.sample(range(size), min(size, ask - counts["asked"]))
         asked, texts = [images[n] for n in places], [chosen[n][1] for n in places]
+        questions = [bench.tokens(question(*chosen[n], draw)) for n in places]
         user, assistant = bench.model.config.default_prompt_ids[0], bench.model.config.default_prompt_ids[-1]
-        prompts = [[user, *bench.tokens(question(text, draw)), assistant] for text in texts]
+        prompts = [[user, *ids, assistant] for ids in questions]
         answers = {
             "same image": bench.answers(0, asked, memory=memory),
             "view": bench.answers(1, asked, memory=memory),
