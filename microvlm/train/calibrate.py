@@ -18,6 +18,7 @@ from .setup import change_config
 
 MOST_SCORES = 5000  # for the equal error rate
 FILLER = 1500  # images for memories that the data cannot fill
+LEAST = 2  # images for each fact of a memory: some that it does not hold are asked
 COLUMNS = ("facts", "threshold", "unrelated", "AUROC", "EER", "written: on", "unrelated: on", "look-alikes: on")
 
 
@@ -80,13 +81,13 @@ def lowest_threshold(negative: torch.Tensor, false_alarms: float) -> float:
 def calibrate_scope(model, processor, data: list[Dataset], false_alarms: float, look_alikes: float) -> None:
     """Set the thresholds of ScopeNet for several sizes of memory, in the model's config.
 
-    A size is measured on the first images that fill it and leave some that are related to no fact.
+    A size is measured on the first images that are enough for it and leave some that are related to no fact.
     """
     benches = [Bench(model, processor, rows) for rows in data]
     slots = model.config.memory_config.num_slots
     by_size = {}
-    for size in sorted({size for size in (1, 4, 16, 64, 128, 256) if size < slots} | {slots}):
-        found = (scores(bench, size, max(16, 256 // size)) for bench in benches if size < len(bench.captions))
+    for size in sorted({size for size in (1, 4, 16, 64, 256) if size < slots} | {slots}):
+        found = (scores(bench, size, max(16, 256 // size)) for bench in benches if size * LEAST <= len(bench.captions))
         enough = next((parts for parts in found if len(parts["images"][1])), None)
         if enough:
             by_size[size] = enough
