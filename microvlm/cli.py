@@ -315,5 +315,6 @@ def calibrate(
     false_alarms: Annotated[float, Option(min=0, max=1, help="share of the unrelated images that may pass")] = 0.015,
     look_alikes: Annotated[float, Option(min=0, max=1, help="share of the look-alikes that may pass")] = 1.0,
     only: Annotated[Literal["temperature", "scope"] | None, Option(help="default: both")] = None,
+    force: Force = False,
 ):
     """Choose temperature and scope thresholds on images outside training."""

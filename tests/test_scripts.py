@@ -204,3 +204,5 @@ def test_a_calibrated_checkpoint_divides_its_logits(tmp_path, capsys):
     assert f": {losses[0]:.4f} -> {losses[1]:.4f} nats a token" in said and losses[1] < losses[0] - 0.01
     with pytest.raises(ValueError, match="exists and is not empty"):
         calibrate.main(*arguments)
+    calibrate.main(*arguments, only="temperature", force=True)
+    assert f"temperature {temperature:.4f}:" in capsys.readouterr().out

@@ -106,10 +106,12 @@ def calibrate_scope(model, processor, data: list[Dataset], false_alarms: float, 
         model.config = change_config(model.config, {f"memory_config.{name}": [line[:2] for line in lines]})
 
 
-def main(checkpoint: str, out: str, data: str, filler=None, false_alarms=0.015, look_alikes=1.0, only=None) -> None:
+def main(
+    checkpoint: str, out: str, data: str, filler=None, false_alarms=0.015, look_alikes=1.0, only=None, force=False
+) -> None:
     """Write a copy of a checkpoint, unpacked in float32, with its temperature and thresholds chosen."""
     out = Path(out)
-    check_out(out, False, [checkpoint])
+    check_out(out, force, [checkpoint])
     model, rows = load_plain(checkpoint).eval(), load_rows(data, split="validation")
     fillers = [load_rows(filler, split="train").shuffle(seed=0)] if filler else []
     fillers = [rows.select(range(min(FILLER, len(rows)))) for rows in fillers]
