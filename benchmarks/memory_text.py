@@ -64,9 +64,8 @@ def measure(bench: Bench, facts: list[tuple[str, str]], size: int, queries: int,
         memory = bench.teach([images], [[text for _, text in chosen]])
         places = draw.sample(range(size), min(size, ask - counts["asked"]))
         asked, texts = [images[n] for n in places], [chosen[n][1] for n in places]
-        questions = [bench.tokens(question(*chosen[n], draw)) for n in places]
         user, assistant = bench.model.config.default_prompt_ids[0], bench.model.config.default_prompt_ids[-1]
-        prompts = [[user, *ids, assistant] for ids in questions]
+        prompts = [[user, *bench.tokens(question(*chosen[n], draw)), assistant] for n in places]
         answers = {
             "same image": bench.answers(0, asked, memory=memory),
             "view": bench.answers(1, asked, memory=memory),

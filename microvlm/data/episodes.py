@@ -330,7 +330,7 @@ class EpisodeCollator(FeatureCollator):
         same = next((i for i in store if self.concepts[i] == concept), None)
         if kind in UNWRITTEN and same is not None:  # another row has stored its concept
             kind, row = "view" if kind == "new" else "text", same
-        fact = store[row] if kind == "text" else self.story.fact(row, draw)
+        fact = self.story.fact(row, draw) if kind == "unknown" else store.get(row)
         if kind == "unknown" and any(fact.noun.lower() in other.text.lower() for other in store.values()):
             kind = "new"  # a stored fact has the words
         # the prompt: a question, or an image
@@ -343,7 +343,7 @@ class EpisodeCollator(FeatureCollator):
             prompt, image = self.prompt_ids, (draw.randrange(len(self.features)), image)
         # the answer
         if kind not in UNWRITTEN:
-            return Query(prompt, store[row].tokens, image, True)
+            return Query(prompt, fact.tokens, image, True)
         caption = [*self.story.tokens(self.captions[row]), self.processor.tokenizer.eos_token_id]
         return Query(prompt, [] if kind == "unknown" else caption, image, False)
 

@@ -113,13 +113,15 @@ def main(
     out = Path(out)
     check_out(out, force, [checkpoint])
     model, rows = load_plain(checkpoint).eval(), load_rows(data, split="validation")
-    fillers = [load_rows(filler, split="train").shuffle(seed=0)] if filler else []
-    fillers = [rows.select(range(min(FILLER, len(rows)))) for rows in fillers]
     processor = AutoProcessor.from_pretrained(checkpoint)
     if only != "scope":
         calibrate_temperature(model, processor, rows)
     if only != "temperature" and (model.model.memory is not None or only == "scope"):
-        calibrate_scope(model, processor, [rows, *fillers], false_alarms, look_alikes)
+        data = [rows]
+        if filler:
+            more = load_rows(filler, split="train").shuffle(seed=0)
+            data.append(more.select(range(min(FILLER, len(more)))))
+        calibrate_scope(model, processor, data, false_alarms, look_alikes)
     # written whole or not at all
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
