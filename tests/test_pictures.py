@@ -10,6 +10,7 @@ import struct
 import tarfile
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,15 +254,17 @@ def test_a_package_is_fetched_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{client.parent}{os.pathsep}{os.environ['PATH']}")
     client.write_text("#!/bin/sh\ntouch half.tgz\nexit 1\n")
     client.chmod(0o755)
-    (tmp_path / "work/packages").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    work = Path("work")
+    (work / "packages").mkdir(parents=True)
     with pytest.raises(OSError, match="cannot get @a/b 2 of npm"):
-        fetch(package, tmp_path / "work")
-    assert list((tmp_path / "work/packages").iterdir()) == []
+        fetch(package, work)
+    assert list((work / "packages").iterdir()) == []
     client.write_text(f'#!/bin/sh\n[ "$*" = "pack --silent @a/b@2" ] && cp {tmp_path}/b.tgz .\n')
-    folder = fetch(package, tmp_path / "work")
+    folder = fetch(package, work)
     assert [path.name for path in folder.iterdir()] == ["icons.json"]
     client.write_text("#!/bin/sh\nexit 1\n")
-    assert fetch(package, tmp_path / "work") == folder
+    assert fetch(package, work) == folder
 
 
 def test_qt_resources(tmp_path):

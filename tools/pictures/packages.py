@@ -42,6 +42,7 @@ def read_table(path: Path) -> list[Package]:
 
 def fetch(package: Package, work: Path) -> Path:
     """Download and unpack a package, unless it is there; returns its folder."""
+    work = work.resolve()  # the clients run in a folder of their own
     folder = work / "packages" / f"{package.name.replace('/', '-').lstrip('@')}-{package.version.replace(':', '-')}"
     if folder.is_dir():
         return folder
