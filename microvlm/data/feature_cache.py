@@ -1,5 +1,6 @@
 """Compute vision features once and read them back from disk."""
 
+import copy
 import hashlib
 import json
 import math
@@ -14,12 +15,16 @@ from ..files import write_json
 from .collators import CaptionCollator
 
 BATCH_SIZE = 64
+COMPILE_FROM = 10_000  # images; compiling takes as long as 1,000 of them
 
 
 @torch.inference_mode()
 def write_vision_features(vision_tower, collator, rows: Dataset, views: int, file: Path) -> tuple[list[int], list[int]]:
-    """Write features of augmented images into a file; return its shape and the readable rows."""
-    device = next(vision_tower.parameters()).device
+    """Write features in bfloat16 of augmented images into a file; return its shape and the readable rows."""
+    tower = copy.deepcopy(vision_tower).eval().to(torch.bfloat16)
+    if views * len(rows) >= COMPILE_FROM:
+        tower.compile()
+    device = next(tower.parameters()).device
     features, readable = None, []
     for view in range(views):
         collator.set_epoch(view)
@@ -30,9 +35,8 @@ def write_vision_features(vision_tower, collator, rows: Dataset, views: int, fil
             if not pairs:
                 continue
             # encode
-            pixel_values = collator.images([image for image, _ in pairs.values()])["pixel_values"].to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                hidden = vision_tower(pixel_values).last_hidden_state.to("cpu", torch.bfloat16)
+            pixel_values = collator.images([image for image, _ in pairs.values()])["pixel_values"]
+            hidden = tower(pixel_values.to(device, torch.bfloat16)).last_hidden_state.cpu()
             # the first batch says how large the file is
             if features is None:
                 shape = [views, len(rows), *hidden.shape[1:]]
@@ -67,10 +71,7 @@ def cache_vision_features(
             if not index_file.exists():  # another process may have been first
                 part = file.with_suffix(".part")
                 part.unlink(missing_ok=True)
-                training = vision_tower.training
-                vision_tower.eval()
                 shape, readable = write_vision_features(vision_tower, collator, rows, views, part)
-                vision_tower.train(training)
                 part.replace(file)
                 write_json(index_file, {"shape": shape, "rows": readable})
     # map the file

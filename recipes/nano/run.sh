@@ -4,6 +4,7 @@
 # A run that was stopped goes on: finished steps are skipped, the long ones go on from their checkpoint.
 set -euo pipefail
 export HF_HUB_OFFLINE=1
+export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # keep freed memory: new pages are slow
 recipes=recipes/nano
 runs=runs/nano
 seen=data/pictures/validation_seen.parquet  # new drawings of known things, not trained on
