@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..inference import MAX_NEW_TOKENS
 from ..model import require
 
 
@@ -52,14 +53,6 @@ class Recall:
     readout: Any = None
 
 
-def check_pixels(model, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Move pixel values to the model; refuse another shape than (N, 3, height, width)."""
-    shape = tuple(getattr(pixel_values, "shape", ()))
-    expected = "pixel_values must have the shape (images, 3, height, width)"
-    require(len(shape) == 4 and shape[0] > 0, f"{expected}, got {shape}.")
-    return pixel_values.to(model.device, model.dtype)
-
-
 def grid(patches: int, pixel_values: torch.Tensor) -> tuple[int, int]:
     """Compute the rows and columns of square patches in images (B, 3, height, width)."""
     height, width = pixel_values.shape[2:]
@@ -69,6 +62,7 @@ def grid(patches: int, pixel_values: torch.Tensor) -> tuple[int, int]:
 
 def encode(model, pixel_values: torch.Tensor):
     """Encode images; returns features and the prefix tokens' maps, (B, P, h, w) float32."""
+    pixel_values = pixel_values.to(model.device, model.dtype)
     image = model.get_image_features(pixel_values, return_dict=True, output_attentions=True)
     maps = image.pooling_attentions.float().mean(1)  # (B, P, patches)
     return image, maps.unflatten(-1, grid(maps.shape[-1], pixel_values))
@@ -77,7 +71,7 @@ def encode(model, pixel_values: torch.Tensor):
 @torch.no_grad()
 def pooling_attention(model, pixel_values: torch.Tensor) -> torch.Tensor:
     """Map where each of the adapter's P queries looks, (B, P, h, w): means of the heads that sum to 1."""
-    return encode(model, check_pixels(model, pixel_values))[1]
+    return encode(model, pixel_values)[1]
 
 
 def eager_copy(model):
@@ -94,9 +88,7 @@ def eager_copy(model):
 
 
 @torch.no_grad()
-def word_attention(
-    model, processor, pixel_values: torch.Tensor, ids=None, memory=None, max_new_tokens: int = 32
-) -> list[WordAttention]:
+def word_attention(model, processor, pixel_values: torch.Tensor, ids=None, memory=None) -> list[WordAttention]:
     """Map where every word of a caption looks, in one pass over the whole caption.
 
     A word's map is the attention on the prefix tokens where the word is predicted, times the prefix tokens' own maps.
@@ -106,14 +98,14 @@ def word_attention(
         ids: tokens of B captions after the default prompt; special tokens are left out. Default: generated, greedily.
         memory: speaks by its gate; default: none.
     """
-    pixel_values = check_pixels(model, pixel_values)
     prompt = model.default_prompt(len(pixel_values))
     image, pooling = encode(model, pixel_values)
     inputs = {"mm_encoder_outputs": {"image": image}, "memory": memory}
     if ids is None:
-        ids = model.generate(input_ids=prompt, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        ids = ids[:, prompt.shape[1] :]
-    captions = plain_captions(model, processor, ids, len(pixel_values))
+        ids = model.generate(input_ids=prompt, **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        ids = ids[:, prompt.shape[1] :].tolist()
+    special = {*processor.tokenizer.all_special_ids, model.config.image_token_id}
+    captions = [[i for i in caption if i not in special] for caption in ids]
     # prompt and captions as one batch; padding is to the right and nobody attends to it
     padded = prompt.new_zeros(len(captions), max(map(len, captions)))
     for row, caption in zip(padded, captions):
@@ -130,17 +122,6 @@ def word_attention(
         join_words(split_words(processor.tokenizer, caption), *tensors)
         for caption, *tensors in zip(captions, to_prefix, to_memory, pooling)
     ]
-
-
-def plain_captions(model, processor, ids, number: int) -> list[list[int]]:
-    """Drop special tokens from captions; refuse another number and tokens outside the vocabulary."""
-    require(len(ids) == number, f"{len(ids)} captions for {number} images.")
-    captions = [caption.tolist() if isinstance(caption, torch.Tensor) else list(caption) for caption in ids]
-    size = model.config.text_config.vocab_size
-    in_vocabulary = all(isinstance(i, int) and 0 <= i < size for caption in captions for i in caption)
-    require(in_vocabulary, f"a caption has tokens outside the vocabulary of {size}.")
-    special = {*processor.tokenizer.all_special_ids, model.config.image_token_id}
-    return [[i for i in caption if i not in special] for caption in captions]
 
 
 def join_words(words: list[tuple[str, list[int]]], prefix, memory, pooling) -> WordAttention:
@@ -177,7 +158,6 @@ def stored_sentences(memory, processor) -> list[str]:
 def recall(model, processor, memory, input_ids: torch.Tensor, image=None) -> Recall:
     """Read a memory of one row with a prompt (1, T), about an image of `get_image_features` or in words."""
     items, part = stored_sentences(memory, processor), model.model
-    model._check_memory(memory)
     # what the model reads, and what it takes from each item
     query = part.get_memory_query(input_ids, None, None if image is None else image.last_hidden_state)
     readout = part.read_memory(memory, query)

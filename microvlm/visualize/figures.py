@@ -1,4 +1,4 @@
-"""Draw attention and memory as images."""
+"""Draw attention and memory of RGB images as images."""
 
 import os
 import textwrap
@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files import atomic_file
 from ..images import thumbnail
-from ..model import PIXEL_LIMIT, require, to_rgb
-from .attention import Recall, WordAttention, check_pixels, recall, stored_sentences
+from ..inference import image_query
+from .attention import Recall, WordAttention, recall, stored_sentences
 
 CELL, TEXT, GAP = 150, 34, 8  # pixels: side of an image, height of the text below it, space between
 NAMES = 24  # that fit along an axis
@@ -32,8 +32,6 @@ def overlay(image: Image.Image, map: torch.Tensor) -> Image.Image:
 
     The map (h, w) is not negative; it is stretched from its least to its greatest value, a flat map is cold.
     """
-    map = finite_map(map)
-    require(bool((map >= 0).all()), "a map must not be negative: overlay_signed takes such.")
     low, high = map.aminmax()
     map = (map - low) / (high - low) if high > low else torch.zeros_like(map)
     return paint(image, map, lambda map: heat(0.3 + 0.7 * map))
@@ -44,23 +42,13 @@ def overlay_signed(image: Image.Image, map: torch.Tensor, limit: float) -> Image
 
     Maps with the same `limit`, the absolute value with the full colour, can be compared.
     """
-    map = finite_map(map)
-    map = map / limit if limit else map
-    return paint(image, map, lambda map: torch.where(map.unsqueeze(-1) > 0, MORE, LESS))
-
-
-def finite_map(map: torch.Tensor) -> torch.Tensor:
-    """Copy a map to the CPU in float32; refuse other shapes than (h, w) and infinite values."""
-    is_map = map.ndim == 2 and map.numel() > 0 and bool(torch.isfinite(map).all())
-    require(is_map, f"a map has the shape (h, w) and finite values, got {tuple(map.shape)}.")
-    return map.detach().float().cpu()
+    return paint(image, map / limit if limit else map, lambda map: torch.where(map.unsqueeze(-1) > 0, MORE, LESS))
 
 
 def paint(image: Image.Image, map: torch.Tensor, colours) -> Image.Image:
     """Lay the colours of a map over a dim grey image: full at 1 and -1, none at 0."""
-    image = to_rgb(image, max(PIXEL_LIMIT, image.width * image.height))
     # bilinear: a patch is hottest in its middle, and nothing overshoots
-    map = F.interpolate(map[None, None], (image.height, image.width), mode="bilinear")[0, 0]
+    map = F.interpolate(map.float().cpu()[None, None], (image.height, image.width), mode="bilinear")[0, 0]
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
     dim = 0.55 * pixels.float().mean(-1, keepdim=True) + 30
     share = 0.85 * map.abs().clamp(max=1).unsqueeze(-1)
@@ -102,7 +90,7 @@ def sheet(cells: list[tuple[Image.Image, str]], columns: int) -> Image.Image:
 
 def pooling_figure(image: Image.Image, maps: torch.Tensor) -> Image.Image:
     """Draw the image, the mean of all maps and every query's map (P, h, w)."""
-    small, mean = thumbnail(to_rgb(image), CELL), maps.mean(0)
+    small, mean = thumbnail(image, CELL), maps.mean(0)
     # the mean share of a query's attention that lies elsewhere than the mean's: 0 where all look alike
     apart = (maps - mean).abs().sum((1, 2)).mean() / 2
     cells = [(small, "picture"), (overlay(small, mean), f"mean of {len(maps)}\n{apart:.1%} apart")]
@@ -111,7 +99,7 @@ def pooling_figure(image: Image.Image, maps: torch.Tensor) -> Image.Image:
 
 def word_figure(image: Image.Image, attention: WordAttention) -> Image.Image:
     """Draw the image and every word's map, labelled with the attention on image and memory."""
-    small, cells = thumbnail(to_rgb(image), CELL), []
+    small, cells = thumbnail(image, CELL), []
     for word, m, prefix, memory in zip(attention.words, attention.maps, attention.prefix, attention.memory):
         share = f"picture {float(prefix.sum()):.0%}" + (f", memory {float(memory):.0%}" if memory else "")
         cells.append((overlay(small, m), f"{word}\n{share}"))
@@ -123,7 +111,7 @@ def contrast_figure(image: Image.Image, attention: WordAttention) -> Image.Image
 
     All maps have one scale; a label says the share of a word's attention that lies elsewhere than the mean's.
     """
-    small, maps = thumbnail(to_rgb(image), CELL), attention.contrast()
+    small, maps = thumbnail(image, CELL), attention.contrast()
     limit = float(maps.abs().max()) if len(maps) else 0.0
     shares = maps.clamp(min=0).sum((1, 2)).tolist()
     words = zip(attention.words, maps, shares)
@@ -131,18 +119,14 @@ def contrast_figure(image: Image.Image, attention: WordAttention) -> Image.Image
     return sheet([(small, "orange: more than the\nmean word, blue: less"), *cells], 6)
 
 
-def memory_figure(
-    model, processor, memory, pixel_values: torch.Tensor | None = None, image: Image.Image | None = None
-) -> Image.Image:
-    """Draw a memory of one row: slots, addresses, their similarity, and a query's answer.
+def memory_figure(model, processor, memory, image: Image.Image | None = None) -> Image.Image:
+    """Draw a memory of one row: slots, addresses, their similarity, and what it answers to an image.
 
-    The query is `pixel_values` (1, 3, height, width), with `image` as an inset. Of many items every second, third, ...
-    is named.
+    Of many items every second, third, ... is named.
     """
     from matplotlib.figure import Figure
 
     items = stored_sentences(memory, processor)
-    model._check_memory(memory)
     names = [textwrap.shorten(f"{i} {text}", 30, placeholder="...") for i, text in enumerate(items)]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     (slots, places), (similarity, query) = figure.subplots(2, 2)
@@ -156,11 +140,9 @@ def memory_figure(
     # the query
     query.set_yticks([])
     query.set(title="No query", xlabel="cosine and share")
-    if pixel_values is not None:
-        pixel_values = check_pixels(model, pixel_values)
-        require(len(pixel_values) == 1, f"a figure has one query image, got {len(pixel_values)}.")
-        features = model.get_image_features(pixel_values, return_dict=True)
-        draw_query(query, recall(model, processor, memory, model.default_prompt(1), features), names, image)
+    if image is not None:
+        asked = image_query(model, processor, image)
+        draw_query(query, recall(model, processor, memory, asked.input_ids, asked.image), names, image)
     data = BytesIO()
     figure.savefig(data, format="png", dpi=90)
     return Image.open(data).convert("RGB")
@@ -183,8 +165,8 @@ def draw_items(figure, places, similarity, addresses: torch.Tensor, names: list[
     similarity.tick_params("x", labelsize=8, labelrotation=90)
 
 
-def draw_query(axes, answer: Recall, names: list[str], image: Image.Image | None) -> None:
-    """Draw the cosines and shares of the items most alike, and whether the memory speaks."""
+def draw_query(axes, answer: Recall, names: list[str], image: Image.Image) -> None:
+    """Draw the cosines and shares of the items most like an image, and whether the memory speaks."""
     top = answer.cosines.topk(min(NAMES, len(names))).indices.sort().values
     places = torch.arange(len(top))
     axes.barh(places - 0.2, answer.cosines[top], 0.4, label="cosine with the query")
@@ -198,13 +180,12 @@ def draw_query(axes, answer: Recall, names: list[str], image: Image.Image | None
     axes.axvline(0, color="black", linewidth=0.5)
     if names:
         axes.legend(fontsize=8, loc="lower right")
-    if image is not None:
-        inset = axes.inset_axes((0.76, 0.6, 0.22, 0.38))
-        inset.imshow(thumbnail(to_rgb(image), 150))
-        inset.set_axis_off()
+    inset = axes.inset_axes((0.76, 0.6, 0.22, 0.38))
+    inset.imshow(thumbnail(image, 150))
+    inset.set_axis_off()
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> None:
     """Write a PNG whole or not at all."""
-    with atomic_file(os.fspath(path), "wb") as file:
+    with atomic_file(path, "wb") as file:
         image.save(file, "PNG", optimize=True)

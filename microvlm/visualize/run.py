@@ -55,10 +55,10 @@ def save_figures(what: str, images: list[str], out: str, model: str, revision: s
 
 def draw(what: str, model, processor, memory, image: Image.Image | None) -> Image.Image:
     """Draw the figure `what` of one image, or of the memory alone."""
-    pixels = None if image is None else processor.image_processor([image], return_tensors="pt")["pixel_values"]
+    if what == "memory":
+        return memory_figure(model, processor, memory, image)
+    pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"]
     if what == "pooling":
         return pooling_figure(image, pooling_attention(model, pixels)[0])
-    if what == "memory":
-        return memory_figure(model, processor, memory, pixels, image)
     attention = word_attention(model, processor, pixels, memory=memory)[0]
     return word_figure(image, attention) if what == "words" else contrast_figure(image, attention)
