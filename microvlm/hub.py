@@ -43,29 +43,25 @@ class TrainingStatus:
     recipe: str
     base_model: str
     stage: str
+    data: list[str]
+    validation_data: str | None
     global_step: int
     max_steps: int
-    finished: bool
-    data: list[str]
-    validation_loss: float | None = None
-    date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
-    validation_data: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    repo_id: str | None = None
-    licence: str = "apache-2.0"
-    parameters: int | None = None
-    trainable_parameters: int | None = None
-    effective_batch_size: int | None = None
-    tags: list[str] = field(default_factory=lambda: list(TAGS))
+    metrics: dict[str, float]
+    repo_id: str | None
+    parameters: int
+    trainable_parameters: int
+    effective_batch_size: int
+    tags: list[str]
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="minutes"))
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
 
     def measured(self) -> dict[str, float]:
-        """List the finite metrics and the `validation_loss`, without `eval_` and the Trainer's timings."""
-        metrics = self.metrics | ({} if self.validation_loss is None else {"eval_loss": self.validation_loss})
+        """List the finite metrics, without `eval_` and the Trainer's timings."""
         return {
             name.removeprefix("eval_"): float(value)
-            for name, value in metrics.items()
-            if value is not None and math.isfinite(value) and not SPEED.search(name)
+            for name, value in self.metrics.items()
+            if math.isfinite(value) and not SPEED.search(name)
         }
 
 
@@ -123,7 +119,7 @@ def model_card(status: TrainingStatus) -> ModelCard:
     results = [metric_entry(dataset, "validation", metric, labels[metric], value) for metric, value in metrics.items()]
     metadata = ModelCardData(
         language="en",
-        license=status.licence,
+        license="apache-2.0",
         library_name="transformers",
         pipeline_tag=TASK,
         base_model=hub_id(status.base_model, "models"),
@@ -137,6 +133,7 @@ def model_card(status: TrainingStatus) -> ModelCard:
         metadata,
         template_path=TEMPLATES / "model_card.md.jinja",
         status=status,
+        finished=status.global_step >= status.max_steps,
         name=name,
         repo=status.repo_id or ".",
         progress=f"step {status.global_step:,} of {status.max_steps:,}",

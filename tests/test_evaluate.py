@@ -5,6 +5,7 @@ import json
 import math
 import os
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -35,7 +36,6 @@ from microvlm.evaluate.report import (
     print_result,
 )
 from microvlm.evaluate.retrieval import retrieval_scores
-from microvlm.evaluate.run import EvaluateOptions
 from microvlm.metrics import auroc, cider, equal_error_rate, ngram_scores, normalise, roc, score, word_f1
 from microvlm.model import PackedConfig
 from microvlm.pack import pack
@@ -337,9 +337,9 @@ def main(arguments: list[str]) -> int:
     return microvlm("evaluate", *arguments)
 
 
-def some(*metrics: str) -> EvaluateOptions:
+def some(*metrics: str) -> SimpleNamespace:
     """Options of `evaluate` for these groups."""
-    return EvaluateOptions(["x"], metrics=list(metrics))
+    return SimpleNamespace(metrics=list(metrics), facts=[1, 4, 16, 64], queries=32, batch_size=16, html=None)
 
 
 @pytest.fixture(scope="module")

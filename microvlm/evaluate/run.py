@@ -1,15 +1,15 @@
-"""Score a checkpoint on image-caption data."""
+"""Score a checkpoint on image-caption data; `options` are those of `microvlm evaluate`."""
 
 import importlib.util
 import json
 import math
 import os
-from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 from ..data.rows import load_rows, row_caption
-from ..files import ROOT, atomic_file, check_outputs
+from ..files import atomic_file, check_outputs
 from ..metrics import normalise, word_f1
 from ..model import load, require
 from ..teacher import nearest_neighbours, teacher_features
@@ -22,50 +22,24 @@ from .retrieval import RETRIEVAL_POOL, retrieval_scores
 from .speed import size_scores, speed_scores
 
 
-@dataclass
-class EvaluateOptions:
-    """What to score, how, and where to write it: the options of `microvlm evaluate`, which explains them."""
-
-    data: list[str]
-    model: str = str(ROOT)
-    revision: str = "main"
-    metrics: list[str] = field(default_factory=lambda: ["captions", "language", "retrieval", "size"])
-    facts: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
-    queries: int = 32
-    batch_size: int = 16
-    device: str = "cpu"
-    dtype: str = "float32"
-    limit: int | None = None
-    show: int = 0
-    yardstick: str | None = None
-    json: str | None = None
-    markdown: str | None = None
-    html: str | None = None
-    card: str | None = None
-    examples: int = 12
-
-    def __post_init__(self):
-        self.data = list(dict.fromkeys(self.data))
-        self.metrics = list(dict.fromkeys(self.metrics))
-
-    def check(self) -> None:
-        """Refuse options that do not go together, outputs that cannot be written, and missing packages."""
-        require(not self.yardstick or "captions" in self.metrics, "--yardstick needs the group captions.")
-        # no output may take the place of an input
-        sources = [*self.data, *filter(None, [self.yardstick])]
-        inputs = {file for source in sources for file in (source, *glob(source, recursive=True))}
-        outputs = {"json": self.json, "markdown": self.markdown, "html": self.html, "card": self.card}
-        folders = tuple(os.path.realpath(source) + os.sep for source in sources if os.path.isdir(source))
-        for path in filter(None, outputs.values()):
-            if os.path.exists(path) and os.path.realpath(path).startswith(folders):
-                inputs.add(path)
-        check_outputs(inputs, **outputs)
-        for package, needed in {"matplotlib": self.html, "pycocoevalcap": "captions" in self.metrics}.items():
-            if needed and importlib.util.find_spec(package) is None:
-                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+def check(options: SimpleNamespace) -> None:
+    """Refuse options that do not go together, outputs that cannot be written, and missing packages."""
+    require(not options.yardstick or "captions" in options.metrics, "--yardstick needs the group captions.")
+    # no output may take the place of an input
+    sources = [*options.data, *filter(None, [options.yardstick])]
+    inputs = {file for source in sources for file in (source, *glob(source, recursive=True))}
+    outputs = {name: getattr(options, name) for name in ("json", "markdown", "html", "card")}
+    folders = tuple(os.path.realpath(source) + os.sep for source in sources if os.path.isdir(source))
+    for path in filter(None, outputs.values()):
+        if os.path.exists(path) and os.path.realpath(path).startswith(folders):
+            inputs.add(path)
+    check_outputs(inputs, **outputs)
+    for package, needed in {"matplotlib": options.html, "pycocoevalcap": "captions" in options.metrics}.items():
+        if needed and importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
-def score_captions(model, processor, rows, options: EvaluateOptions, train=None) -> tuple[dict, dict, dict]:
+def score_captions(model, processor, rows, options: SimpleNamespace, train=None) -> tuple[dict, dict, dict]:
     """Score greedy captions, the same against others' references, and those of the nearest neighbours.
 
     Returns:
@@ -94,7 +68,7 @@ def score_captions(model, processor, rows, options: EvaluateOptions, train=None)
     return scores, details, missing | reasons
 
 
-def score_references(model, processor, rows, options: EvaluateOptions) -> tuple[dict, dict, dict]:
+def score_references(model, processor, rows, options: SimpleNamespace) -> tuple[dict, dict, dict]:
     """Score the references, token by token (language) and as pairs with their images (retrieval)."""
     align = "retrieval" in options.metrics and getattr(model.model, "alignment", None) is not None
     forced = teacher_forced(model, processor, rows, options.batch_size, align)
@@ -111,7 +85,7 @@ def score_references(model, processor, rows, options: EvaluateOptions) -> tuple[
     return result, details, missing
 
 
-def evaluate(model, processor, rows, options: EvaluateOptions, train=None) -> tuple[dict, dict]:
+def evaluate(model, processor, rows, options: SimpleNamespace, train=None) -> tuple[dict, dict]:
     """Score one data set; `train` has rows and features (N, C) for the nearest-neighbour caption.
 
     Returns:
@@ -150,7 +124,7 @@ def write_output(path: str | None, text: str) -> None:
             file.write(text.encode())
 
 
-def examples_of(model, processor, rows, details: dict, options: EvaluateOptions) -> list[dict]:
+def examples_of(model, processor, rows, details: dict, options: SimpleNamespace) -> list[dict]:
     """Draw the examples of the report; their images are captioned here unless they were before."""
     chosen = example_rows(options.examples, len(rows))
     examples = details.get("examples")
@@ -159,7 +133,7 @@ def examples_of(model, processor, rows, details: dict, options: EvaluateOptions)
     return example_figures(model, processor, examples, details)
 
 
-def evaluate_files(options: EvaluateOptions) -> dict[str, dict]:
+def evaluate_files(options: SimpleNamespace) -> dict[str, dict]:
     """Score a checkpoint on every data set; print and write the scores after each."""
     # the data and the card, before the model
     sets = {path: load_rows(path, limit=options.limit, split="validation") for path in options.data}
@@ -196,10 +170,10 @@ def evaluate_files(options: EvaluateOptions) -> dict[str, dict]:
 
 def main(memory: bool, **options) -> None:
     """Run the command; `memory` adds the group memory."""
-    options = EvaluateOptions(**options)
-    if memory and "memory" not in options.metrics:
-        options.metrics.append("memory")
-    options.check()
+    options = SimpleNamespace(**options)
+    options.data = list(dict.fromkeys(options.data))
+    options.metrics = list(dict.fromkeys([*options.metrics, *["memory"] * memory]))
+    check(options)
     try:
         evaluate_files(options)
     except KeyboardInterrupt as error:

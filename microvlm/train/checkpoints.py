@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import shutil
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -166,9 +165,6 @@ class CheckpointMixin:
             tags=[text if tag == "bitnet" else tag for tag in TAGS],
             global_step=self.state.global_step,
             max_steps=self.state.max_steps,
-            finished=self.state.global_step >= self.state.max_steps,
-            validation_loss=metrics.get("eval_loss"),
-            date=datetime.now(UTC).isoformat(timespec="minutes"),
             metrics=metrics,
             effective_batch_size=self.get_total_train_batch_size(self.args),
             repo_id=self.args.hub_model_id,
