@@ -221,7 +221,6 @@ def pack(
     data: Annotated[str | None, Option(help="images with captions to measure the quality on")] = None,
     limit: Limit = None,
     facts: Annotated[int, Option(min=0, help="facts to teach when measuring; 0: none")] = 16,
-    json: Annotated[str | None, Option(metavar="FILE", help="also write sizes and scores")] = None,
 ):
     """Pack a checkpoint: ternary weights at 1.6 bits, embeddings and vision at 4 or 8."""
 
@@ -256,7 +255,6 @@ def evaluate(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     limit: Limit = None,
-    show: Annotated[int, Option(min=0, help="print this many captions next to their references")] = 0,
     yardstick: Annotated[str | None, Option(help="training data for the nearest-neighbour caption")] = None,
     json: Annotated[str | None, Option(metavar="FILE", help="write the scores")] = None,
     markdown: Annotated[str | None, Option(metavar="FILE", help="write the tables")] = None,

@@ -1,6 +1,5 @@
 """Pack a checkpoint: ternary weights at 1.6 bits, embeddings and vision at 4 or 8."""
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from .data.rows import load_rows, text_ids
 from .evaluate.captions import caption_rows
 from .evaluate.language import language_scores, teacher_forced
 from .evaluate.memory import share_recalled
-from .files import atomic_file, atomic_folder
+from .files import atomic_folder
 from .hub import write_plain_card
 from .metrics import score
 from .model import (
@@ -145,14 +144,13 @@ def save_packed(model, processor, out: Path, source: str) -> PreTrainedModel:
     return opened
 
 
-def compare(data: str, count: int, before: tuple, after: tuple) -> dict:
-    """Print the scores of a checkpoint before and after packing; returns them."""
+def compare(data: str, count: int, before: tuple, after: tuple) -> None:
+    """Print the scores of a checkpoint before and after packing."""
     (scores, captions), (packed_scores, packed_captions) = before, after
     same = sum(a == b for a, b in zip(captions, packed_captions)) / count
     rows = [[name, f"{value:.4f}", f"{packed_scores[name]:.4f}"] for name, value in scores.items()]
     print(f"\n{data}, {count} pictures")
     print(text_table(["", "before", "after"], [*rows, ["same caption", "", f"{same:.4f}"]]))
-    return {"before": scores, "after": packed_scores, "same captions": same}
 
 
 def main(checkpoint: str, out: Path, recipe: Path, assignments: list[str], revision: str, **measure) -> None:
@@ -173,7 +171,5 @@ def main(checkpoint: str, out: Path, recipe: Path, assignments: list[str], revis
     opened = save_packed(model, processor, out, checkpoint)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     print(f"\n{out}: {size:,} bytes of weights", flush=True)
-    scores = compare(data, len(rows), before, quality(opened, processor, rows, facts)) if data else {}
-    if measure["json"]:
-        with atomic_file(measure["json"]) as file:
-            file.write(json.dumps(scores | {"bytes": size}, indent=1))
+    if data:
+        compare(data, len(rows), before, quality(opened, processor, rows, facts))

@@ -141,22 +141,21 @@ def test_command(tmp_path, monkeypatch, capsys):
     use_cache(monkeypatch, tmp_path / "cache")
     model, data = toy_checkpoint(tmp_path / "model"), write_parquet(tmp_path / "toy.parquet", pairs())
     json_file = tmp_path / "scores.json"
-    few = ["--limit", 6, "--batch-size", 4, "--show", 2]
+    few = ["--limit", 6, "--batch-size", 4]
     assert microvlm("evaluate", "--model", model, "--data", data, *few, "--json", json_file) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("<- ")[1] for line in lines[:2]] == [repr(c) for c in CAPTIONS[:2]]
-    assert lines[2] == f"{data} (6 pictures)"
-    assert lines[3].split() == ["captions", *" ".join(CAPTION_LABELS.values()).split()]
+    assert lines[0] == f"{data} (6 pictures)"
+    assert lines[1].split() == ["captions", *" ".join(CAPTION_LABELS.values()).split()]
     entry = json.loads(json_file.read_text())[str(data)]
     assert entry["pictures"] == 6
     for line, (name, label) in zip(
-        lines[4:6], (("model", "model"), ("shuffled", "model, others' references")), strict=True
+        lines[2:4], (("model", "model"), ("shuffled", "model, others' references")), strict=True
     ):
         values = ["–" if entry[name][key] is None else f"{entry[name][key]:.3f}" for key in CAPTION_LABELS]
         assert set(entry[name]) == set(CAPTION_LABELS) and line.split() == [*label.split(), *values]
     assert entry["model"]["distinct"] == entry["shuffled"]["distinct"] > 0
     assert set(entry) == {"pictures", "dtype", "model", "shuffled", "language", "retrieval", "size", "not_measured"}
-    assert [line.split()[0] for line in lines[6:9]] == ["language", "retrieval", "size"]
+    assert [line.split()[0] for line in lines[4:7]] == ["language", "retrieval", "size"]
     assert any(line.startswith("  not measured: recall at 10: ") for line in lines)
     assert os.listdir(tmp_path) and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -603,7 +602,6 @@ def test_another_dtype(monkeypatch, tmp_path, full_run):
         (["--metrics", "taste"], "'taste' is not one of"),
         (["--limit", "0"], "Invalid value for '--limit'"),
         (["--facts", "-1"], "Invalid value for '--facts'"),
-        (["--show", "-1"], "Invalid value for '--show'"),
         (["--device", "toaster"], "Invalid value for '--device': cannot use 'toaster': "),
         (["--device", "meta"], "Invalid value for '--device': cannot use 'meta': "),
         (["--device", "cuda:99"], "Invalid value for '--device': cannot use 'cuda:99': "),

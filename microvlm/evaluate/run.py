@@ -151,10 +151,6 @@ def evaluate_files(options: SimpleNamespace) -> dict[str, dict]:
     results, sections = {}, []
     for path, rows in sets.items():
         results[path], details = evaluate(model, processor, rows, options, train)
-        # the terminal
-        pairs = list(zip(details.get("captions", []), details.get("references", [])))
-        for caption, reference in pairs[: options.show]:
-            print(f"  {caption!r}  <- {reference!r}")
         print_result(path, results[path])
         # files hold all sets so far, so that a later failure loses nothing
         write_output(options.json, json.dumps(results, indent=1, allow_nan=False))
