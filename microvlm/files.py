@@ -91,29 +91,27 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Make a folder that takes the place of `out` when all went well, and disappears when not."""
+    """Make a folder that takes the place of `out` when all went well, and disappears when not.
+
+    Its files are readable: safetensors writes private ones.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         yield temporary
-        put_folder(temporary, out)
+        for path in (temporary, *temporary.rglob("*")):
+            _settle(path)
+        if out.exists():
+            # the old folder goes aside first and is deleted last: nothing is lost in between
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+            out.rename(old)  # a rename replaces an empty folder
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
         _sweep(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def put_folder(temporary: Path, out: Path) -> None:
-    """Rename a finished folder to `out`, replacing what is there; readable again (safetensors writes private files)."""
-    for path in (temporary, *temporary.rglob("*")):
-        _settle(path)
-    if not out.exists():
-        temporary.rename(out)
-        return
-    # the old folder goes aside first and is deleted last: nothing is lost in between
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    out.rename(old)  # a rename replaces an empty folder
-    temporary.rename(out)
-    shutil.rmtree(old)
 
 
 def write_text(path: Path, text: str) -> None:

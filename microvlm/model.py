@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.utils import logging
 
 from .cache_microvlm import CACHE_NAME
 from .configuration_microvlm import AUTO_MAP, MicroVLMConfig, require
@@ -50,6 +51,12 @@ def load(name: str | os.PathLike, revision: str = "main", dtype: str = "auto", d
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device, revision=revision)
     return model.eval(), processor
+
+
+def quiet() -> None:
+    """Turn off what transformers prints while it opens a checkpoint."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_plain(folder: str | os.PathLike):

@@ -11,10 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.utils import logging
 
 from ..files import ROOT, atomic_folder, check_out
-from ..model import MicroVLMConfig, MicroVLMForConditionalGeneration, require
+from ..model import MicroVLMConfig, MicroVLMForConditionalGeneration, quiet, require
 from ..tables import text_table
 from .prompt import build_generation_config, build_processor, default_prompt
 from .text import IMAGE_TOKEN, TEXT_PREFIX, TextPart, add_image_token, load_text
@@ -147,6 +146,5 @@ def compose(
 
 def main(vision: str, text: str, out: str, dtype: str | None, **options) -> None:
     """Compose a checkpoint from the command line."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     compose(vision, text, out, dtype=getattr(torch, dtype) if dtype else None, **options)

@@ -64,8 +64,7 @@ def score_captions(model, processor, rows, options: SimpleNamespace, train=None)
         sets["nearest_neighbour"] = [train[0][i]["caption"] for i in nearest], references
     scores, reasons = caption_scores(sets)
     f1 = [word_f1(normalise(c), normalise(r)) for c, r in zip(captions, references)]
-    details = {"captions": captions, "references": references, "word_f1": f1, "examples": examples}
-    return scores, details, missing | reasons
+    return scores, {"word_f1": f1, "examples": examples}, missing | reasons
 
 
 def score_references(model, processor, rows, options: SimpleNamespace) -> tuple[dict, dict, dict]:
@@ -89,8 +88,8 @@ def evaluate(model, processor, rows, options: SimpleNamespace, train=None) -> tu
     """Score one data set; `train` has rows and features (N, C) for the nearest-neighbour caption.
 
     Returns:
-        The figures, with `not_measured`: name -> reason; and for the report, where measured, `captions`,
-        `references`, per row `word_f1` and `loss`, `examples`, and per size `scopes`.
+        The figures, with `not_measured`: name -> reason; and for the report, where measured, per row `word_f1` and
+        `loss`, `examples`, and per size `scopes`.
     """
     groups, details, missing = set(options.metrics), {}, {}
     result: dict = {"pictures": len(rows), "dtype": str(model.dtype).removeprefix("torch.")}

@@ -2,7 +2,6 @@
 
 import torch
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from ..hub import check_source
 from ..model import QUANT_METHOD, MicroVLMConfig, MicroVLMForConditionalGeneration, require
@@ -33,9 +32,3 @@ def load_checkpoint(source: str, revision: str | None = None):
 def head_size(text) -> int:
     """Compute the width of an attention head of a text config."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def quiet() -> None:
-    """Turn off what transformers prints while it opens a checkpoint."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..files import atomic_path
-from ..model import TernaryLinear, require, ternary_quantize
-from .checkpoint import head_size, load_checkpoint, quiet
+from ..model import TernaryLinear, quiet, require, ternary_quantize
+from .checkpoint import head_size, load_checkpoint
 
 GGUF_ARCHITECTURES = ("qwen2", "llama", "bitnet")
 # Ways of cutting text before the merges, by llama.cpp's name: regular expression (None: GPT-2's, built into ByteLevel),

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..files import atomic_folder, check_out
-from ..model import CACHE_NAME, MicroVLMProcessor, TernaryLinear, require
-from .checkpoint import head_size, load_checkpoint, quiet
+from ..model import CACHE_NAME, MicroVLMProcessor, TernaryLinear, quiet, require
+from .checkpoint import head_size, load_checkpoint
 
 # Logits of the ONNX graphs against the model's, largest difference over the largest logit. Where activations are
 # rounded to 8 bits, sums in another order move a few of them to the neighbouring step.

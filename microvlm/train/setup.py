@@ -54,10 +54,10 @@ def check_output(recipe: Recipe, args: TrainingArguments, resume: bool) -> Path 
     for key, source in sources.items():
         same = source and Path(source).is_dir() and os.path.realpath(source) == os.path.realpath(output)
         require(not same, f"training.output_dir {output} is the folder of {key}, which the run would overwrite.")
-    if not resume and any(map(is_complete, checkpoints(output))):
-        advice = "--resume goes on with it, or choose another output_dir."
-        raise FileExistsError(f"{output} has checkpoints of a run: {advice}")
     if not resume:
+        if any(map(is_complete, checkpoints(output))):
+            advice = "--resume goes on with it, or choose another output_dir."
+            raise FileExistsError(f"{output} has checkpoints of a run: {advice}")
         return None
     checkpoint, recipe_file = newest_complete(output), output / "recipe.yaml"
     runs = load_recipe(recipe_file) if recipe_file.exists() else recipe, recipe

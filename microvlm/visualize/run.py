@@ -1,6 +1,7 @@
 """Draw attention and memory of images into PNG files."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -14,14 +15,6 @@ from .figures import contrast_figure, memory_figure, pooling_figure, save_png, w
 
 def words(contrast: bool, **options) -> int:
     return save_figures("contrast" if contrast else "words", **options)
-
-
-def pooling(**options) -> int:
-    return save_figures("pooling", **options)
-
-
-def memory(**options) -> int:
-    return save_figures("memory", **options)
 
 
 def save_figures(what: str, images: list[str], out: str, model: str, revision: str, memory: str | None = None) -> int:
@@ -51,6 +44,9 @@ def save_figures(what: str, images: list[str], out: str, model: str, revision: s
         save_png(draw(what, network, processor, state, image), file)
         print(one_line(file), flush=True)
     return 1 if failed else 0
+
+
+pooling, memory = (partial(save_figures, what) for what in ("pooling", "memory"))
 
 
 def draw(what: str, model, processor, memory, image: Image.Image | None) -> Image.Image:
