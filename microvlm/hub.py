@@ -145,13 +145,6 @@ def model_card(status: TrainingStatus) -> ModelCard:
     )
 
 
-def write_card(folder: str | Path, status: TrainingStatus) -> Path:
-    """Write the model card as `README.md` of a folder; returns its path."""
-    path = Path(folder) / "README.md"
-    write_text(path, str(model_card(status)))
-    return path
-
-
 def write_plain_card(folder: Path, repo_id: str = ".", source: str = "") -> None:
     """Write the card of a checkpoint without a run of its own, packed or merged, if it has none."""
     if not (folder / "README.md").exists():

@@ -28,7 +28,6 @@ from microvlm.visualize.figures import (
     overlay,
     overlay_signed,
     pooling_figure,
-    save_png,
     sheet,
     word_figure,
 )
@@ -327,21 +326,6 @@ def test_names_of_a_full_memory_do_not_overlap(model, processor, monkeypatch, fa
             assert bars == pytest.approx(cosines[numbers].tolist(), abs=1e-6)
         else:
             assert [place for place in axes.get_yticks()] == numbers
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    save_png(Image.new("RGB", (4, 4), "red"), path)
-    first = path.read_bytes()
-
-    def fail(self, file, *args, **kwargs):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_png(Image.new("RGB", (4, 4), "blue"), path)
-    assert path.read_bytes() == first and os.listdir(tmp_path) == ["a.png"]
 
 
 def interrupted(*_):

@@ -11,8 +11,8 @@ from zipfile import is_zipfile
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ..data.layouts import list_paths
-from ..files import write_json
-from ..hub import TAGS, TrainingStatus, push_folder, write_card
+from ..files import write_json, write_text
+from ..hub import TAGS, TrainingStatus, model_card, push_folder
 from ..model import require
 from .recipe import Recipe
 
@@ -149,7 +149,7 @@ class CheckpointMixin:
         finally:
             self.model.__class__ = wrapped
         if self.options.card is not None and self.args.should_save:
-            write_card(output_dir or self.args.output_dir, self.training_status())
+            write_text(Path(output_dir or self.args.output_dir) / "README.md", str(model_card(self.training_status())))
 
     def training_status(self) -> TrainingStatus:
         """Describe the run as it is now, with its newest metrics."""

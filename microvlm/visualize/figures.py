@@ -1,6 +1,5 @@
 """Draw attention and memory of RGB images as images."""
 
-import os
 import textwrap
 from io import BytesIO
 
@@ -8,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import atomic_file
 from ..images import thumbnail
 from ..inference import image_query
 from .attention import Recall, WordAttention, recall, stored_sentences
@@ -183,9 +181,3 @@ def draw_query(axes, answer: Recall, names: list[str], image: Image.Image) -> No
     inset = axes.inset_axes((0.76, 0.6, 0.22, 0.38))
     inset.imshow(thumbnail(image, 150))
     inset.set_axis_off()
-
-
-def save_png(image: Image.Image, path: str | os.PathLike) -> None:
-    """Write a PNG whole or not at all."""
-    with atomic_file(path, "wb") as file:
-        image.save(file, "PNG", optimize=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..files import one_line
+from ..files import atomic_file, one_line
 from ..images import find_images, warn
 from ..model import load, open_image
 from .attention import pooling_attention, word_attention
-from .figures import contrast_figure, memory_figure, pooling_figure, save_png, word_figure
+from .figures import contrast_figure, memory_figure, pooling_figure, word_figure
 
 
 def words(contrast: bool, **options) -> int:
@@ -41,7 +41,9 @@ def save_figures(what: str, images: list[str], out: str, model: str, revision: s
             name += "_"
         names.add(name)
         file = os.path.join(out, f"{name}.png")
-        save_png(draw(what, network, processor, state, image), file)
+        figure = draw(what, network, processor, state, image)
+        with atomic_file(file, "wb") as png:
+            figure.save(png, "PNG", optimize=True)
         print(one_line(file), flush=True)
     return 1 if failed else 0
 
