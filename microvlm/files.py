@@ -84,7 +84,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Open a new file that takes the place of `path` when all went well, and disappears when not."""
-    encoding = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+    # a text keeps its own line ends
+    encoding = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with atomic_path(path) as temporary, open(temporary, mode, **encoding) as file:
         yield file
 
@@ -114,7 +115,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | os.PathLike, text: str) -> None:
     with atomic_file(path) as file:
         file.write(text)
 

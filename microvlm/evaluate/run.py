@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..data.rows import load_rows, row_caption
-from ..files import atomic_file, check_outputs
+from ..files import check_outputs, write_text
 from ..metrics import normalise, word_f1
 from ..model import load, require
 from ..teacher import nearest_neighbours, teacher_features
@@ -116,13 +116,6 @@ def evaluate(model, processor, rows, options: SimpleNamespace, train=None) -> tu
     return result | {"not_measured": missing}, details
 
 
-def write_output(path: str | None, text: str) -> None:
-    """Write a file whole and with the text's own line ends; None: nowhere."""
-    if path is not None:
-        with atomic_file(path, "wb") as file:
-            file.write(text.encode())
-
-
 def examples_of(model, processor, rows, details: dict, options: SimpleNamespace) -> list[dict]:
     """Draw the examples of the report; their images are captioned here unless they were before."""
     chosen = example_rows(options.examples, len(rows))
@@ -152,14 +145,16 @@ def evaluate_files(options: SimpleNamespace) -> dict[str, dict]:
         results[path], details = evaluate(model, processor, rows, options, train)
         print_result(path, results[path])
         # files hold all sets so far, so that a later failure loses nothing
-        write_output(options.json, json.dumps(results, indent=1, allow_nan=False))
-        write_output(options.markdown, markdown(results))
+        if options.json:
+            write_text(options.json, json.dumps(results, indent=1, allow_nan=False))
+        if options.markdown:
+            write_text(options.markdown, markdown(results))
         if options.card:
-            write_output(options.card, str(card_with(options.card, results, options.metrics, name)))
+            write_text(options.card, str(card_with(options.card, results, options.metrics, name)))
         if options.html:
             examples = examples_of(model, processor, rows, details, options)
             sections.append(page_section(path, results[path], plots(results[path], details), examples))
-            write_output(options.html, html_page(name, sections))
+            write_text(options.html, html_page(name, sections))
     return results
 
 

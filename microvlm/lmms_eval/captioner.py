@@ -6,6 +6,7 @@ template; its images stand before the text, or at each `<image>` in it.
 
 import torch
 from PIL import Image
+from transformers import BatchEncoding
 
 from ..data.rows import text_ids
 from ..model import load, require, to_rgb
@@ -37,15 +38,14 @@ class Captioner:
         chat = [{"role": "user", "content": content}]
         return list(self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)[0])
 
-    def inputs(self, contexts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+    def inputs(self, contexts: list[str], images: list[list[Image.Image]]) -> BatchEncoding:
         """Make `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` of B contexts."""
         lines = [self.prompt(context, some) for context, some in zip(contexts, images, strict=True)]
         batch = self.processor.tokenizer.pad({"input_ids": lines}, padding_side="left", return_tensors="pt")
-        batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
         if flat := [to_rgb(image) for some in images for image in some]:
             pixel_values = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
             batch["pixel_values"] = pixel_values.to(self.model.dtype)
-        return {name: x.to(self.model.device) for name, x in batch.items()}
+        return batch.to(self.model.device)
 
     @torch.inference_mode()
     def generate(self, contexts: list[str], images: list[list[Image.Image]], **options) -> list[str]:

@@ -4,7 +4,7 @@ The sections are the dataclasses below. `--set section.key=value` changes a valu
 value (`null`) is a key left out. An unknown key is refused by its name.
 """
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -214,5 +214,4 @@ def build(kind: type, values: Any, name: str, prefix: str = "") -> Any:
 
 def to_dict(section: Any) -> dict[str, Any]:
     """Turn a section into the mapping it was built of, with its defaults."""
-    values = {option.name: getattr(section, option.name) for option in fields(section)}
-    return {k: to_dict(v) if is_dataclass(v) else v for k, v in values.items() if v is not None}
+    return asdict(section, dict_factory=lambda values: {k: v for k, v in values if v is not None})
