@@ -5,24 +5,21 @@
     gaussian        w = softmax of -|k - m_i|^2 / (2 tau^2)
     waves           w = cos x + sin x, x = k M_ref^T / tau: random Fourier features of exp(-|k - k'|^2 / 2 tau^2)
 
-The first is the default. Larimar (arXiv 2403.11901) has the second, and an LSTM over an episode (`KeyOrder`).
+The first is the default. Larimar (arXiv 2403.11901) has the second.
 An address depends on the key and M_ref alone, never on what was written: that makes forgetting exact.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from .configuration_microvlm import MicroVLMMemoryConfig
 
 
-def ridge_inverse(reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
-    """Invert M_ref (K, C) with the ridge `address_ridge`, to (C, K)."""
+def ridge_inverse(reference: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Invert M_ref (K, C) with a ridge, to (C, K)."""
     identity = torch.eye(len(reference), dtype=reference.dtype, device=reference.device)
-    gram = reference @ reference.mT + config.address_ridge * identity
+    gram = reference @ reference.mT + ridge * identity
     return torch.cholesky_solve(reference, torch.linalg.cholesky(gram)).mT
 
 
@@ -38,48 +35,22 @@ def ben_cohen_inverse(a: torch.Tensor, steps: int) -> torch.Tensor:
     return x
 
 
-def product_address(keys: torch.Tensor, inverse: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
-    """Address keys (..., C) by an inverse (C, K), to (..., K)."""
-    return keys @ inverse
+def prepare_reference(reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
+    """Make of M_ref (K, C) what `address_keys` takes: its inverse (C, K), or itself."""
+    if config.addressing == "pseudoinverse":
+        return ridge_inverse(reference, config.address_ridge)
+    if config.addressing == "ben_cohen":
+        return ben_cohen_inverse(reference, config.ben_cohen_steps)
+    return reference
 
 
-def gaussian_address(keys: torch.Tensor, reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
-    """Address keys (..., C) by their distances from the rows of M_ref (K, C), to (..., K)."""
-    distance = keys.square().sum(-1, keepdim=True) - 2 * keys @ reference.mT + reference.square().sum(-1)
-    return (-distance / (2 * config.address_temperature**2)).softmax(-1)
-
-
-def waves_address(keys: torch.Tensor, reference: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
-    """Address keys (..., C) by waves whose frequencies are M_ref's rows (K, C), to (..., K).
-
-    Not linear in the key, so that K may exceed C (Rahimi and Recht 2007).
-    """
-    phase = keys @ reference.mT * (math.sqrt(max(reference.shape)) / config.address_temperature)
-    return phase.cos() + phase.sin()
-
-
-class Addressing(NamedTuple):
-    """Two steps: `prepare` M_ref, once for the same weights, and `address` keys with what it gives; all float32."""
-
-    prepare: Callable[[torch.Tensor, MicroVLMMemoryConfig], torch.Tensor]
-    address: Callable[[torch.Tensor, torch.Tensor, MicroVLMMemoryConfig], torch.Tensor]
-
-
-ADDRESSINGS = {
-    "pseudoinverse": Addressing(ridge_inverse, product_address),
-    "ben_cohen": Addressing(
-        lambda reference, config: ben_cohen_inverse(reference, config.ben_cohen_steps), product_address
-    ),
-    "gaussian": Addressing(lambda reference, config: reference, gaussian_address),
-    "waves": Addressing(lambda reference, config: reference, waves_address),
-}
-
-
-class KeyOrder(nn.LSTM):
-    """Bidirectional LSTM over the keys (R, E, C) of an episode, for `ordering="lstm"`."""
-
-    def __init__(self, code_size: int):
-        super().__init__(code_size, code_size // 2, bidirectional=True, batch_first=True)
-
-    def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        return super().forward(keys)[0]
+def address_keys(keys: torch.Tensor, prepared: torch.Tensor, config: MicroVLMMemoryConfig) -> torch.Tensor:
+    """Address keys (..., C) by what `prepare_reference` made, to (..., K)."""
+    tau = config.address_temperature
+    if config.addressing == "gaussian":
+        distance = keys.square().sum(-1, keepdim=True) - 2 * keys @ prepared.mT + prepared.square().sum(-1)
+        return (-distance / (2 * tau**2)).softmax(-1)
+    if config.addressing == "waves":  # not linear in the key, so that K may exceed C (Rahimi and Recht 2007)
+        phase = keys @ prepared.mT * (math.sqrt(max(prepared.shape)) / tau)
+        return phase.cos() + phase.sin()
+    return keys @ prepared

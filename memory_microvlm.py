@@ -4,7 +4,7 @@ After Larimar (arXiv 2403.11901), whose memory is the generative pseudo-inverse 
 (arXiv 1804.01756). K slots, code width C, S content slots:
 
     image -> key k (C,)                         MemoryKeyEncoder
-    key   -> address w (K,), unit length        EpisodicMemory.address, one of `ADDRESSINGS`
+    key   -> address w (K,), unit length        EpisodicMemory.address, see `addressing_microvlm.py`
     text  -> content z (S x C,)                 MemoryContentEncoder
     write -> mean M (K, S x C), covariance Sigma (K, K)     MemoryState.write
     read  -> z_r = w M, v = w Sigma w^T         MemoryState.read
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .addressing_microvlm import ADDRESSINGS, KeyOrder
+from .addressing_microvlm import address_keys, prepare_reference
 from .configuration_microvlm import MicroVLMMemoryConfig, require
 from .memory_posterior_microvlm import no_autocast
 from .memory_state_microvlm import MemoryRead, MemoryState
@@ -146,14 +146,15 @@ class EpisodicMemory(nn.Module):
         self.content_encoder = MemoryContentEncoder(config, hidden_size)
         self.reference = nn.Parameter(torch.empty(config.num_slots, config.code_size))  # M_ref
         self.address_log_variance = nn.Parameter(torch.empty(config.num_slots))
-        self.order = KeyOrder(config.code_size) if config.ordering == "lstm" else None
-        self._prepared = (None, None)  # what `prepared` computed last, and for what
-        self._vocabulary = Derived()
+        self.order = None
+        if config.ordering == "lstm":
+            self.order = nn.LSTM(config.code_size, config.code_size // 2, bidirectional=True, batch_first=True)
+        self._prepared, self._vocabulary = Derived(), Derived()
 
     def train(self, mode: bool = True):
         """Set the mode like `super()`, and drop what `prepared` and `vocabulary` hold."""
         # a fused optimizer changes weights without counting up their version
-        self._prepared, self._vocabulary = (None, None), Derived()
+        self._prepared, self._vocabulary = Derived(), Derived()
         return super().train(mode)
 
     # ---- addresses
@@ -164,24 +165,21 @@ class EpisodicMemory(nn.Module):
         At unit length the prior variance of every query is 1.
         """
         with no_autocast(keys):
-            w = ADDRESSINGS[self.config.addressing].address(keys.float(), self.prepared(), self.config)
+            w = address_keys(keys.float(), self.prepared(), self.config)
             return F.normalize(w, dim=-1)
 
     def prepared(self) -> torch.Tensor:
         """Prepare M_ref for its addressing, float32; without gradient only once for the same M_ref."""
-        # what it depends on
-        config, reference = self.config, self.reference
-        version = None if reference.is_inference() else reference._version
+        config = self.config
+
+        def prepare() -> torch.Tensor:
+            with present(self):
+                return prepare_reference(self.reference.float(), config)
+
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return prepare()
         options = config.addressing, config.address_ridge, config.ben_cohen_steps
-        key = (*options, reference.data_ptr(), version, reference.device)
-        # the last one, or a new one
-        if not torch.is_grad_enabled() and self._prepared[0] == key:
-            return self._prepared[1]
-        with present(self):
-            prepared = ADDRESSINGS[config.addressing].prepare(self.reference.float(), config)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._prepared = key, prepared
-        return prepared
+        return self._prepared.get((self.reference,), prepare, *options)
 
     def ordered(self, keys: torch.Tensor) -> torch.Tensor:
         """Add to keys (R, E, C) what the LSTM says of their order in an episode, when there is one.
@@ -190,7 +188,7 @@ class EpisodicMemory(nn.Module):
         """
         if self.order is None or not keys.shape[1]:
             return keys
-        return F.normalize(keys + in_float32(self.order, keys), dim=-1)
+        return F.normalize(keys + in_float32(self.order, keys)[0], dim=-1)
 
     def sample(self, addresses: torch.Tensor) -> torch.Tensor:
         """Draw from the address posterior N(w, diag(exp(log variance)) / K)."""

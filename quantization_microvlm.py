@@ -128,21 +128,21 @@ def versions(tensors: Iterable[torch.Tensor]) -> list[tuple]:
 
 
 class Derived:
-    """What is made of tensors, and made again when one of them was replaced or written to."""
+    """What is made of tensors and options, and made again when one of them was replaced or written to."""
 
     def __init__(self):
-        self.kept = (), None, None  # tensors, their versions, what was made of them
+        self.kept = (), None, None  # tensors, their versions and the options, what was made of them
 
-    def is_current(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+    def is_current(self, tensors: tuple[torch.Tensor, ...], options: tuple) -> bool:
         before, state, _ = self.kept
-        return state == versions(tensors) and all(a is b for a, b in zip(before, tensors))
+        return state == (versions(tensors), options) and all(a is b for a, b in zip(before, tensors))
 
-    def get(self, tensors: tuple[torch.Tensor, ...], make: Callable[[], Any]) -> Any:
+    def get(self, tensors: tuple[torch.Tensor, ...], make: Callable[[], Any], *options) -> Any:
         """Return what `make` makes of the tensors as they are now; one thread makes it for all."""
-        if not self.is_current(tensors):
+        if not self.is_current(tensors, options):
             with BUILDING:
-                if not self.is_current(tensors):
-                    self.kept = tensors, versions(tensors), make()
+                if not self.is_current(tensors, options):
+                    self.kept = tensors, (versions(tensors), options), make()
         return self.kept[2]
 
 

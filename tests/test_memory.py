@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import IMAGE_ID, tiny_inputs, tiny_model
 from huggingface_hub.errors import StrictDataclassError
-from microvlm.addressing_microvlm import ADDRESSINGS, ben_cohen_inverse
+from microvlm.addressing_microvlm import address_keys, ben_cohen_inverse
 from microvlm.configuration_microvlm import MicroVLMConfig, MicroVLMMemoryConfig
 from microvlm.memory_microvlm import MemoryQuery, ScopeNet, scope_threshold
 from microvlm.memory_posterior_microvlm import address_kl, direct_write, memory_kl, sherman_morrison
@@ -294,7 +294,7 @@ class TestAddress:
         reference = torch.randn(20000, 16, generator=generator) / math.sqrt(20000)  # as frequencies N(0, 1)
         config = MicroVLMMemoryConfig(num_slots=20000, code_size=16, addressing="waves", address_temperature=0.7)
         keys = F.normalize(torch.randn(8, 16, generator=generator), dim=-1)
-        address = F.normalize(ADDRESSINGS["waves"].address(keys, reference, config), dim=-1)
+        address = F.normalize(address_keys(keys, reference, config), dim=-1)
         kernel = (-torch.cdist(keys, keys).square() / (2 * 0.7**2)).exp()
         torch.testing.assert_close(address @ address.mT, kernel, rtol=0, atol=0.03)
 
