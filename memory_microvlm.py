@@ -24,7 +24,7 @@ from torch import nn
 
 from .addressing_microvlm import address_keys, prepare_reference
 from .configuration_microvlm import MicroVLMMemoryConfig, require
-from .memory_posterior_microvlm import no_autocast
+from .memory_posterior_microvlm import draw_address, no_autocast
 from .memory_state_microvlm import MemoryRead, MemoryState
 from .quantization_microvlm import Derived, present
 
@@ -116,14 +116,12 @@ class MemoryContentEncoder(nn.Module):
         self.position_bias = None if S == L else nn.Parameter(torch.empty(S, L))
         self.v_proj = nn.Linear(hidden_size, config.content_size, bias=False)
 
-    def values(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Map token embeddings (..., D) to unit vectors (..., C): rare words weigh as much as common ones."""
-        value = self.v_proj(embeddings)
-        return value / value.square().sum(-1, keepdim=True).add(1e-12).sqrt()
-
     def forward(self, embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Pool to content; without a mask, return the `values` alone."""
-        value = self.values(embeddings)
+        """Pool to content; without a mask, return the unit vectors (..., C) of embeddings (..., D) alone."""
+        value = self.v_proj(embeddings)
+        value = (
+            value / value.square().sum(-1, keepdim=True).add(1e-12).sqrt()
+        )  # rare words weigh as much as common ones
         if mask is None:
             return value
         if self.slot_queries is None:
@@ -322,7 +320,7 @@ class EpisodicMemory(nn.Module):
             per_row = (query.words, query.weights, query.by_words.unsqueeze(-1))
             words, weights, by_words = (t.view(*sampled.shape[:2], *t.shape[1:]).to(state.device) for t in per_row)
             match = self.match(state, words, weights)
-            drawn = state.draw(match, WORD_SHARPNESS)
+            drawn = draw_address(state.addresses, state.active, match, WORD_SHARPNESS)
             cosines = state.similarity(sampled.to(state.mean.dtype))
             similarity = torch.where(by_words, match.to(state.mean.dtype), cosines)
             sampled = torch.where(by_words, drawn, sampled)

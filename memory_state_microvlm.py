@@ -337,10 +337,6 @@ class MemoryState(MemoryRows):
         """Cosines of addresses (R, Q, K) with the stored ones, (R, Q, N); 0 on empty places."""
         return (addresses @ self.addresses.to(addresses.dtype).mT).masked_fill(~self.active.unsqueeze(1), 0)
 
-    def draw(self, similarity: torch.Tensor, sharpness: float) -> torch.Tensor:
-        """Address that a similarity (R, Q, N) to the items points to, (R, Q, K); see `draw_address`."""
-        return draw_address(self.addresses, self.active, similarity, sharpness)
-
     def read(
         self,
         queries: torch.Tensor,
@@ -352,7 +348,7 @@ class MemoryState(MemoryRows):
 
         Args:
             queries: unit addresses (R, Q, K).
-            sharpness: read the content at the address drawn to the nearest items (see `draw`); 0 at the query's own.
+            sharpness: read at the address drawn to the nearest items, see `draw_address`; 0 at the query's own.
             similarity: of the queries to the items (R, Q, N); default: that of their addresses.
             by_words: whether a query is a question in words, (R, Q, 1); default: none is.
         """
@@ -361,7 +357,7 @@ class MemoryState(MemoryRows):
             similarity = self.similarity(w) if similarity is None else similarity.to(w.dtype)
             variance = ((w @ self.covariance) * w).sum(-1)
             # the address to read at, what lies there, and from which items it comes
-            at = self.draw(similarity, sharpness) if sharpness > 0 else w
+            at = draw_address(self.addresses, self.active, similarity, sharpness) if sharpness > 0 else w
             content = at @ self.mean
             shares = at @ self.covariance @ self.addresses.to(w.dtype).mT / self.noise
             coefficients = shares.masked_fill(~self.active.unsqueeze(1), 0)

@@ -76,11 +76,6 @@ class Format:
             most = int(packed.max())
             require(most <= self.largest, f"{where}a byte of five trits is at most {self.largest}, got {most}.")
 
-    def codes_of_bytes(self, device: torch.device) -> torch.Tensor:
-        """Return the numbers of every byte plus `ZERO[bits]`, uint8 (256, per_byte)."""
-        every = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)
-        return self.unpack(every, self.per_byte).view(torch.uint8) + ZERO[self.bits]  # wraps: -1 is 255
-
 
 FORMATS = {
     "binary": Format(-1, 1, 2, 2, 8),
@@ -247,7 +242,8 @@ def unpack_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> t
 def panels_from_bytes(packed: torch.Tensor, columns: int, form: Format) -> torch.Tensor:
     """Lay out packed rows, uint8 (R, ceil(columns / per_byte)), as the panels of their weights."""
     form.check(packed, columns)
-    length, codes = panel_bytes(ROWS, columns, form.bits), form.codes_of_bytes(packed.device)
+    length, every = panel_bytes(ROWS, columns, form.bits), torch.arange(256, dtype=torch.uint8, device=packed.device)
+    codes = form.unpack(every.unsqueeze(1), form.per_byte).view(torch.uint8) + ZERO[form.bits]  # wraps: -1 is 255
     panels = packed.new_empty(round_up(len(packed), ROWS) // ROWS, length)
     step = round_up(2**20 // columns, ROWS)  # rows at a time: a large matrix is never unpacked as a whole
     for start in range(0, len(packed), step):

@@ -19,7 +19,13 @@ from huggingface_hub.errors import StrictDataclassError
 from microvlm.addressing_microvlm import address_keys, ben_cohen_inverse
 from microvlm.configuration_microvlm import MicroVLMConfig, MicroVLMMemoryConfig
 from microvlm.memory_microvlm import MemoryQuery, ScopeNet, scope_threshold
-from microvlm.memory_posterior_microvlm import address_kl, direct_write, memory_kl, sherman_morrison
+from microvlm.memory_posterior_microvlm import (
+    address_kl,
+    direct_write,
+    draw_address,
+    memory_kl,
+    sherman_morrison,
+)
 from microvlm.memory_state_microvlm import MemoryState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -506,7 +512,7 @@ class TestState:
         torch.testing.assert_close(read.variance, torch.ones(2, 3))
         assert read.coefficients.shape == (2, 3, 0) and state.counts.tolist() == [0, 0]
         queries = observations(2, 3)[0]
-        assert state.draw(state.similarity(queries), 40.0).eq(0).all()
+        assert draw_address(state.addresses, state.active, state.similarity(queries), 40.0).eq(0).all()
         assert state.read(queries, sharpness=40.0).content.eq(0).all()
         torch.testing.assert_close(read.statistics, torch.tensor([0, 0, 0, 0, 1e-3, 1, 0, 0, 0]).expand(2, 3, 9))
         assert state.describe() == "memory 0: 0 items of at most 64\nmemory 1: 0 items of at most 64"
@@ -546,7 +552,7 @@ class TestState:
         active[0, 7:] = False
         state = new_state(2).write(w, z, active=active)
         similarity = state.similarity(q)
-        got = state.draw(similarity.double(), 6.0)
+        got = draw_address(state.addresses, state.active, similarity.double(), 6.0)
         assert similarity[0, :, 7:].eq(0).all()
         for row, n in ((0, 7), (1, 20)):
             stored, asked = w[row, :n].double(), q[row].double()
@@ -560,7 +566,7 @@ class TestState:
         (w, z), q = observations(2, 20), observations(2, 4, seed=1)[0]
         state = new_state(2).write(w, z)
         plain, sharp = state.read(q), state.read(q, sharpness=30.0)
-        there = state.read(state.draw(state.similarity(q.double()), 30.0))
+        there = state.read(draw_address(state.addresses, state.active, state.similarity(q.double()), 30.0))
         torch.testing.assert_close(sharp.content, there.content, **CLOSE)
         torch.testing.assert_close(sharp.coefficients, there.coefficients, **CLOSE)
         assert sharp.statistics.equal(plain.statistics) and sharp.variance.equal(plain.variance)
@@ -580,7 +586,9 @@ class TestState:
         (w, z), q = observations(2, 5), observations(2, 3, seed=1)[0]
         state, given = new_state(2).write(w, z), torch.rand(2, 3, 5)
         got = state.read(q, 30.0, given)
-        torch.testing.assert_close(got.content, state.read(state.draw(given.double(), 30.0)).content, **CLOSE)
+        torch.testing.assert_close(
+            got.content, state.read(draw_address(state.addresses, state.active, given.double(), 30.0)).content, **CLOSE
+        )
         torch.testing.assert_close(got.statistics[..., 0], given.amax(-1))
         torch.testing.assert_close(got.statistics[..., 3], given.mean(-1))
         assert got.variance.equal(state.read(q).variance)
