@@ -49,10 +49,6 @@ class GrowingLayer(DynamicLayer):
     `keys` and `values` (B, heads, length, head_dim) are views into longer tensors; assigning to them replaces these.
     """
 
-    def __init__(self, *args, **kwargs):
-        self.length = 0
-        super().__init__(*args, **kwargs)
-
     @classmethod
     def of(cls, layer: DynamicLayer) -> "GrowingLayer":
         """Take over what a dynamic layer holds."""
@@ -136,11 +132,7 @@ class MemoryCache(Cache):
     def __init__(self, text: Cache, readout: MemoryReadout | None = None):
         self.__dict__.update(text.__dict__)  # layers, offloading and what a subclass of Cache may have
         self.text = text
-        # keys and values (B, heads, S, head_dim) by layer, empty when nothing is attached
-        self.memory: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.log_gate: torch.Tensor | None = None  # added to the scores of the memory tokens, (B,): 0 is on, -inf off
-        self.words: MemoryWords | None = None  # for the pointer
-        self.hard = True  # no row is between on and off
+        self.detach()
         if readout is not None:
             self.attach(readout)
 
@@ -165,7 +157,11 @@ class MemoryCache(Cache):
 
     def detach(self) -> None:
         """Take the memory off; the text stays."""
-        self.memory, self.log_gate, self.words, self.hard = {}, None, None, True
+        # keys and values (B, heads, S, head_dim) by layer
+        self.memory: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.log_gate: torch.Tensor | None = None  # added to the scores of the memory tokens, (B,): 0 is on, -inf off
+        self.words: MemoryWords | None = None  # for the pointer
+        self.hard = True  # no row is between on and off
 
     @property
     def is_read_only(self) -> bool:

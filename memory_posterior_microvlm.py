@@ -44,12 +44,11 @@ def sherman_morrison(mean, covariance, log_det, address, content, noise, sign=1.
     return mean, covariance, log_det + torch.where(sign == 0, torch.zeros_like(step), step)
 
 
-def sequential_write(mean, covariance, log_det, addresses, contents, noise, active=None) -> Posterior:
+def sequential_write(mean, covariance, log_det, addresses, contents, noise, active) -> Posterior:
     """Take N observations into the posterior, one after the other; arguments as in `direct_write`."""
-    sign = torch.ones(addresses.shape[:2], dtype=mean.dtype, device=mean.device) if active is None else active
     for n in range(addresses.shape[1]):
         mean, covariance, log_det = sherman_morrison(
-            mean, covariance, log_det, addresses[:, n], contents[:, n], noise, sign[:, n].to(mean.dtype)
+            mean, covariance, log_det, addresses[:, n], contents[:, n], noise, active[:, n].to(mean.dtype)
         )
     return mean, covariance, log_det
 

@@ -1114,7 +1114,7 @@ class TestVerbs:
         model = memory_model()
         model.get_input_embeddings().weight.fill_(torch.nan)
         memory = model.new_memory()
-        with refused("the memory content is not finite: nothing was written.", memory):
+        with refused("memory contents are not finite: nothing was written.", memory):
             model.write_memory(memory, **tiny_inputs(2, 10))
 
     def test_memory_of_another_model(self, model, tmp_path):
