@@ -71,6 +71,7 @@ class MicroVLMGenerationMixin(GenerationMixin):
             hidden = input_ids.shape[1] if self.config.prompt_has_words else 0
         # read the memory
         if memory is not None:
+            self.require_memory()
             # encode the images once, for the memory and for the prompt
             image = self.model.encode_images(pixel_values, kwargs.get("mm_encoder_outputs"))
             if image is not None:
