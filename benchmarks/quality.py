@@ -9,7 +9,6 @@ bitsandbytes', of all linear layers but the head; training with `quantization` a
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from benchmarks.models import load_weights, nf4_config
 from microvlm.data.rows import load_rows
 from microvlm.files import ROOT
-from microvlm.model import PackedConfig
+from microvlm.model import MicroVLMConfig, PackedConfig
 from microvlm.pack import load_pack_recipe, pack, quality, token_counts
 from microvlm.tables import markdown_table
 
@@ -76,8 +75,8 @@ def main() -> None:
 
     processor = AutoProcessor.from_pretrained(options.checkpoint)
     rows, results, reference = load_rows(options.data, split="validation"), {}, None
-    config = json.loads((options.checkpoint / "config.json").read_text())
-    counts = token_counts(processor, COUNTS, config["text_config"]["vocab_size"])
+    vocab_size = MicroVLMConfig.from_pretrained(options.checkpoint).text_config.vocab_size
+    counts = token_counts(processor, COUNTS, vocab_size)
     for name, (trained, modules) in variants().items():
         source = options.trained if trained else options.checkpoint
         # write, open, score

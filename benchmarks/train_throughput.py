@@ -16,7 +16,6 @@ V at full size with random weights, vision tower and language model frozen, lm 1
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ from microvlm.data.collators import CaptionCollator, FeatureCollator
 from microvlm.data.feature_cache import cache_vision_features
 from microvlm.data.rows import load_rows
 from microvlm.files import ROOT
-from microvlm.model import MicroVLMForConditionalGeneration
+from microvlm.model import MicroVLMConfig, MicroVLMForConditionalGeneration
 from microvlm.tables import markdown_table
 from microvlm.train.setup import set_trainable
 from microvlm.train.trainer import MicroVLMTrainer, TrainerOptions
@@ -90,10 +89,8 @@ class StepClock(TrainerCallback):
 
 def build(small: bool, processor) -> MicroVLMForConditionalGeneration:
     """Build V, or a tiny model of its kind, with random weights and the processor's tokens."""
-    prompt = json.loads((ROOT / "config.json").read_text())["default_prompt_ids"]
+    prompt = MicroVLMConfig.from_pretrained(ROOT).default_prompt_ids
     config = v_config(small, image_token_id=processor.image_token_id, default_prompt_ids=prompt)
-    for name in ("bos", "eos", "pad"):
-        setattr(config.text_config, f"{name}_token_id", getattr(processor.tokenizer, f"{name}_token_id"))
     torch.manual_seed(0)
     # eager attention, as in the recipes that run on a CPU
     model = MicroVLMForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="eager")
