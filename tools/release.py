@@ -130,14 +130,13 @@ def load(folder: Path, python: Path | str, scratch: Path, variables: dict[str, s
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "home"), "TOKENIZERS_PARALLELISM": "false"}
     # run, and check that nothing was written
     command = [python, str(ROOT / "tools" / "load_release.py"), str(folder.resolve())]
-    before, problem = sorted(folder.rglob("*")), None
+    before = sorted(folder.rglob("*"))
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if done.returncode:
-        problem = f"it does not load: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}"
-    elif sorted(folder.rglob("*")) != before:
-        problem = "loading it has written into the folder"
-    if problem:
-        raise ReleaseError(problem)
+        last_line = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise ReleaseError(f"it does not load: {last_line}")
+    if sorted(folder.rglob("*")) != before:
+        raise ReleaseError("loading it has written into the folder")
     return json.loads(done.stdout.splitlines()[-1])
 
 
