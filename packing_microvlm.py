@@ -241,6 +241,7 @@ def unpack_panels(panels: torch.Tensor, rows: int, columns: int, bits: int) -> t
 
 def panels_from_bytes(packed: torch.Tensor, columns: int, form: Format) -> torch.Tensor:
     """Lay out packed rows, uint8 (R, ceil(columns / per_byte)), as the panels of their weights."""
+    form.check(packed, columns)
     length, every = panel_bytes(ROWS, columns, form.bits), torch.arange(256, dtype=torch.uint8, device=packed.device)
     codes = form.unpack(every.unsqueeze(1), form.per_byte).view(torch.uint8) + ZERO[form.bits]  # wraps: -1 is 255
     panels = packed.new_empty(round_up(len(packed), ROWS) // ROWS, length)

@@ -19,6 +19,7 @@ from microvlm.packing_microvlm import (
     Scheme,
     pack_codes,
     panel_bytes,
+    panels_from_bytes,
     unpack_panels,
 )
 from microvlm.quantization_microvlm import PackedWeight, fake_quantize_activation, matrix_of
@@ -122,6 +123,10 @@ def test_panels_from_bytes(rows, columns, format):
 def test_packing_errors():
     with pytest.raises(ValueError, match="columns is 131072; expected 1 to 131071"):
         panel_bytes(1, 2**17, 2)
+    with pytest.raises(ValueError, match="a byte of five trits is at most 242, got 243"):
+        panels_from_bytes(torch.tensor([[243]], dtype=torch.uint8), 5, FORMATS["ternary"])
+    with pytest.raises(ValueError, match=r"6 weights a row take uint8 \(rows, 2\), got torch.uint8 \(1, 1\)"):
+        panels_from_bytes(torch.tensor([[0]], dtype=torch.uint8), 6, FORMATS["ternary"])
 
 
 # ------------------------------------------------------------------------------------------------------------- products
