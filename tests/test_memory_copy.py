@@ -59,8 +59,8 @@ def test_a_slot_holds_a_token():
     embeddings, mask = randn(2, 4, C), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     content = encoder(embeddings, mask)
     assert content.shape == (2, S, C) and [n for n, _ in encoder.named_parameters()] == ["v_proj.weight"]
-    torch.testing.assert_close(content[0, :4], encoder.values(embeddings[0]))
-    assert content[1, :2].equal(encoder.values(embeddings)[1, :2])
+    torch.testing.assert_close(content[0, :4], encoder(embeddings[0]))
+    assert content[1, :2].equal(encoder(embeddings)[1, :2])
     assert content[0, 4:].eq(0).all() and content[1, 2:].eq(0).all()
 
 
