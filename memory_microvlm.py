@@ -119,9 +119,8 @@ class MemoryContentEncoder(nn.Module):
     def forward(self, embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Pool to content; without a mask, return the unit vectors (..., C) of embeddings (..., D) alone."""
         value = self.v_proj(embeddings)
-        value = (
-            value / value.square().sum(-1, keepdim=True).add(1e-12).sqrt()
-        )  # rare words weigh as much as common ones
+        # rare words weigh as much as common ones
+        value = value / value.square().sum(-1, keepdim=True).add(1e-12).sqrt()
         if mask is None:
             return value
         if self.slot_queries is None:

@@ -4,6 +4,7 @@ nothing."""
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from microvlm.train.checkpoints import (
     MARKER,
     checkpoints,
     is_complete,
-    keep_newest,
     mark_complete,
     newest_complete,
+    remove_checkpoint,
+    rotate_checkpoints,
 )
 from microvlm.train.trainer import MicroVLMTrainer
 from train_hf import main
@@ -215,6 +217,18 @@ def test_a_damaged_marker_is_none(tmp_path, content):
     assert not is_complete(second) and newest_complete(tmp_path) == first
 
 
+def test_a_removal_cut_short_leaves_nothing_that_passes(tmp_path, monkeypatch):
+    checkpoint = fake_checkpoint(tmp_path, 5)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoint(checkpoint)
+    assert (checkpoint / "model.safetensors").exists() and not is_complete(checkpoint)
+
+
 @pytest.mark.parametrize(
     "keep,best,left",
     [(2, None, [20, 25]), (2, "checkpoint-5", [5, 25]), (1, "checkpoint-5", [5, 25]), (2, "checkpoint-25", [20, 25])],
@@ -223,10 +237,12 @@ def test_rotation_keeps_the_newest_complete_ones_and_the_best(tmp_path, keep, be
     for step in (5, 10, 20, 25):
         fake_checkpoint(tmp_path, step)
     fake_checkpoint(tmp_path, 15, finished=False)
-    keep_newest(tmp_path, None)
+    (tmp_path / "checkpoint-5-mine").mkdir()  # no checkpoint of ours
+    rotate_checkpoints(tmp_path, None)
     assert len(checkpoints(tmp_path)) == 5
-    keep_newest(tmp_path, keep, None if best is None else str(tmp_path / best))
+    rotate_checkpoints(tmp_path, keep, None if best is None else str(tmp_path / best))
     assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+    assert (tmp_path / "checkpoint-5-mine").is_dir()
 
 
 def test_the_marker_is_written_last_and_lists_everything(run, tmp_path):  # noqa: F811

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
-
 from ..data.layouts import list_paths
 from ..files import write_json, write_text
 from ..hub import TAGS, TrainingStatus, model_card, push_folder
@@ -39,7 +37,8 @@ def is_complete(checkpoint: Path) -> bool:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """List `checkpoint-N` folders, complete or not, oldest first."""
-    return [Path(checkpoint) for checkpoint in sort_checkpoints(str(folder))]
+    folders = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def newest_complete(folder: str | Path) -> Path:
@@ -51,13 +50,23 @@ def newest_complete(folder: str | Path) -> Path:
     raise FileNotFoundError(f"{folder} has no complete checkpoint to go on from.")
 
 
-def keep_newest(folder: Path, limit: int | None, best: str | None = None) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint; what an interruption leaves never passes for complete."""
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def rotate_checkpoints(folder: str | Path, limit: int | None, best: str | None = None) -> None:
     """Keep the newest `limit` complete checkpoints, `best` among them; delete the others and interrupted ones."""
-    if limit:
-        for checkpoint in checkpoints(folder):
-            if not is_complete(checkpoint):
-                shutil.rmtree(checkpoint)
-        rotate_checkpoints(str(folder), limit, best and str(folder / Path(best).name))
+    if not limit:
+        return
+    complete = [c.name for c in checkpoints(folder) if is_complete(c)]
+    best = None if best is None else Path(best).name
+    newest = [name for name in complete if name != best]
+    count = max(1, limit - (best in complete))
+    for checkpoint in checkpoints(folder):
+        if checkpoint.name not in {*newest[-count:], best}:
+            remove_checkpoint(checkpoint)
 
 
 class StreamPosition:
@@ -118,7 +127,7 @@ class CheckpointMixin:
             return
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
         self.accelerator.wait_for_everyone()
         # the library would delete old checkpoints before the new one is complete
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -134,7 +143,7 @@ class CheckpointMixin:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(folder)
-            keep_newest(folder.parent, limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
