@@ -50,15 +50,17 @@ SUMMARY = {
     "AUROC": "unrelated.auroc",
     "nearest neighbour, view": "seen.view_nearest",
 }
-UNWRITTEN = {"images": "pictures", "false recall": "false_recall", "unchanged": "unchanged"}
-UNWRITTEN |= {"AUROC": "auroc", "EER": "eer", "accuracy": "accuracy"}
+UNWRITTEN = {"false recall": "false_recall", "unchanged": "unchanged", "AUROC": "auroc", "EER": "eer"}
+UNWRITTEN |= {"accuracy": "accuracy"}
 HALF = {"forgotten": "forget.forgotten", "kept": "forget.kept", "kept, before": "forget.kept_before"}
 BY_FACTS = {
     "Summary.": SUMMARY,
     "All facts in the prompt, augmented views.": {"recall": "in_prompt"},
-    "Unrelated images.": {column: f"unrelated.{key}" for column, key in UNWRITTEN.items()}
+    "Images of other things.": {"unrelated images": "unrelated.pictures"}
+    | {column: f"unrelated.{key}" for column, key in UNWRITTEN.items()}
     | {"false recall, in words": "unrelated.words_false_recall"},
-    "Look-alikes.": {column: f"lookalike.{key}" for column, key in UNWRITTEN.items()},
+    "Images that share a word.": {"look-alikes": "lookalike.pictures"}
+    | {column: f"lookalike.{key}" for column, key in UNWRITTEN.items()},
     "After forgetting half, augmented views.": HALF,
     "Bytes.": {name: f"bytes.{name}" for name in ("posterior", "receipts", "retrieval")},
 }

@@ -170,7 +170,7 @@ def forget(file: Facts, fact: Fact, model: Model = REPO, revision: Revision = "m
 
 @command(app, "commands.memory:demo")
 def demo(model: Model = REPO, revision: Revision = "main"):
-    """Store two facts about example images, ask for them, and forget one."""
+    """Store three facts about example images, ask for them, and forget one."""
 
 
 @command(app, "commands.app:main", name="app")

@@ -516,8 +516,11 @@ def test_what_a_browser_would_not_send_is_told(address):
 def test_markup_in_a_sentence_is_text(address):
     visitor = Visitor(address, "markup")
     picture = visitor.upload(Path(SWAN["path"]))
-    assert "error" not in visitor("teach", picture, "<img src=x onerror=alert(1)> is a swan.", None)
-    assert "<img src=x" not in json.dumps(visitor.last("look", picture, None))
+    markup = "<img src=x onerror=alert(1)> is a swan."
+    assert "error" not in visitor("teach", picture, markup, None)
+    caption, recall, _ = visitor.last("look", picture, None)
+    assert caption == markup  # in a text box, which shows it as it is
+    assert "&lt;img src=x" in json.dumps(recall) and "<img src=x" not in json.dumps(recall)
 
 
 @pytest.fixture

@@ -547,14 +547,15 @@ def test_teach_with_wrong_arguments(words):
 
 
 def test_the_demo_teaches_and_forgets(capsys):
-    """On the shipped model; two facts, a question, and one fact less."""
+    """On the shipped model; three facts, one of them any text, a question, and one fact less."""
     assert microvlm("demo") == 0
     before, after, forgotten = (
         [line.partition(": ") for line in part.splitlines()]
         for part in re.split(r"\n\n(?:Taught|Forgot)[^\0]*?Asked:\n", capsys.readouterr().out)
     )
-    swan, robot, drum, question = ((path, text) for path, _, text in after)
+    swan, robot, locker, drum, question = ((path, text) for path, _, text in after)
     assert swan[1].startswith("This is Bimo the swan.  (memory ") and swan[0].endswith("swan.png")
-    assert robot[1].startswith("This is Mirel the robot.  (memory ") and drum[1].startswith(before[3][2])
+    assert robot[1].startswith("This is Mirel the robot.  (memory ") and drum[1].startswith(before[4][2])
+    assert locker[1].startswith("Locker 4047 opens with the code 19-B.  (memory ")
     assert question[0] == "Who is the robot?" and question[1].startswith("This is Mirel the robot.")
-    assert "Bimo" not in forgotten[0][2] and [line[2] for line in forgotten[1:2]] == [robot[1]]
+    assert "Bimo" not in forgotten[0][2] and [line[2] for line in forgotten[1:3]] == [robot[1], locker[1]]

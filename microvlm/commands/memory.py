@@ -9,7 +9,11 @@ from ..files import ROOT, check_outputs, one_line
 from ..inference import Answer, ask as answer, teach
 from ..model import MemoryState, load, require
 
-FACTS = (("swan.png", "This is Bimo the swan."), ("robot.png", "This is Mirel the robot."))
+FACTS = (
+    ("swan.png", "This is Bimo the swan."),
+    ("robot.png", "This is Mirel the robot."),
+    ("backpack.png", "Locker 4047 opens with the code 19-B."),
+)
 UNKNOWN, QUESTION = "drum.png", "Who is the robot?"
 
 
@@ -59,7 +63,7 @@ def forget(file: str, fact: str, model: str, revision: str) -> None:
 
 
 def demo(model: str, revision: str) -> None:
-    """Store two facts, ask for them, and forget one."""
+    """Store three facts, ask for them, and forget one."""
     model, processor = load(model, revision)
     images = [str(ROOT / "examples" / name) for name in (*(name for name, _ in FACTS), UNKNOWN)]
 
@@ -68,7 +72,7 @@ def demo(model: str, revision: str) -> None:
             name = question if question == QUESTION else os.path.relpath(question)
             show_answer(name, answer(model, processor, question, memory))
 
-    # three images, two facts, then one fact less
+    # four images, three facts, then one fact less
     print("Before anything is taught:")
     ask_all(images, None)
     memory = model.new_memory()
