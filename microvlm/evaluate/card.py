@@ -27,7 +27,7 @@ def card_metrics(result: dict) -> dict[str, tuple[str, float, dict[str, int]]]:
         facts, questions = entry["facts"], {"questions": entry["questions"]}
         for key in CARD_MEMORY:
             label = f"{MEMORY_LABELS[key]}, {count_facts(facts)}"
-            metrics[f"memory_{facts}_{key}"] = label, entry[key], questions
+            metrics[f"memory_{facts}_{key}"] = label, entry.get(key), questions
     return {key: metric for key, metric in metrics.items() if metric[1] is not None}
 
 
