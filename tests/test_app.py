@@ -518,9 +518,9 @@ def test_markup_in_a_sentence_is_text(address):
     picture = visitor.upload(Path(SWAN["path"]))
     markup = "<img src=x onerror=alert(1)> is a swan."
     assert "error" not in visitor("teach", picture, markup, None)
-    caption, recall, _ = visitor.last("look", picture, None)
+    caption, *page = visitor.last("look", picture, None)
     assert caption == markup  # in a text box, which shows it as it is
-    assert "&lt;img src=x" in json.dumps(recall) and "<img src=x" not in json.dumps(recall)
+    assert "&lt;img src=x" in json.dumps(page) and "<img src=x" not in json.dumps(page)
 
 
 @pytest.fixture
