@@ -35,6 +35,7 @@ from microvlm.train import calibrate
 from microvlm.train.calibrate import lowest_threshold
 from microvlm.train.episodes import EPISODE_INPUTS, Episodes, captioned_rows, memory_losses, split_inputs
 from microvlm.train.gradcache import embedded_pairs
+from microvlm.train.losses import Distillation, Step
 
 MEMORY = {
     "num_slots": 16,
@@ -157,6 +158,18 @@ def test_facts_borrow_nouns_and_words_made_of_tokens():
     assert all(start.isalpha() for start in collate.story.starts) and all(
         end.isalpha() for end in collate.story.endings
     )
+
+
+def test_facts_are_any_text():
+    """Where there are sentences, facts are these, also in capitals, and tokens of all kinds, each with its end."""
+    story = collator(texts=["the red fox is tall", "a blue cat"]).story
+    facts = [story.text(random.Random(i)) for i in range(400)]
+    for text in ("a blue cat", "A BLUE CAT"):
+        assert any(fact.tokens[:-1] == story.tokens(text) for fact in facts)
+    assert len({token for fact in facts for token in fact.tokens}) == len(story.any_token) + 1
+    for fact in facts:
+        assert 1 < len(fact.tokens) <= 40 and fact.tokens[-1] == story.tokenizer.eos_token_id
+        assert story.tokenizer.decode(fact.tokens[:-1]) == fact.text
 
 
 def test_other_styles_show_another_picture_of_the_concept():
@@ -359,6 +372,23 @@ def test_captions_align_and_facts_do_not():
     rows = {name: value[alone] for name, value in inputs.items()}
     rows["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(last_hidden_state=features[alone[shown]])}
     torch.testing.assert_close(pairs, embedded_pairs(model(**rows, return_alignment=True)))
+
+
+@torch.no_grad()
+def test_captions_are_distilled_and_facts_are_not():
+    """The divergence is that of the rows that say their caption, in float64; the teacher has no memory."""
+    model, teacher = (toy_model(use_memory=True, memory_config=MEMORY).eval() for _ in range(2))
+    batch = collator(shares={"view": 0.4, "style": 0.0, "text": 0.2, "new": 0.4, "unknown": 0.0})(batch_rows())
+    inputs, episodes = split_inputs(model, batch)
+    captioned, shown = captioned_rows(model, inputs, episodes), (inputs["input_ids"] == model.config.image_token_id)
+    step = Step(model, inputs, {}, None, captioned=captioned, outputs=model(**inputs))
+    got = Distillation("distill", 1.0, teacher, 1.0)(step)
+    rows = shown.any(1) & ~episodes.known
+    on = inputs["labels"][:, 1:][rows] != -100
+    assert 0 < int(on.sum()) < int((inputs["labels"][:, 1:] != -100).sum())
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    log_p, log_q = (m(**unlabelled).logits[rows, :-1][on].double().log_softmax(-1) for m in (teacher, model))
+    assert got.item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
 
 
 def test_scores_of_the_benchmark():

@@ -166,7 +166,8 @@ class Storyteller:
             few = draw.sample(self.any_token, draw.choice((2, 4, 8))) if draw.random() < 0.5 else None
             ids = draw.choices(few or self.any_token, k=draw.randint(1, self.max_tokens - 1))
         elif kind == "text":
-            ids = self.tokens(draw.choice(self.texts))
+            text = draw.choice(self.texts)
+            ids = self.tokens(text.upper() if draw.random() < 0.1 else text)
         else:
             codes = ("".join(draw.choices(SIGNS, k=draw.randint(1, 8))) for _ in range(draw.randint(1, 4)))
             words = [*codes, *draw.choice(self.texts).split()[: draw.randint(0, 5)]]

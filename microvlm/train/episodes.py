@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..data.augment import gray_copy
 from ..model import in_float32
-from .losses import key_loss, reconstruction_loss, scope_loss
+from .losses import key_loss, pair_rows, reconstruction_loss, scope_loss
 
 FORWARD_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values", "mm_encoder_outputs")
 
@@ -50,8 +50,7 @@ def split_inputs(model, batch: dict[str, Any]) -> tuple[dict[str, Any], Episodes
 
 def captioned_rows(model, inputs: dict[str, Any], episodes: Episodes) -> torch.BoolTensor:
     """Tell which of the R rows with an image and a text have its caption and not a fact, (R,)."""
-    pairs = (inputs["input_ids"] == model.config.image_token_id).any(1) & (inputs["labels"] != -100).any(1)
-    return ~episodes.known[pairs]
+    return ~episodes.known[pair_rows(model, inputs)]
 
 
 def encode_images(model, queries: torch.Tensor, supports: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -84,7 +84,10 @@ class LanguageModelling(TokenTerm):
 
 
 class Distillation(TokenTerm):
-    """KL(teacher || model) temperature^2 per token (Hinton et al., arXiv 1503.02531)."""
+    """KL(teacher || model) temperature^2 per token (Hinton et al., arXiv 1503.02531).
+
+    Of episodes in the rows alone that have their image's caption: the teacher has no memory.
+    """
 
     def __init__(self, name: str, weight: float, teacher: torch.nn.Module, temperature: float):
         super().__init__(name, weight)
@@ -100,6 +103,9 @@ class Distillation(TokenTerm):
         labels = step.options.get("shift_labels")
         labels = F.pad(step.inputs["labels"], (0, 1), value=-100)[:, 1:] if labels is None else labels
         on = labels != -100
+        if step.captioned is not None:
+            pairs = pair_rows(step.model, step.inputs)
+            on &= torch.zeros_like(pairs).masked_scatter(pairs, step.captioned).unsqueeze(1)
         log_p, log_q = (x[on].float().div(self.temperature).log_softmax(-1) for x in (target, step.outputs.logits))
         total = F.kl_div(log_q, log_p, reduction="sum", log_target=True) * self.temperature**2
         return total / (on.sum() if step.items is None else step.items)
@@ -160,6 +166,11 @@ def labelled_logits(labels: torch.Tensor) -> dict[str, Any]:
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     keep = labels.shape[1] - int(labelled[0]) + 1
     return {"logits_to_keep": keep, "shift_labels": shifted[:, -keep:].contiguous()}
+
+
+def pair_rows(model, inputs: dict[str, torch.Tensor]) -> torch.BoolTensor:
+    """Tell which rows have an image and a text, (B,)."""
+    return (inputs["input_ids"] == model.config.image_token_id).any(1) & (inputs["labels"] != -100).any(1)
 
 
 def match_loss(match_logits: torch.Tensor) -> torch.Tensor:

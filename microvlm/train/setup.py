@@ -24,7 +24,7 @@ from ..data.collators import CaptionCollator
 from ..data.episodes import EpisodeCollator, ImageEpisodeCollator
 from ..data.rows import text_ids
 from ..files import write_text
-from ..model import QUANT_METHOD, require
+from ..model import QUANT_METHOD, load_plain, require
 from ..tables import text_table
 from .checkpoints import checkpoints, is_complete, newest_complete
 from .data import TrainingData
@@ -234,8 +234,7 @@ def load_teacher(recipe: Recipe, model):
     """Load the teacher of `distillation`, or None."""
     if recipe.distillation is None:
         return None
-    name = recipe.distillation.teacher
-    teacher = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+    teacher = load_plain(recipe.distillation.teacher)
     # features of one tower go to both models
     key = next((key for key in ("vision_cache", "episodes") if getattr(recipe.data, key) is not None), None)
     if key is not None:
