@@ -384,32 +384,37 @@ class MemoryWords:
 class MemoryCopy(nn.Module):
     """Say the token of a slot: a pointer from the decoder's state to the slots, mixed with its own words.
 
-        p = (1 - g) p_decoder + g sum_s a_s p_s,    a = softmax of W_q h (W_p z_(s-1) + b_s),    g = sigmoid(w h)
+        p = (1 - g) p_decoder + g sum_s a_s p_s,  a = softmax of W_q h (W_p [z_(s-1), z_(s-2)] + b_s),  g = sigmoid(w h)
 
-    After the pointer-generator (arXiv 1704.04368). A slot is found by its place and by the token before it, and p_s is
-    over the tokens nearest to its content. So any text comes back, whatever the decoder knows of its words.
+    After the pointer-generator (arXiv 1704.04368). A slot is found by its place and by the two tokens before it, and
+    p_s is over the tokens nearest to its content. So any text comes back, whatever the decoder knows of its words.
     """
 
     def __init__(self, config: MicroVLMMemoryConfig, hidden_size: int):
         super().__init__()
         S, C, width = config.num_content_slots, config.content_size, config.copy_size
         self.query = nn.Linear(hidden_size, width)
-        self.previous = nn.Linear(C, width, bias=False)
+        self.previous = nn.Linear(2 * C, width, bias=False)
         self.place = nn.Parameter(torch.empty(S, width))
         self.gate = nn.Linear(hidden_size, 1)
+        self.dropout = config.copy_dropout
         self.log_sharpness = nn.Parameter(torch.empty(1))  # of p_s
 
     def forward(self, hidden, logits, log_gate, content, tokens, cosines) -> torch.Tensor:
         """Mix logits (B, T, V) of states (B, T, D) with `MemoryWords`; rows whose gate is off keep theirs."""
         # which slot
-        place = self.previous(F.pad(content, (0, 0, 1, 0))[:, :-1]) + self.place  # (B, S, width)
+        before = F.pad(content, (0, 0, 2, 0))  # (B, 2 + S, C)
+        place = self.previous(torch.cat([before[:, 1:-1], before[:, :-2]], -1)) + self.place  # (B, S, width)
         pointer = (self.query(hidden) @ place.mT / math.sqrt(place.shape[-1])).log_softmax(-1)  # (B, T, S)
         # its tokens
         log_probs = (cosines * self.log_sharpness.exp()).log_softmax(-1)  # (B, S, NEAREST)
         log_probs = (pointer.unsqueeze(-1) + log_probs.unsqueeze(1)).flatten(2)  # (B, T, S x NEAREST)
         tokens = tokens.flatten(1).unsqueeze(1).expand_as(log_probs)
         copied = torch.zeros_like(logits).scatter_add(-1, tokens, log_probs.exp())
-        # or the decoder's
+        # or the decoder's; from some rows that are to be copied they are hidden, so that the pointer learns all of it
+        if self.training and self.dropout:
+            hide = (log_gate == 0) & (torch.rand_like(log_gate) < self.dropout)
+            logits = logits.masked_fill(hide.view(-1, 1, 1), 0)
         gate = self.gate(hidden).sigmoid() * log_gate.exp().view(-1, 1, 1)  # (B, T, 1)
         mixed = ((1 - gate) * logits.softmax(-1) + gate * copied).clamp(min=1e-30).log()
         return torch.where((log_gate > -torch.inf).view(-1, 1, 1), mixed, logits)

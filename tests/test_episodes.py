@@ -28,7 +28,7 @@ from microvlm.data.episodes import (
 )
 from microvlm.data.rows import load_rows
 from microvlm.evaluate.bench import Bench, Lesson, says_name
-from microvlm.evaluate.memory import forget_half, mean, measure, negatives, own_words
+from microvlm.evaluate.memory import forget_half, mean, measure, negatives, own_words, recalls
 from microvlm.metrics import auroc, equal_error_rate
 from microvlm.model import load
 from microvlm.train import calibrate
@@ -476,6 +476,14 @@ def test_the_benchmark_runs_and_counts(tmp_path):
     lesson = Lesson([[0]], [["Kesora"]], [["a"]], bench.teach([[0]], [["a"]]), [(0, 0)])
     said = negatives(bench, lesson, 4, {})["unrelated"]
     assert (said["false_recall"], said["unchanged"]) == (1.0, 1.0) and said["pictures"] > 0
+    # asked in words who the cat is, the name of either cat is right
+    bench.captions = [*["A cat."] * 2, *["A dog."] * 6]
+    images, places = [[0, 1, 2]], [(0, 0), (0, 1), (0, 2)]
+    lesson = Lesson(
+        images, [["Bimo", "Kesora", "Rask"]], [["a", "b", "c"]], bench.teach(images, [["a", "b", "c"]]), places
+    )
+    recall = recalls(bench, lesson)
+    assert recall["words"] == pytest.approx(2 / 3) and recall["same"] == pytest.approx(1 / 3)
     bench.answers = mute
     report = memory_recall.report([mean([result, result])], {"write": 1.0})
     assert "| 2 | seen |" in report and "Milliseconds" in report

@@ -34,8 +34,14 @@ def test_against_float64():
         for t in range(3):
             h, said = hidden[b, t].double(), torch.zeros(V, dtype=torch.float64)
             query = own["query.weight"] @ h + own["query.bias"]
-            before = [torch.zeros(C, dtype=torch.float64), *content[b, :-1].double()]
-            scores = [query @ (own["previous.weight"] @ z + own["place"][s]) / 2 for s, z in enumerate(before)]
+            none = torch.zeros(C, dtype=torch.float64)
+            before = [
+                (none, none),
+                (content[b, 0].double(), none),
+                *zip(content[b, 1:-1].double(), content[b].double()),
+            ]
+            keys = [own["previous.weight"] @ torch.cat(pair) + own["place"][s] for s, pair in enumerate(before)]
+            scores = [query @ key / 2 for key in keys]
             for share, z in zip(torch.stack(scores).softmax(0), content[b].double()):
                 cosines = values.double() @ (z / z.norm())
                 nearest = cosines.argsort(descending=True)[:NEAREST]
@@ -51,6 +57,24 @@ def test_a_row_that_is_off_keeps_its_logits():
     words = MemoryWords.of(randn(2, S, C), F.normalize(randn(V, C), dim=-1))
     got = copy(randn(2, 3, D), logits, torch.tensor([0.0, -torch.inf]), *vars(words).values())
     assert got[1].equal(logits[1]) and not got[0].equal(logits[0])
+
+
+@torch.no_grad()
+def test_in_training_an_open_row_may_hide_the_decoders_words():
+    copy, hidden = pointer(), randn(2, 3, D)
+    words = MemoryWords.of(randn(2, S, C), F.normalize(randn(V, C), dim=-1))
+    gates = torch.tensor([0.0, -0.5])
+
+    def said(logits):
+        return copy(hidden, logits, gates, *vars(words).values())
+
+    copy.dropout = 1.0
+    hidden_words, other = said(randn(2, 3, V)), said(randn(2, 3, V, seed=1))
+    assert hidden_words[0].equal(other[0]) and not hidden_words[1].equal(other[1])
+    uniform = said(torch.zeros(2, 3, V))
+    assert hidden_words[0].equal(uniform[0])
+    copy.eval()
+    assert not said(randn(2, 3, V))[0].equal(uniform[0])
 
 
 @torch.no_grad()

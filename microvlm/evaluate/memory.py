@@ -67,7 +67,9 @@ def recalls(bench: Bench, lesson: Lesson) -> dict[str, float]:
     # the same image, an augmented view, a question in words
     same, view = (bench.answers(view, images, **asking) for view in (0, 1))
     words = bench.answers(None, images, bench.questions(images), **asking)
-    result = {"same": name_share(names, same), "view": name_share(names, view), "words": name_share(names, words)}
+    result = {"same": name_share(names, same), "view": name_share(names, view)}
+    said = [any(says_name(n, text) for n in rivals) for rivals, text in zip(namesakes(bench, lesson), words)]
+    result["words"] = sum(said) / len(said)
     result["word_f1"] = sum(word_f1(own_words(a), own_words(b)) for a, b in zip(view, facts)) / len(view)
     result |= style_recalls(bench, lesson)
     # for comparison: the closest image, and the model alone
@@ -75,6 +77,15 @@ def recalls(bench: Bench, lesson: Lesson) -> dict[str, float]:
     result["view_nearest"] = sum(hits) / len(hits)
     result["no_memory"] = name_share(names, bench.without_memory(images))
     return result
+
+
+def namesakes(bench: Bench, lesson: Lesson) -> list[list[str]]:
+    """List per place the names of all that its noun was taught of: asked in words, each of them is right."""
+    nouns = [[caption_noun(bench.captions[i]) for i in images] for images in lesson.images]
+    return [
+        [name for name, noun in zip(lesson.names[r], nouns[r], strict=True) if noun == nouns[r][n]]
+        for r, n in lesson.places
+    ]
 
 
 def style_recalls(bench: Bench, lesson: Lesson) -> dict[str, float]:
