@@ -121,7 +121,7 @@ class MicroVLMMemoryConfig(PreTrainedConfig):
     num_content_slots: int | None = size(default=None)
     max_content_tokens: int = size(default=32)  # longest sentence that can be stored, in tokens with its end
     copy_size: int | None = size(default=None)  # width of the pointer that says a slot's token; None: no such path
-    copy_dropout: float | int = share(default=0.0)  # of the rows whose gate is open the pointer alone, training only
+    copy_dropout: float | int = share(default=0.0)  # share of open rows with the pointer's words alone, training only
     max_items: int | None = size(default=None)  # most items a memory may hold; default 4 K
     key_hidden_size: int = size(default=512)  # hidden width of the key encoder
     key_dropout: float | int = share(default=0.2)  # on the standardised vision features of a key, training only

@@ -38,6 +38,7 @@ QUESTIONS = (
 TEXT_QUESTIONS = (*QUESTIONS, "What about {noun}?", "{noun}?")  # where facts are any text
 FORMS = 0.25  # share of the facts that have a form, where there are texts
 KINDS = {"text": 0.45, "tokens": 0.35, "codes": 0.2}  # of the others
+CAPITALS = 0.1  # share of the texts that are in capitals
 SIGNS = string.ascii_letters + 2 * string.digits + string.punctuation
 SHARES = {"view": 0.45, "style": 0.1, "text": 0.1, "new": 0.3, "unknown": 0.05}  # of the kinds of query
 UNWRITTEN = ("new", "unknown")  # kinds of query for what no memory holds
@@ -167,7 +168,7 @@ class Storyteller:
             ids = draw.choices(few or self.any_token, k=draw.randint(1, self.max_tokens - 1))
         elif kind == "text":
             text = draw.choice(self.texts)
-            ids = self.tokens(text.upper() if draw.random() < 0.1 else text)
+            ids = self.tokens(text.upper() if draw.random() < CAPITALS else text)
         else:
             codes = ("".join(draw.choices(SIGNS, k=draw.randint(1, 8))) for _ in range(draw.randint(1, 4)))
             words = [*codes, *draw.choice(self.texts).split()[: draw.randint(0, 5)]]

@@ -27,7 +27,13 @@ def says_name(name: str, text: str) -> bool:
 
 def name_share(names: list[str], texts: list[str]) -> float:
     """Compute the share of texts that say their name."""
-    return sum(map(says_name, names, texts)) / max(1, len(texts))
+    return any_name_share([[name] for name in names], texts)
+
+
+def any_name_share(names: list[list[str]], texts: list[str]) -> float:
+    """Compute the share of texts that say one of their names."""
+    said = [any(says_name(name, text) for name in own) for own, text in zip(names, texts, strict=True)]
+    return sum(said) / max(1, len(said))
 
 
 @dataclass

@@ -9,7 +9,7 @@ from ..data.episodes import caption_noun, make_names
 from ..data.rows import row_caption, text_ids
 from ..metrics import auroc, equal_error_rate, normalise, word_f1
 from ..model import MemoryState
-from .bench import TRAINING_NAMES, Bench, Lesson, name_share, says_name
+from .bench import TRAINING_NAMES, Bench, Lesson, any_name_share, name_share
 
 MEMORY_POOL = 2000  # images whose features are held at once
 TEMPLATE_WORDS = {"this", "is", "the"}
@@ -68,8 +68,7 @@ def recalls(bench: Bench, lesson: Lesson) -> dict[str, float]:
     same, view = (bench.answers(view, images, **asking) for view in (0, 1))
     words = bench.answers(None, images, bench.questions(images), **asking)
     result = {"same": name_share(names, same), "view": name_share(names, view)}
-    said = [any(says_name(n, text) for n in rivals) for rivals, text in zip(namesakes(bench, lesson), words)]
-    result["words"] = sum(said) / len(said)
+    result["words"] = any_name_share(namesakes(bench, lesson), words)
     result["word_f1"] = sum(word_f1(own_words(a), own_words(b)) for a, b in zip(view, facts)) / len(view)
     result |= style_recalls(bench, lesson)
     # for comparison: the closest image, and the model alone
@@ -117,9 +116,6 @@ def negatives(bench: Bench, lesson: Lesson, queries: int, details: dict) -> dict
         for name, pool in zip(groups, bench.unwritten(images)):
             groups[name] += [(r, i) for i in bench.draw.sample(pool, min(len(pool), share))]
 
-    def false_recalls(pairs, texts) -> float:
-        return sum(any(says_name(name, t) for name in lesson.names[r]) for (r, _), t in zip(pairs, texts)) / len(pairs)
-
     positive = details["known"] = bench.scope(1, lesson.at_places(lesson.images), **lesson.asking(lesson.places))
     result = {}
     for name, pairs in groups.items():
@@ -127,14 +123,14 @@ def negatives(bench: Bench, lesson: Lesson, queries: int, details: dict) -> dict
         if not pairs:
             continue
         # what the answers say, with the memory and without
-        images, asking = [i for _, i in pairs], lesson.asking(pairs)
+        images, stored, asking = [i for _, i in pairs], [lesson.names[r] for r, _ in pairs], lesson.asking(pairs)
         texts, plain = bench.answers(0, images, **asking), bench.without_memory(images)
         # what the memory knows
         negative = details[name] = bench.scope(0, images, **asking)
         threshold = float(bench.model.model.scope_threshold(lesson.memory)[0])  # all rows hold N facts
         accuracy = ((positive >= threshold).float().mean() + (negative < threshold).float().mean()) / 2
         result[name] |= {
-            "false_recall": false_recalls(pairs, texts),
+            "false_recall": any_name_share(stored, texts),
             "unchanged": sum(a == b for a, b in zip(texts, plain)) / len(texts),
             "auroc": auroc(positive, negative),
             "eer": equal_error_rate(positive, negative),
@@ -142,7 +138,7 @@ def negatives(bench: Bench, lesson: Lesson, queries: int, details: dict) -> dict
         }
         if name == "unrelated":
             texts = bench.answers(None, images, bench.questions(images), **asking)
-            result[name]["words_false_recall"] = false_recalls(pairs, texts)
+            result[name]["words_false_recall"] = any_name_share(stored, texts)
     return result
 
 
